@@ -1,0 +1,181 @@
+"""From raw chat data to a scored checkpoint.
+
+    python flows/sft_flow.py run
+    python flows/sft_flow.py --config recipe configs/smollm2-135m.yaml run
+    python flows/sft_flow.py run --limit 200 --set training.learning_rate=1e-3
+    python flows/sft_flow.py card view train
+
+Each step ensures its output in the store, so what is there already is not made again, fills its card, and
+names the next.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("METAFLOW_USER", os.environ.get("USER") or "sft")  # Metaflow does not start without a name
+os.environ.setdefault("METAFLOW_RUN_MAX_WORKERS", "2")  # as many evaluations at a time share the machine's cores
+os.environ.setdefault("TQDM_DISABLE", "1")  # a task's log is no terminal
+
+from metaflow import Config, FlowSpec, Parameter, card, current, package_sources, step  # noqa: E402
+
+from steps.recipes import effective, parse_config  # noqa: E402
+
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+
+
+@package_sources(["../steps", "../sft_core"], suffixes=[".py", ".yaml", ".jinja"])
+class SFTFlow(FlowSpec):
+    """foreach source: download → render → tokenize; mix → pack → train ⟲; foreach task: evaluate; report."""
+
+    recipe = Config("recipe", default=QUICKSTART, parser=parse_config, help="the recipe's YAML file")
+    limit = Parameter("limit", type=int, default=None, help="only the first rows of each source: a smoke run")
+    set = Parameter("set", type=str, multiple=True, default=None, help="override, as training.learning_rate=1e-5")
+
+    @step
+    def start(self):
+        """Resolve what the recipe's names point to, and refuse bad input before any work."""
+        from steps.pipeline import prepare
+
+        recipe = effective(self.recipe, self.set, self.limit)
+        self.pins = prepare(recipe).pins
+        self.recipe_name, self.sources, self.tasks = recipe.name, recipe.sources, recipe.tasks
+        self.next(self.download, foreach="sources")
+
+    @step
+    def download(self):
+        """The source's rows as canonical conversations."""
+        from steps.download import CONVERSATIONS
+
+        self.source = self.input
+        self.conversations = self.ensure(CONVERSATIONS, source=self.source)
+        self.next(self.render)
+
+    @step
+    def render(self):
+        """Conversations as text, with the spans that are trained."""
+        from steps.render import RENDERED
+
+        self.rendered = self.ensure(RENDERED, source=self.source)
+        self.next(self.tokenize)
+
+    @card(type="blank")
+    @step
+    def tokenize(self):
+        """Text as Arrow shards of token ids and a trained mask."""
+        from steps import tokenize
+
+        self.tokens = self.ensure(tokenize.TOKENS, source=self.source)
+        current.card.extend(tokenize.card(self.store, self.ref(self.tokens)))
+        self.next(self.mix)
+
+    @card(type="blank")
+    @step
+    def mix(self, inputs):
+        """Which rows of which source are trained on."""
+        from steps import evaluate, mix
+
+        self.merge_artifacts(inputs, include=["pins", "recipe_name", "sources", "tasks"])
+        counts = evaluate.count_report_prompts(self.store, self.pinned)
+        evaluate.check_report_prompts(counts, self.pinned)
+        self.mixture = self.ensure(mix.MIXTURE)
+        current.card.extend(mix.card(self.store, self.ref(self.mixture)))
+        self.next(self.pack)
+
+    @card(type="blank")
+    @step
+    def pack(self):
+        """Rows into packs, first-fit-decreasing."""
+        from steps import pack
+
+        self.packed = self.ensure(pack.PACKED)
+        current.card.extend(pack.card(self.store, self.ref(self.packed)))
+        self.num_rounds = 0
+        self.next(self.train)
+
+    @card(type="blank", refresh_interval=2)
+    @step
+    def train(self):
+        """One round of training. A search asks for more of them, plain SFT for one."""
+        from sft_core.search.sft import propose
+        from sft_core.train.lifetime import die_with_parent
+        from steps import train
+
+        die_with_parent()  # a killed scheduler must not leave a trainer behind
+        rollout = propose(self.num_rounds)
+        with train.live_card(self.store, self.pinned, {"round": rollout.round}, current.card):
+            self.trained = self.ensure(train.TRAINED, round=rollout.round)
+        self.checkpoint = str(self.store.path(self.ref(self.trained)) / "model")
+        current.card.extend(train.card(self.store.path(self.ref(self.trained))))
+        self.num_rounds += 1
+        self.verdict = "again" if propose(self.num_rounds) else "done"
+        self.next({"again": self.train, "done": self.fan_out}, condition="verdict")
+
+    @step
+    def fan_out(self):
+        """A condition and a foreach cannot stand in one step."""
+        self.next(self.evaluate, foreach="tasks")
+
+    @card(type="blank")
+    @step
+    def evaluate(self):
+        """Base and tuned model on one task."""
+        from steps import evaluate
+
+        self.task = self.input
+        self.evaluated = {model: self.ensure(evaluate.EVALUATED, model=model, task=self.task) for model in evaluate.MODELS}
+        refs = {model: self.ref(address) for model, address in self.evaluated.items()}
+        current.card.extend(evaluate.card(self.store, refs))
+        self.next(self.report)
+
+    @card(type="blank")
+    @step
+    def report(self, inputs):
+        """The table base → tuned."""
+        from steps import report
+
+        self.merge_artifacts(inputs, include=["pins", "recipe_name", "checkpoint"])
+        self.scored = self.ensure(report.REPORT)
+        manifest = self.store.manifest(self.ref(self.scored))
+        self.scores, self.thinking = manifest["counts"]["scores"], manifest["counts"]["thinking"]
+        current.card.extend(report.card(self.store, self.ref(self.scored)))
+        self.next(self.end)
+
+    @step
+    def end(self):
+        """Say what came out, and where it is."""
+        from steps.report import summary
+
+        print(summary(self.scores, self.thinking, self.checkpoint))
+
+    # What the steps share; no artifacts.
+
+    @property
+    def pinned(self):
+        from sft_core.pins import PinnedRecipe
+
+        return PinnedRecipe(effective(self.recipe, self.set, self.limit), self.pins)
+
+    @property
+    def store(self):
+        from sft_core.store import Store
+
+        return Store(self.pinned.recipe.runtime.store)
+
+    def ensure(self, stage, **part):
+        """The output's address as text, which the UI shows."""
+        import logging
+
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        return str(self.store.ensure(stage, self.pinned, **part))
+
+    def ref(self, address):
+        from sft_core.store import Ref
+
+        return Ref(*address.split("/"))
+
+
+if __name__ == "__main__":
+    SFTFlow()

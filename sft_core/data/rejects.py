@@ -1,0 +1,57 @@
+"""Rejected rows: each has a place, a reason and a counter, and can be looked at in rejects.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+
+
+class Rejected(ValueError):
+    """A row that cannot be used. `reason` is a counter's name, the message is for the reader."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
+class Rejects:
+    """Writes rejects.jsonl and counts by reason."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._counts: Counter[str] = Counter()
+        self._examples: list[str] = []
+
+    def __enter__(self) -> Rejects:
+        self._file = self._path.open("w", encoding="utf-8")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def add(self, where: str, fault: Rejected) -> None:
+        self._counts[fault.reason] += 1
+        # A detail can quote a lone surrogate, which is no character and cannot be written.
+        detail = str(fault).encode("utf-8", "backslashreplace").decode()
+        self._file.write(json.dumps({"where": where, "reason": fault.reason, "detail": detail}, ensure_ascii=False) + "\n")
+        if len(self._examples) < 3:
+            self._examples.append(f"  {where}: {fault.reason}: {detail}")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(sorted(self._counts.items()))
+
+    def check(self, *, num_rows: int, max_share: float, source: str) -> None:
+        """Raises ValueError, with examples, when no row is left or more than `max_share` of them is rejected."""
+        num_rejected, examples = self._counts.total(), "\n".join(self._examples)
+        if num_rows == 0:
+            raise ValueError(f"{source}: the source is empty; it needs at least one row")
+        if num_rejected == num_rows:
+            raise ValueError(f"{source}: none of {num_rows} rows can be used:\n{examples}")
+        if num_rejected > max_share * num_rows:
+            raise ValueError(
+                f"{source}: {num_rejected} of {num_rows} rows are rejected {self.counts}, over "
+                f"dataset_mixture.max_rejected_share ({max_share}); mend them or raise the share:\n{examples}"
+            )

@@ -1,0 +1,191 @@
+"""Raw rows from local files or the hub, as canonical conversations: each row is kept or counted as rejected."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from sft_core.data.conversations import canonical, row_id, to_json
+from sft_core.data.rejects import Rejected, Rejects
+from sft_core.data.splits import prompt_hash
+
+if TYPE_CHECKING:
+    from sft_core.store import Build
+
+ROWS_A_GROUP = 10_000
+CONVERSATIONS = pa.schema([("row_id", pa.string()), ("prompt_hash", pa.uint64()), ("conversation", pa.string())])
+RawRow = tuple[str, Any]  # where it stands, and its data or the Rejected that says why there is none
+
+
+def build_conversations(
+    build: Build,
+    *,
+    paths: list[str],
+    id: str | None,
+    config: str | None,
+    split: str,
+    columns: list[str] | None,
+    format: str,
+    pin: str,
+    limit: int | None,
+    max_rejected_share: float,
+) -> dict[str, Any]:
+    """Writes conversations.parquet and rejects.jsonl. Raises ValueError for an empty or too faulty source."""
+    if paths:
+        files = list_files(paths)
+        if (found := digest_files(files)) != pin:
+            raise ValueError(f"{paths[0]}: the files changed since this run began ({pin[:12]} then, {found[:12]} now)")
+        rows = read_files(files, columns)
+    else:
+        rows = read_hub(str(id), config, split, pin, columns)
+    source, num_rows = id or ", ".join(paths), 0
+    with (
+        pq.ParquetWriter(build.out / "conversations.parquet", CONVERSATIONS, compression="zstd") as writer,
+        Rejects(build.out / "rejects.jsonl") as rejects,
+    ):
+        group: list[tuple[str, int, str]] = []
+        for where, raw in tqdm(itertools.islice(rows, limit), unit=" rows", disable=None, desc=source):
+            num_rows += 1
+            try:
+                group.append(_accept(raw, format))
+            except Rejected as fault:
+                rejects.add(where, fault)
+            if len(group) == ROWS_A_GROUP:
+                _write(writer, group)
+        _write(writer, group)
+    rejects.check(num_rows=num_rows, max_share=max_rejected_share, source=source)
+    return {"rows": num_rows, "conversations": num_rows - sum(rejects.counts.values()), "rejected": rejects.counts}
+
+
+def _accept(raw: Any, format: str) -> tuple[str, int, str]:
+    if isinstance(raw, Rejected):
+        raise raw
+    conversation = canonical(raw, format=format)
+    text = to_json(conversation)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Rejected("invalid_unicode", "the row holds a lone surrogate, which is no character") from None
+    return row_id(text), prompt_hash(conversation), text
+
+
+def _write(writer: pq.ParquetWriter, group: list[tuple[str, int, str]]) -> None:
+    if group:
+        writer.write_table(pa.table(list(map(list, zip(*group, strict=True))), schema=CONVERSATIONS))
+        group.clear()
+
+
+def list_files(paths: list[str] | tuple[str, ...]) -> list[Path]:
+    """The files that paths and globs name, sorted within each. Raises FileNotFoundError for one that names none."""
+    files: list[Path] = []
+    for path in paths:
+        found = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
+        if not found:
+            raise FileNotFoundError(f"{path}: no such file (looked in {Path.cwd()})")
+        unknown = [file for file in found if not _is_known(file)]
+        if unknown:
+            raise ValueError(f"{unknown[0]}: a source is .jsonl or .json lines (also .gz, .zst) or .parquet")
+        files += found
+    return files
+
+
+def digest_files(files: list[Path]) -> str:
+    """SHA-256 (hex) over names and contents: moving a folder changes nothing, renaming a file does."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
+    return digest.hexdigest()
+
+
+def read_files(files: list[Path], columns: list[str] | None) -> Iterator[RawRow]:
+    for path in files:
+        if path.suffix == ".parquet":
+            yield from _read_parquet(path, columns)
+        else:
+            yield from _read_json_lines(path, columns)
+
+
+def _is_known(path: Path) -> bool:
+    return path.name.removesuffix(".gz").removesuffix(".zst").endswith((".jsonl", ".json")) or path.suffix == ".parquet"
+
+
+def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[RawRow]:
+    with pq.ParquetFile(path) as file:
+        missing = [name for name in columns or () if name not in file.schema_arrow.names]
+        if missing:
+            raise ValueError(f"{path}: no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}")
+        start = 0
+        for batch in file.iter_batches(batch_size=1000, columns=columns):
+            for index, row in enumerate(batch.to_pylist()):
+                yield f"{path}: row {start + index}", row
+            start += batch.num_rows
+
+
+def _read_json_lines(path: Path, columns: list[str] | None) -> Iterator[RawRow]:
+    with _decompressed(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                yield where, Rejected("invalid_utf8", f"byte {error.start} of the line is not UTF-8")
+                continue
+            except ValueError as error:
+                yield where, Rejected("invalid_json", str(error))
+                continue
+            if columns is not None and isinstance(row, dict):
+                row = {name: row[name] for name in columns if name in row}
+            yield where, row
+
+
+def _decompressed(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        import zstandard
+
+        return io.BufferedReader(zstandard.open(path, "rb"))  # type: ignore[return-value]
+    return path.open("rb")
+
+
+def read_hub(id: str, config: str | None, split: str, commit: str, columns: list[str] | None) -> Iterator[RawRow]:
+    """Rows of one split at a commit, streamed in their stored order; other splits are not touched.
+
+    Raises ValueError for an unknown config, split or column, ConnectionError when the hub cannot be reached.
+    """
+    import datasets
+
+    # The defaults wait for minutes on a hub that is down; the client below retries by itself.
+    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+    builder = datasets.load_dataset_builder(id, config, revision=commit)
+    if builder.hash != commit:
+        # Out of reach, datasets falls back to whatever commit its cache holds, with only a warning.
+        raise ConnectionError(f"{id}: asked for commit {commit}; the hub cannot be reached and the cache has another")
+    files = builder.config.data_files or {}
+    if split not in files:
+        raise ValueError(f"{id} (config {builder.config.name}): no split {split!r}; it has {', '.join(sorted(files))}")
+    # By its own files: asked for a split by name, datasets casts it to the features of the first split.
+    narrow = {"columns": columns} if columns and builder.name == "parquet" else {}
+    try:
+        rows = datasets.load_dataset(
+            builder.name, data_files={split: list(files[split])}, split=split, streaming=True, **narrow
+        )
+        rows = rows.select_columns(columns) if columns and not narrow else rows
+        for index, row in enumerate(rows):
+            yield f"{id} {split}: row {index}", row
+    except (pa.ArrowInvalid, ValueError) as error:
+        raise ValueError(f"{id} (config {builder.config.name}, split {split}): {error}") from error

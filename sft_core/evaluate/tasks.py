@@ -1,0 +1,191 @@
+"""A task is a source's report split: loss on its trained tokens and, where rows have an answer, exact match."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sft_core.data import splits
+from sft_core.data.tokens import TokenRow, TokenShards, read_index
+from sft_core.evaluate.metrics import Score, exact_match, mean_score, token_loss
+
+if TYPE_CHECKING:
+    from sft_core.store import Build
+
+TOKENS_A_FORWARD = 2048
+ROWS = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("prompt_hash", pa.uint64()),
+        ("nll", pa.float64()),
+        ("num_trained", pa.int32()),
+        ("answer", pa.string()),
+        ("output", pa.string()),
+        ("correct", pa.bool_()),
+        ("cut_off", pa.bool_()),
+    ]
+)
+
+
+def report_rows(index: pa.Table, *, selection_share: float, report_share: float, max_rows: int) -> np.ndarray:
+    """Row numbers of the report split: one for each unique prompt, in the order of prompt hashes.
+
+    The order is the same for every source, so two sources with the same prompts are scored on the same ones.
+    """
+    hashes = index["prompt_hash"].to_numpy()
+    split = splits.assign(hashes, selection_share=selection_share, report_share=report_share)
+    candidates = np.flatnonzero((split == splits.REPORT) & (index["num_trained"].to_numpy() > 0))
+    unique, first = np.unique(hashes[candidates], return_index=True)
+    return candidates[first][:max_rows]
+
+
+def build_evaluated(
+    build: Build,
+    *,
+    model: dict[str, Any] | None,
+    tokenizer: dict[str, Any],
+    bf16: bool,
+    seed: int,
+    selection_share: float,
+    report_share: float,
+    max_rows: int,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Writes scores.json, and rows.parquet: each report row with its loss, the generated answer and whether that is right.
+
+    model: how to load the start model; None scores the trained one. Raises ValueError for a task without rows.
+    """
+    import torch
+
+    from sft_core.train.model import load_model
+
+    torch.set_num_threads(build.runtime.num_threads or max(1, (os.cpu_count() or 1) // build.runtime.max_workers))
+    index = read_index(build.inputs["tokens"])
+    rows = report_rows(index, selection_share=selection_share, report_share=report_share, max_rows=max_rows)
+    if len(rows) == 0:
+        raise ValueError("the task has no report rows; raise dataset_mixture.report_share or add data")
+    if model is None:
+        folder = str(build.inputs["trained"] / "model")
+        loader: dict[str, Any] = {"path": folder, "revision": None, "config": None}
+        tokenizer = {**tokenizer, "path": folder, "revision": None, "add_special_tokens": []}
+        model = {**loader, "dtype": "auto", "attn_implementation": "sdpa", "trust_remote_code": tokenizer["trust_remote_code"]}
+    network, vocabulary = load_model(**model, tokenizer=tokenizer, seed=seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = network.to(device).eval()
+    shards = TokenShards(build.inputs["tokens"])
+    token_rows = [shards[int(row)] for row in rows]
+    answers = [index["answer"][int(row)].as_py() for row in rows]
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
+        nll = row_losses(network, token_rows)
+        outputs = _generate(network, vocabulary, token_rows, answers, max_new_tokens, build.runtime.eval_batch_size)
+    table = pa.table(
+        {
+            "row_id": index["row_id"].take(rows),
+            "prompt_hash": index["prompt_hash"].take(rows),
+            "nll": nll,
+            "num_trained": [_num_targets(row) for row in token_rows],
+            "answer": answers,
+            "output": [output.text if output else None for output in outputs],
+            "correct": [
+                exact_match(output.text, str(answer)) if output else None
+                for output, answer in zip(outputs, answers, strict=True)
+            ],
+            "cut_off": [output.cut_off if output else None for output in outputs],
+        },
+        schema=ROWS,
+    )
+    pq.write_table(table, build.out / "rows.parquet", compression="zstd")
+    found = [dataclasses.asdict(score) for score in scores(table)]
+    (build.out / "scores.json").write_text(json.dumps(found, indent=1) + "\n")
+    return {"rows": len(rows), "scores": found}
+
+
+def scores(table: pa.Table) -> list[Score]:
+    """Loss over all rows, and exact match over those that have an answer."""
+    found = [token_loss(table["nll"].to_numpy(), table["num_trained"].to_numpy())]
+    correct = table["correct"].drop_null()
+    if len(correct):
+        found.append(mean_score("exact_match", correct.to_numpy(zero_copy_only=False).astype(float)))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    text: str
+    cut_off: bool
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    rows: list[TokenRow],
+    answers: list[str | None],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[Output | None]:
+    """Greedy answers for the rows that have one to compare with."""
+    from sft_core.evaluate.generate import generate_answers
+
+    asked = [number for number, answer in enumerate(answers) if answer is not None]
+    stop = model.generation_config.eos_token_id
+    stop_ids = stop if isinstance(stop, list) else [stop]
+    generated = generate_answers(
+        model,
+        [served_prompt(rows[number]) for number in asked],
+        stop_ids=stop_ids,
+        pad_id=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    outputs: list[Output | None] = [None] * len(rows)
+    for number, ids in zip(asked, generated, strict=True):
+        cut_off = len(ids) == 0 or int(ids[-1]) not in stop_ids
+        text = tokenizer.decode(ids if cut_off else ids[:-1], skip_special_tokens=False)
+        outputs[number] = Output(text, cut_off)
+    return outputs
+
+
+def served_prompt(row: TokenRow) -> np.ndarray:
+    """The ids before the last trained turn: what a server would be sent. int32, shape (tokens,)."""
+    starts = np.flatnonzero(np.diff(row.trained.astype(np.int8), prepend=0) == 1)
+    assert len(starts), "a report row has trained tokens"
+    return row.input_ids[: starts[-1]]
+
+
+def row_losses(model: Any, rows: list[TokenRow]) -> np.ndarray:
+    """Summed negative log-likelihood of each row's trained tokens: float64, shape (rows,)."""
+    import torch
+
+    from sft_core.train.collate import collate
+    from sft_core.train.loss import trained_token_nll
+
+    sums = np.zeros(len(rows))
+    group: list[int] = []
+    with torch.inference_mode():
+        for number, row in enumerate(rows):
+            group.append(number)
+            room = TOKENS_A_FORWARD - sum(len(rows[member].input_ids) for member in group)
+            if number + 1 == len(rows) or len(rows[number + 1].input_ids) > room:
+                batch = {
+                    name: values.to(model.device)
+                    for name, values in collate([(rows[member], member) for member in group]).items()
+                }
+                nll_N, targets_N = trained_token_nll(model, batch)
+                np.add.at(sums, batch["source"][0, targets_N].cpu().numpy(), nll_N.double().cpu().numpy())
+                group = []
+    return sums
+
+
+def _num_targets(row: TokenRow) -> int:
+    return int(row.trained[1:].sum())  # the first token of a document is never a target
+
+
+def read_rows(folder: Path) -> pa.Table:
+    return pq.read_table(folder / "rows.parquet")

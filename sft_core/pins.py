@@ -1,0 +1,193 @@
+"""Pins: what the recipe's names point to now, resolved once a run: commits, digests of files.
+
+Everything after works on the pinned recipe, so that one run (and its resume) sees one state of the world.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from sft_core.data.sources import digest_files, list_files
+from sft_core.recipe import Recipe
+
+TEMPLATES = Path(__file__).resolve().parent.parent / "configs" / "templates"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
+
+
+class Unresolved(ValueError):
+    """A hub name that could not be resolved to a commit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PinnedRecipe:
+    """A recipe and what its names stand for: `pins` is small plain data and goes into every identity."""
+
+    recipe: Recipe
+    pins: dict[str, Any]
+
+    # Of each thing that is loaded, the identity is what it holds, and the loader says where it is.
+
+    @property
+    def tokenizer_identity(self) -> dict[str, Any]:
+        model = self.recipe.model
+        tokens = {"add_special_tokens": list(model.add_special_tokens), "eos_token": model.eos_token}
+        return {"pin": self.pins["tokenizer"], **tokens}
+
+    @property
+    def tokenizer_loader(self) -> dict[str, Any]:
+        model = self.recipe.model
+        return {
+            "path": model.tokenizer,
+            "revision": None if is_local(model.tokenizer) else self.pins["tokenizer"],
+            "add_special_tokens": list(model.add_special_tokens),
+            "eos_token": model.eos_token,
+            "trust_remote_code": model.trust_remote_code,
+        }
+
+    @property
+    def model_identity(self) -> dict[str, Any]:
+        model = self.recipe.model
+        return {
+            "pin": self.pins["model"],
+            "config": model.config,
+            "dtype": model.dtype,
+            "attn_implementation": model.attn_implementation,
+        }
+
+    @property
+    def model_loader(self) -> dict[str, Any]:
+        model = self.recipe.model
+        name = model.model_name_or_path
+        return {
+            "path": name,
+            "revision": None if name is None or is_local(name) else self.pins["model"],
+            "config": model.config,
+            "dtype": model.dtype,
+            "attn_implementation": model.attn_implementation,
+            "trust_remote_code": model.trust_remote_code,
+        }
+
+    @property
+    def template_identity(self) -> dict[str, Any]:
+        template = self.recipe.chat_template
+        return {"pin": self.pins["template"], "kwargs": template.kwargs, "date": template.date.isoformat()}
+
+    @property
+    def template_text(self) -> str | None:
+        path = template_path(self.recipe)
+        return None if path is None else path.read_text(encoding="utf-8")
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        template = self.recipe.chat_template
+        return {"source": self.template_text, "kwargs": template.kwargs, "date": template.date.isoformat()}
+
+
+def pin(recipe: Recipe, *, allow_unresolved: bool = False) -> PinnedRecipe:
+    """Resolve every name. Raises FileNotFoundError for a missing file and Unresolved for an unknown hub name.
+
+    allow_unresolved: a hub name out of reach becomes the pin None, for planning without a network.
+    """
+
+    def resolve(kind: str, id: str, revision: str) -> str | None:
+        try:
+            return resolve_commit(kind, id, revision)
+        except Unresolved:
+            if allow_unresolved:
+                return None
+            raise
+
+    sources = {
+        dataset.source: digest_files(list_files(dataset.paths))
+        if dataset.paths
+        else resolve("dataset", str(dataset.id), dataset.revision)
+        for dataset in recipe.dataset_mixture.datasets
+    }
+    model, name = recipe.model, recipe.model.model_name_or_path
+    pins: dict[str, Any] = {"sources": sources, "tokenizer": None, "model": None, "template": None}
+    if name is not None:
+        pins["model"] = (
+            _digest_folder(Path(name), "model.model_name_or_path", weights=True)
+            if is_local(name)
+            else resolve("model", name, model.model_revision)
+        )
+    pins["tokenizer"] = (
+        _digest_folder(Path(model.tokenizer), "model.tokenizer_name_or_path", weights=False)
+        if is_local(model.tokenizer)
+        else pins["model"]
+        if model.tokenizer == name
+        else resolve("model", model.tokenizer, "main")
+    )
+    if (template := template_path(recipe)) is not None:
+        pins["template"] = hashlib.sha256(template.read_bytes()).hexdigest()
+    return PinnedRecipe(recipe, pins)
+
+
+def is_local(name: str) -> bool:
+    """A folder, or what can only be meant as one. A hub id is `owner/name` and no such folder exists."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def resolve_commit(kind: str, id: str, revision: str) -> str:
+    """The 40-digit commit of a hub dataset's or model's branch or tag. A commit is returned without asking.
+
+    Raises Unresolved, saying whether the name is wrong or the hub is out of reach.
+    """
+    if _COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    api = HfApi()
+    ask = api.dataset_info if kind == "dataset" else api.model_info
+    try:
+        commit = ask(id, revision=revision, timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT", "10"))).sha
+    except RevisionNotFoundError:
+        raise Unresolved(f"{kind} {id}: has no revision {revision!r}") from None
+    except GatedRepoError:
+        raise Unresolved(f"{kind} {id}: is gated; ask for access on the hub and set HF_TOKEN") from None
+    except RepositoryNotFoundError:
+        hint = "if it is a local folder, it does not exist" if kind == "model" else "for local files use path"
+        raise Unresolved(f"{kind} {id}: the hub knows no such {kind} (private ones need HF_TOKEN); {hint}") from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise Unresolved(
+            f"{kind} {id}: the hub cannot be reached to resolve revision {revision!r} "
+            f"({type(error).__name__}: {error}); write a full commit as the revision to work without asking"
+        ) from None
+    return str(commit)
+
+
+def template_path(recipe: Recipe) -> Path | None:
+    """The file of `chat_template.template`; None means the tokenizer's own. Raises FileNotFoundError."""
+    name = recipe.chat_template.template
+    if name is None:
+        return None
+    path = TEMPLATES / f"{name}.jinja" if re.fullmatch(r"[A-Za-z0-9_-]+", name) else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(found.stem for found in TEMPLATES.glob("*.jinja")))
+        raise FileNotFoundError(f"chat_template.template: found {name!r}; it is no file, and ours are: {known}")
+    return path
+
+
+def _digest_folder(folder: Path, key: str, *, weights: bool) -> str:
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{key}: found {str(folder)!r}; no such folder (looked in {Path.cwd()})")
+    if weights:
+        files = [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
+        if len(files) < 2:
+            others = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
+            raise FileNotFoundError(f"{key}: {folder} holds no .safetensors weights, the only kind we load ({others})")
+    else:
+        files = [path for path in folder.iterdir() if path.name.startswith(_TOKENIZER_FILES) and path.is_file()]
+        if not files:
+            raise FileNotFoundError(f"{key}: {folder} holds no tokenizer files (tokenizer.json)")
+    return digest_files(sorted(files))
+
+

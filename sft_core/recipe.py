@@ -1,0 +1,335 @@
+"""The recipe: one YAML file as frozen typed objects; a value that is not understood is an error, never ignored.
+
+Every message names the key, what was found and what is allowed. Field names are those of the
+alignment-handbook and TRL where those have one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import io
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+LossScope = Literal["assistant", "completion", "all"]
+SourceFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class Model(_Section):
+    """The model to start from: a hub id, a folder, or `config` for random weights."""
+
+    model_name_or_path: str | None = None
+    model_revision: str = "main"
+    config: dict[str, Any] | None = Field(None, description="a transformers config: weights from the training seed")
+    tokenizer_name_or_path: str | None = Field(None, description="default: the model's own")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="the weights' dtype; bf16 autocast is training.bf16")
+    attn_implementation: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+    add_special_tokens: tuple[str, ...] = Field((), description="tokens to add; the embedding grows with them")
+    eos_token: str | None = Field(None, description="the token that ends a turn; default: the tokenizer's")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if (self.model_name_or_path is None) == (self.config is None):
+            raise ValueError("give either model_name_or_path or config (and not both)")
+        if self.config is not None and self.tokenizer_name_or_path is None:
+            raise ValueError("a model from config needs tokenizer_name_or_path")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config.model_type is missing; write for example model_type: llama")
+        return self
+
+    @property
+    def tokenizer(self) -> str:
+        return self.tokenizer_name_or_path or self.model_name_or_path or ""
+
+
+class ChatTemplate(_Section):
+    """How a conversation becomes text."""
+
+    template: str | None = Field(None, description="thinking, a path to a .jinja file, or null: the tokenizer's own")
+    kwargs: dict[str, Any] = Field({}, description="template variables; a row's chat_template_kwargs win over them")
+    date: datetime.date = Field(datetime.date(2026, 1, 1), description="what the template sees as today")
+
+
+class Dataset(_Section):
+    """One source of conversations: a hub dataset (`id`) or local files (`path`)."""
+
+    name: str | None = Field(None, description="default: the split, or the file's name", pattern=r"^[A-Za-z0-9._-]+$")
+    id: str | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str = "main"
+    path: str | tuple[str, ...] | None = Field(None, description="JSONL or Parquet files (globs, .gz, .zst)")
+    columns: tuple[str, ...] | None = Field(None, description="keep only these columns")
+    format: SourceFormat = "auto"
+    weight: Annotated[float, Field(ge=0)] | None = Field(None, description="share of the rows kept; over 1 repeats rows")
+    num_rows: PositiveInt | None = Field(None, description="rows kept, instead of a weight")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Dataset:
+        if (self.id is None) == (self.path is None):
+            raise ValueError("give either id (a hub dataset) or path (local files)")
+        if self.weight is not None and self.num_rows is not None:
+            raise ValueError("give either weight or num_rows")
+        return self
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path or ()
+
+    @property
+    def source(self) -> str:
+        """The name by which everything else calls this source."""
+        if self.name:
+            return self.name
+        if self.id:
+            return self.split if self.split != "train" else self.id.split("/")[-1]
+        stem = Path(self.paths[0]).name.split(".")[0]
+        return "".join(c if c.isalnum() or c in "._-" else "_" for c in stem) or "files"
+
+
+class DatasetMixture(_Section):
+    """The sources, how much of each is trained on, and how prompts are held out."""
+
+    datasets: Annotated[tuple[Dataset, ...], Field(min_length=1)]
+    seed: int = 0
+    selection_share: Share = Field(0.02, description="share of prompts for decisions during training")
+    report_share: Share = Field(0.05, description="share of prompts for the scores that are reported")
+    max_rejected_share: Share = Field(0.05, description="a source with more bad rows than this fails")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DatasetMixture:
+        names = [dataset.source for dataset in self.datasets]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two datasets are called {twice[0]!r}; give each its own name")
+        if self.selection_share + self.report_share >= 1:
+            raise ValueError("selection_share + report_share leave nothing to train on; their sum must be under 1")
+        return self
+
+
+class Packing(_Section):
+    """How rows become packs of at most `max_length` tokens."""
+
+    packing_strategy: Literal["ffd", "none"] = "ffd"
+    max_length: PositiveInt = 2048
+    over_long: Literal["drop", "truncate", "error"] = Field("drop", description="what happens to rows over max_length")
+
+
+class Lora(_Section):
+    r: PositiveInt = 16
+    lora_alpha: PositiveInt = 32
+    lora_dropout: Share = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class Training(_Section):
+    """Hyper-parameters. Everything here is part of the checkpoint's identity."""
+
+    loss_scope: LossScope = Field("assistant", description="train on assistant turns, on the last one, or on all tokens")
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    warmup_ratio: Share = 0.03
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: PositiveInt | None = None
+    global_batch_size: PositiveInt = Field(8, description="packs an optimizer step, over all ranks")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    use_liger_kernel: bool = False
+    lora: Lora | None = None
+    seed: int = 42
+    extra: dict[str, Any] = Field({}, description="any other field of trl.SFTConfig")
+
+
+class Evaluation(_Section):
+    """What is scored: base and tuned model on the report split of each task."""
+
+    tasks: tuple[str, ...] | None = Field(None, description="source names; default: every source")
+    max_rows: PositiveInt = Field(250, description="unique report prompts scored for each task, at most")
+    min_report_rows: Annotated[int, Field(ge=0)] = Field(50, description="a task with fewer unique report prompts is an error")
+    max_new_tokens: PositiveInt = 256
+
+
+class Runtime(_Section):
+    """Where and how it runs. Never part of an identity: a change rebuilds nothing."""
+
+    store: str = "store"
+    num_processes: PositiveInt = Field(1, description="training ranks on this machine")
+    num_threads: PositiveInt | None = Field(None, description="CPU threads a rank; default: cores / ranks")
+    max_workers: PositiveInt = Field(2, description="flow tasks at a time on this machine")
+    eval_batch_size: PositiveInt = 32
+    save_steps: PositiveInt = Field(50, description="optimizer steps between checkpoints")
+    logging_steps: PositiveInt = 5
+    report_to: tuple[str, ...] = Field((), description="trackers of transformers.Trainer, for example wandb")
+
+
+class Recipe(_Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    model: Model
+    chat_template: ChatTemplate = ChatTemplate()
+    dataset_mixture: DatasetMixture
+    packing: Packing = Packing()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    runtime: Runtime = Runtime()
+    limit: PositiveInt | None = Field(None, description="only the first rows of each source: a smoke run")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        unknown = sorted(set(self.evaluation.tasks or ()) - set(self.sources))
+        if unknown:
+            raise ValueError(f"evaluation.tasks: found {unknown[0]!r}; it is not a source{_nearest(unknown[0], self.sources)}")
+        if self.training.global_batch_size % self.runtime.num_processes:
+            raise ValueError(
+                f"training.global_batch_size: found {self.training.global_batch_size}; it is a multiple of "
+                f"runtime.num_processes ({self.runtime.num_processes}), so that every rank gets as many packs"
+            )
+        if self.packing.max_length < 2:
+            raise ValueError("packing.max_length: found 1; a pack holds at least 2 tokens")
+        return self
+
+    @property
+    def sources(self) -> list[str]:
+        return [dataset.source for dataset in self.dataset_mixture.datasets]
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.evaluation.tasks if self.evaluation.tasks is not None else self.sources)
+
+    def dataset(self, source: str) -> Dataset:
+        return next(dataset for dataset in self.dataset_mixture.datasets if dataset.source == source)
+
+
+def read_yaml(text: str) -> dict[str, Any]:
+    """YAML 1.2 text as plain JSON-able data: `1e-5` is a number, a key that stands twice is an error."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        data = YAML(typ="safe", pure=True).load(io.StringIO(text))
+    except YAMLError as error:
+        raise ValueError(f"the recipe is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"a recipe is a mapping of sections; found {type(data).__name__}")
+    return json.loads(json.dumps(data, default=str))
+
+
+def parse_recipe(data: dict[str, Any]) -> Recipe:
+    """The typed recipe of plain data. Raises ValueError that lists every wrong key."""
+    try:
+        return Recipe.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        problems = error.errors()
+        # A list whose members are faulty is also called too short; that tells nobody anything.
+        told = [p for p in problems if p["type"] != "too_short" or not any(_is_inside(q, p) for q in problems)]
+        raise ValueError("\n".join(_explain(problem) for problem in told)) from None
+
+
+def load_recipe(path: str | Path, *, overrides: tuple[str, ...] = (), limit: int | None = None) -> Recipe:
+    """The recipe in a YAML file, with `key=value` overrides and a row limit applied.
+
+    Raises ValueError for a wrong key or value and FileNotFoundError for a missing file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe (looked in {Path.cwd()})")
+    return parse_recipe(override(read_yaml(path.read_text(encoding="utf-8")), overrides, limit))
+
+
+def override(data: dict[str, Any], overrides: tuple[str, ...], limit: int | None = None) -> dict[str, Any]:
+    """A copy of the data with `section.key=value` set (values are YAML; a source by its name or index).
+
+    >>> override({"training": {"seed": 1}}, ("training.learning_rate=1e-5",))
+    {'training': {'seed': 1, 'learning_rate': 1e-05}}
+    """
+    from ruamel.yaml import YAML
+
+    data = json.loads(json.dumps(data))
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set {text}: expected section.key=value, for example training.learning_rate=1e-5")
+        node: Any = data
+        *parents, last = key.strip().split(".")
+        for parent in parents:
+            node = _child(node, parent, text)
+        loaded = YAML(typ="safe", pure=True).load(io.StringIO(value)) if value.strip() else None
+        if isinstance(node, list):
+            raise ValueError(f"--set {text}: {parents[-1]} is a list; name the element and its key")
+        node[last] = json.loads(json.dumps(loaded, default=str))
+    if limit is not None:
+        data["limit"] = limit
+    return data
+
+
+def _child(node: Any, name: str, text: str) -> Any:
+    if isinstance(node, list):
+        for index, element in enumerate(node):
+            if name == str(index) or (isinstance(element, dict) and Dataset.model_construct(**element).source == name):
+                return element
+        raise ValueError(f"--set {text}: no element {name!r}; use a source's name or its index from 0")
+    if not isinstance(node, dict):
+        raise ValueError(f"--set {text}: {name!r} is below a value that holds no keys")
+    if node.get(name) is None:
+        node[name] = {}
+    return node[name]
+
+
+def _is_inside(problem: dict[str, Any], outer: dict[str, Any]) -> bool:
+    depth = len(outer["loc"])
+    return len(problem["loc"]) > depth and problem["loc"][:depth] == outer["loc"]
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    where, fields = _locate(problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_nearest(str(problem['loc'][-1]), fields)}"
+    if problem["type"] == "missing":
+        return f"{where}: missing; it has no default"
+    if problem["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: found {problem['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _locate(loc: tuple[str | int, ...]) -> tuple[str, list[str]]:
+    """The key in a user's words, and the names that are known where its last part stands."""
+    where, model = "", Recipe
+    fields = list(Recipe.model_fields)
+    for part in loc:
+        if isinstance(part, int):
+            where += f"[{part}]"
+            continue
+        if model is not None and part not in fields and part != loc[-1]:
+            continue  # the name of a union's member, not a key
+        where += f".{part}" if where else str(part)
+        fields = list(model.model_fields) if model is not None else []
+        field = model.model_fields.get(part) if model is not None else None
+        model = _section_of(field.annotation) if field is not None else None
+        if model is not None and part != loc[-1]:
+            fields = list(model.model_fields)
+    return where, fields
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"

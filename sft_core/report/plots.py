@@ -1,0 +1,79 @@
+"""Vega-Lite charts as plain dicts. Sees plain numbers only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"
+BASE_COLOUR, TUNED_COLOUR = "#9aa5b1", "#1f6feb"
+
+
+def loss_curve(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Training loss by step, thick for all sources together and thin for each."""
+    values = [{"step": e["step"], "loss": e["loss"], "source": "all"} for e in events]
+    values += [
+        {"step": e["step"], "loss": value, "source": name.removeprefix("loss/")}
+        for e in events
+        for name, value in e.items()
+        if name.startswith("loss/")
+    ]
+    return {
+        "$schema": _SCHEMA,
+        "width": 640,
+        "height": 300,
+        "data": {"values": values},
+        "mark": {"type": "line", "clip": True},
+        "encoding": {
+            "x": {"field": "step", "type": "quantitative", "title": "optimizer step"},
+            "y": {"field": "loss", "type": "quantitative", "title": "loss per trained token"},
+            "color": {"field": "source", "type": "nominal", "title": "source"},
+            "size": {"condition": {"test": "datum.source === 'all'", "value": 3}, "value": 1},
+            "opacity": {"condition": {"test": "datum.source === 'all'", "value": 1}, "value": 0.6},
+        },
+    }
+
+
+def base_to_tuned(rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """A line a task from the base score to the tuned one. rows: as the score table has them."""
+    values = [row for row in rows if row["metric"] == metric]
+    task = {"field": "task", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 300}}
+
+    def dots(field: str, colour: str) -> dict[str, Any]:
+        return {
+            "mark": {"type": "point", "filled": True, "size": 90, "color": colour, "tooltip": True},
+            "encoding": {"y": task, "x": {"field": field, "type": "quantitative"}},
+        }
+
+    return {
+        "$schema": _SCHEMA,
+        "width": 520,
+        "height": {"step": 22},
+        "data": {"values": values},
+        "layer": [
+            {
+                "mark": {"type": "rule", "strokeWidth": 2, "color": BASE_COLOUR},
+                "encoding": {
+                    "y": task,
+                    "x": {"field": "base", "type": "quantitative", "title": f"{metric.replace('_', ' ')}: base (grey) to tuned (blue)"},
+                    "x2": {"field": "tuned"},
+                },
+            },
+            dots("base", BASE_COLOUR),
+            dots("tuned", TUNED_COLOUR),
+        ],
+    }
+
+
+def bars(values: dict[str, float], *, x_title: str) -> dict[str, Any]:
+    """One horizontal bar a name."""
+    return {
+        "$schema": _SCHEMA,
+        "width": 520,
+        "height": {"step": 20},
+        "data": {"values": [{"name": name, "value": value} for name, value in values.items()]},
+        "mark": {"type": "bar", "tooltip": True, "color": TUNED_COLOUR},
+        "encoding": {
+            "y": {"field": "name", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 300}},
+            "x": {"field": "value", "type": "quantitative", "title": x_title},
+        },
+    }

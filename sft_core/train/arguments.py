@@ -1,0 +1,94 @@
+"""The recipe's training section as TRL's SFTConfig, and the check of `training.extra`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+# Set from the recipe or by what the pipeline guarantees; anything else of SFTConfig is free.
+OWNED = frozenset(
+    {
+        "average_tokens_across_devices", "activation_checkpointing", "assistant_only_loss", "bf16", "chat_template_path", "completion_only_loss",
+        "data_seed", "dataset_kwargs", "dataset_text_field", "dataset_num_proc", "ddp_backend", "ddp_find_unused_parameters", "disable_tqdm",
+        "eos_token", "eval_packing", "eval_strategy", "fp16", "gradient_accumulation_steps", "gradient_checkpointing",
+        "label_smoothing_factor", "learning_rate", "load_best_model_at_end", "logging_steps", "logging_strategy",
+        "loss_type", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_length", "max_steps",
+        "model_init_kwargs", "num_train_epochs", "output_dir", "packing", "packing_strategy", "pad_token",
+        "padding_free", "per_device_train_batch_size", "push_to_hub", "remove_unused_columns", "report_to",
+        "resume_from_checkpoint", "save_only_model", "save_steps", "save_strategy", "save_total_limit", "seed",
+        "shuffle_dataset", "train_sampling_strategy", "truncation_mode", "trust_remote_code", "use_cpu",
+        "use_liger_kernel", "warmup_ratio", "warmup_steps", "weight_decay",
+    }
+)  # fmt: skip
+
+
+def check_extra(extra: dict[str, Any]) -> None:
+    """Raises ValueError for a key that SFTConfig does not have or that the recipe owns, and for a wrong type."""
+    if not extra:
+        return
+    from pydantic import TypeAdapter, ValidationError
+    from trl import SFTConfig
+
+    fields = {field.name for field in dataclasses.fields(SFTConfig)}
+    hints = typing.get_type_hints(SFTConfig)
+    for name, value in extra.items():
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"training.extra.{name}: no field of trl.SFTConfig{hint}")
+        if name in OWNED:
+            raise ValueError(f"training.extra.{name}: set by the recipe's own keys or by the pipeline; remove it")
+        try:
+            TypeAdapter(hints[name]).validate_python(value, strict=not isinstance(value, str))
+        except ValidationError as error:
+            raise ValueError(
+                f"training.extra.{name}: found {value!r}; {error.errors()[0]['msg'].lower()}"
+            ) from None
+
+
+def training_arguments(
+    training: dict[str, Any], *, num_steps: int, world_size: int, staging: str, runtime: dict[str, Any]
+) -> SFTConfig:
+    """SFTConfig for one pack a micro-batch; accumulation follows from the global batch and the ranks."""
+    import torch
+    from trl import SFTConfig
+
+    on_cpu = not torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=staging,
+        max_steps=num_steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=training["global_batch_size"] // world_size,
+        average_tokens_across_devices=True,
+        learning_rate=training["learning_rate"],
+        lr_scheduler_type=training["lr_scheduler_type"],
+        lr_scheduler_kwargs=training["lr_scheduler_kwargs"] or None,
+        warmup_steps=math.ceil(training["warmup_ratio"] * num_steps),
+        weight_decay=training["weight_decay"],
+        max_grad_norm=training["max_grad_norm"],
+        bf16=training["bf16"],
+        activation_checkpointing=training["gradient_checkpointing"],
+        ddp_find_unused_parameters=False,
+        use_liger_kernel=training["use_liger_kernel"],
+        seed=training["seed"],
+        logging_steps=runtime["logging_steps"],
+        logging_first_step=True,
+        save_strategy="steps",
+        save_steps=runtime["save_steps"],
+        report_to=list(runtime["report_to"]) or "none",
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu else None,
+        dataloader_pin_memory=not on_cpu,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        packing=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        **training["extra"],
+    )

@@ -1,0 +1,58 @@
+"""Training checkpoints that are whole or absent: staged, digested, renamed; a torn one is never loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+_DIGESTS = "digests.json"
+
+
+def publish(staged: Path, folder: Path, *, keep: int) -> Path:
+    """Move a staged checkpoint-N into `folder` and remove all but the newest `keep`."""
+    digests = {str(path.relative_to(staged)): _sha256(path) for path in _files(staged)}
+    with (staged / _DIGESTS).open("w") as file:
+        json.dump(digests, file)
+        file.flush()
+        os.fsync(file.fileno())
+    folder.mkdir(parents=True, exist_ok=True)
+    published = folder / staged.name
+    if published.exists():
+        shutil.rmtree(published)
+    staged.rename(published)  # the digests are inside: a reader sees all of it or nothing
+    for old in numbered(folder)[:-keep]:
+        shutil.rmtree(old)
+    return published
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint whose bytes are those that were written; damaged ones are passed over, loudly."""
+    for checkpoint in reversed(numbered(folder)):
+        try:
+            digests = json.loads((checkpoint / _DIGESTS).read_text())
+            whole = all(_sha256(checkpoint / name) == digest for name, digest in digests.items())
+        except (OSError, ValueError):
+            whole = False
+        if whole:
+            return checkpoint
+        log.warning("checkpoint=%s is damaged and passed over", checkpoint.name)
+    return None
+
+
+def numbered(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _DIGESTS)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,67 @@
+"""Packs as model inputs: documents one after another, positions restarting, labels for trained tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sft_core.data.packing import PackPlan
+from sft_core.data.tokens import TokenRow, TokenShards
+from sft_core.train.schedule import EMPTY
+
+IGNORED = -100
+
+
+class PackCollator:
+    """Turns a slot of the schedule into one sequence of the pack's documents.
+
+    transformers isolates documents when positions restart at 0, no attention mask is given and no cache is
+    used; so no mask is given here. The first label of a document is ignored: nothing in it predicts it.
+    """
+
+    def __init__(self, plan: PackPlan, shards: Sequence[TokenShards]):
+        self._plan = plan
+        self._shards = shards
+
+    @classmethod
+    def open(cls, packs: Path, tokens: Sequence[Path]) -> PackCollator:
+        return cls(PackPlan.read(packs), [TokenShards(folder) for folder in tokens])
+
+    @property
+    def num_packs(self) -> int:
+        return len(self._plan)
+
+    def __call__(self, slots: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+        """input_ids, position_ids, labels, source: int64 tensors of shape (1, tokens)."""
+        documents: list[tuple[TokenRow, int]] = []
+        for slot in slots:
+            if slot["pack"] != EMPTY:
+                documents += self._documents(slot["pack"])
+        return collate(documents)
+
+    def _documents(self, pack: int) -> list[tuple[TokenRow, int]]:
+        plan, documents = self._plan, []
+        for entry in range(plan.offsets[pack], plan.offsets[pack + 1]):
+            source, length = int(plan.source[entry]), int(plan.num_tokens[entry])
+            row = self._shards[source][int(plan.row[entry])]
+            documents.append((TokenRow(row.input_ids[:length], row.trained[:length]), source))
+        return documents
+
+
+def collate(documents: list[tuple[TokenRow, int]]) -> dict[str, torch.Tensor]:
+    """One sequence of documents with their source numbers; without any, two tokens that train nothing."""
+    if not documents:
+        documents = [(TokenRow(np.zeros(2, np.int32), np.zeros(2, np.uint8)), 0)]
+    ids = np.concatenate([row.input_ids for row, _ in documents]).astype(np.int64)
+    trained = np.concatenate([np.concatenate([[0], row.trained[1:]]) for row, _ in documents])
+    lengths = [len(row.input_ids) for row, _ in documents]
+    columns = {
+        "input_ids": ids,
+        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+        "labels": np.where(trained == 1, ids, IGNORED),
+        "source": np.repeat([source for _, source in documents], lengths),
+    }
+    return {name: torch.from_numpy(values.astype(np.int64))[None] for name, values in columns.items()}

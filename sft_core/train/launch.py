@@ -1,0 +1,96 @@
+"""Start the training ranks, wait for them, and leave none behind."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft_core.train.lifetime import die_with_parent
+
+if TYPE_CHECKING:
+    from sft_core.store import Build
+
+
+def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str, Any]:
+    """Trains in a process group of its own and leaves model/ and logs/. Raises RuntimeError with the rank's error."""
+    runtime = build.runtime
+    num_threads = runtime.num_threads or max(1, (os.cpu_count() or 1) // runtime.num_processes)
+    (build.out / "logs").mkdir(exist_ok=True)
+    for stale in build.out.glob("error-rank*.txt"):
+        stale.unlink()
+    settings = {
+        **job,
+        "out": str(build.out.resolve()),
+        "packs": str(build.inputs["packs"].resolve()),
+        "tokens": [str(build.inputs[source].resolve()) for source in job["sources"]],
+        "runtime": {**runtime.model_dump(mode="json"), "num_threads": num_threads},
+    }
+    path = build.out / "logs" / "job.json"
+    path.write_text(json.dumps(settings, indent=1))
+    run_ranks(path, num_processes=runtime.num_processes, num_threads=num_threads, out=build.out)
+    for leftover in ("checkpoints", "staging"):
+        shutil.rmtree(build.out / leftover, ignore_errors=True)
+    (build.out / "trainer.lock").unlink(missing_ok=True)
+    events = [json.loads(line) for line in (build.out / "logs" / "log.jsonl").read_text().splitlines()]
+    return {"round": round, "steps": events[-1]["of"], "first_loss": events[0]["loss"], "last_loss": events[-1]["loss"]}
+
+
+def run_ranks(job: Path, *, num_processes: int, num_threads: int, out: Path) -> None:
+    """Runs the ranks under torchrun; their output goes to logs/train.log and to this process's own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(num_threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "TQDM_DISABLE": "1",
+        **({} if _has_gpu() else {"DS_ACCELERATOR": "cpu"}),
+    }
+    process = subprocess.Popen(
+        [*command, "-m", "sft_core.train.main", str(job)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+    tail: collections.deque[str] = collections.deque(maxlen=40)
+    try:
+        assert process.stdout is not None
+        with (out / "logs" / "train.log").open("a") as log:
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                print(line, end="", flush=True)
+                tail.append(line)
+        code = process.wait()
+    except BaseException:
+        _end(process)
+        raise
+    if code:
+        errors = [path.read_text() for path in sorted(out.glob("error-rank*.txt"))]
+        raise RuntimeError(f"training failed (exit code {code}):\n{errors[0] if errors else ''.join(tail)}")
+
+
+def _has_gpu() -> bool:
+    return shutil.which("nvidia-smi") is not None or Path("/dev/kfd").exists()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    except ProcessLookupError:
+        pass

@@ -1,0 +1,125 @@
+"""One training rank: `python -m torch.distributed.run ... -m sft_core.train.main JOB.json`.
+
+Reads shards and a plan, writes a checkpoint folder; knows neither the store nor the flow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from sft_core.train.lifetime import die_with_parent
+
+
+def main(job_path: Path) -> None:
+    die_with_parent()
+    job = json.loads(job_path.read_text())
+    out, rank = Path(job["out"]), int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
+    try:
+        with _alone(out) if rank == 0 else contextlib.nullcontext():
+            train(job, out)
+    except BaseException:
+        # The launcher shows this instead of its own and the other ranks' noise.
+        (out / f"error-rank{rank}.txt").write_text(traceback.format_exc())
+        raise
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Any:
+    """Raises RuntimeError when another trainer is at work in this folder."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(out / "trainer.lock")
+    try:
+        lock.acquire(timeout=60)
+    except Timeout:
+        raise RuntimeError(f"another trainer is at work in {out}; end it first") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def train(job: dict[str, Any], out: Path) -> None:
+    """Train to the end of the schedule, from the last whole checkpoint when there is one."""
+    import torch
+    from datasets import Dataset
+    from transformers.trainer_callback import PrinterCallback
+
+    from sft_core.train.arguments import training_arguments
+    from sft_core.train.checkpoints import latest
+    from sft_core.train.collate import PackCollator
+    from sft_core.train.model import load_model, save_checkpoint
+    from sft_core.train.schedule import step_packs
+    from sft_core.train.trainer import LogFile, PackTrainer, discard_staged
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    torch.set_num_threads(job["runtime"]["num_threads"])
+    training = job["training"]
+    model, tokenizer = load_model(**job["model"], tokenizer=job["tokenizer"], seed=training["seed"])
+    model.config.use_cache = False
+    collator = PackCollator.open(Path(job["packs"]), [Path(folder) for folder in job["tokens"]])
+    schedule = step_packs(
+        collator.num_packs,
+        global_batch_size=training["global_batch_size"],
+        num_epochs=training["num_train_epochs"],
+        max_steps=training["max_steps"],
+        seed=training["seed"],
+    )
+    staging = out / "staging"
+    if int(os.environ.get("RANK", "0")) == 0:
+        discard_staged(staging)
+    trainer = PackTrainer(
+        model=model,
+        args=training_arguments(
+            training, num_steps=len(schedule), world_size=world_size, staging=str(staging), runtime=job["runtime"]
+        ),
+        train_dataset=Dataset.from_dict({"pack": schedule.ravel()}),
+        data_collator=collator,
+        processing_class=tokenizer,
+        peft_config=_lora(training["lora"], model, job["tokenizer"]["add_special_tokens"], tokenizer),
+        callbacks=[LogFile(out / "logs" / "log.jsonl")],
+        sources=job["sources"],
+        folder=out / "checkpoints",
+    )
+    trainer.remove_callback(PrinterCallback)  # LogFile prints
+    checkpoint = latest(out / "checkpoints")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.accelerator.is_main_process:
+        save_checkpoint(
+            trainer.accelerator.unwrap_model(trainer.model), tokenizer, job["chat_template"], out / "model"
+        )
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def _lora(lora: dict[str, Any] | None, model: Any, added: list[str], tokenizer: Any) -> Any:
+    """PEFT's LoRA settings; the rows of added tokens are trained whole, for LoRA would leave them random."""
+    if lora is None:
+        return None
+    from peft import LoraConfig
+
+    extra: dict[str, Any] = {}
+    if added:
+        tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+        embedding, head = (names[id(m)] for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+        if tied:
+            extra["trainable_token_indices"] = {embedding: tokenizer.convert_tokens_to_ids(added)}
+        else:
+            extra["modules_to_save"] = [embedding, head]
+    target = lora["target_modules"]
+    return LoraConfig(
+        task_type="CAUSAL_LM", **{**lora, "target_modules": target if isinstance(target, str) else list(target)}, **extra
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

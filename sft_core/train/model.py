@@ -1,0 +1,84 @@
+"""Loading the start model, and saving a checkpoint that plain transformers loads."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from sft_core.data.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+
+def load_model(
+    *,
+    path: str | None,
+    revision: str | None,
+    config: dict[str, Any] | None,
+    dtype: str,
+    attn_implementation: str,
+    trust_remote_code: bool,
+    tokenizer: dict[str, Any],
+    seed: int,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The start model and its tokenizer, agreeing on size and end token.
+
+    With `config` the weights are random and a function of the seed; so are the rows of added tokens.
+    Weights are safetensors only. Raises OSError or ValueError for what cannot be loaded.
+    """
+    vocabulary = load_tokenizer(**tokenizer)
+    torch.manual_seed(seed)
+    options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "attn_implementation": attn_implementation}
+    if config is not None:
+        settings = dict(config)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+        )
+    rows = model.get_input_embeddings().num_embeddings
+    if len(vocabulary) > rows:
+        log.info("embedding grows from %d to %d rows", rows, len(vocabulary))
+        model.resize_token_embeddings(len(vocabulary), mean_resizing=config is None)
+    agree_on_special_tokens(model, vocabulary)
+    return model, vocabulary
+
+
+def agree_on_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The tokenizer's end token is the one at which the model stops, in its config and when it generates."""
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.bos_token_id is not None:
+        model.config.bos_token_id = tokenizer.bos_token_id
+    generation = model.generation_config or GenerationConfig()
+    known = generation.eos_token_id
+    others = [] if known is None else [known] if isinstance(known, int) else list(known)
+    stops = [tokenizer.eos_token_id, *(token for token in others if token != tokenizer.eos_token_id)]
+    generation.eos_token_id = stops[0] if len(stops) == 1 else stops
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.bos_token_id = model.config.bos_token_id
+    model.generation_config = generation
+
+
+def save_checkpoint(
+    model: Any, tokenizer: PreTrainedTokenizerFast, chat_template: str | None, folder: Path
+) -> None:
+    """A folder for AutoModelForCausalLM and AutoTokenizer, with the template that the rows were rendered with.
+
+    A LoRA model is merged into its base; the adapter by itself is kept under adapter/.
+    """
+    if hasattr(model, "merge_and_unload"):
+        model.save_pretrained(folder / "adapter")
+        model = model.merge_and_unload()
+    model.config.use_cache = True
+    model.save_pretrained(folder)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,103 @@
+"""TRL's SFTTrainer over a schedule of packs: exact loss over the global batch, its loss by source, whole checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTTrainer
+
+from sft_core.train import checkpoints
+from sft_core.train.loss import LossBySource, trained_token_nll
+
+KEEP_CHECKPOINTS = 2  # the newest, and one more in case that one is damaged
+
+
+class PackTrainer(SFTTrainer):
+    """The objective is L = -1/T * sum of log p over the T trained tokens of the global batch (all ranks, all
+    accumulated micro-batches), so that neither ranks nor accumulation change the result.
+
+    args.output_dir is where checkpoints are staged; whole ones are in `folder`.
+    """
+
+    def __init__(self, *, sources: list[str], folder: Path, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._sources = sources
+        self._folder = folder
+        self._loss_by_source = LossBySource(len(sources))
+        self._tokens_seen = 0
+        self._last_log = time.monotonic()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # the schedule is the order
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        assert num_items_in_batch is not None and not return_outputs
+        fused = inputs["input_ids"].device.type == "cuda"
+        nll_N, targets_N = trained_token_nll(model, inputs, fused_lm_head=fused)
+        self._loss_by_source.add(nll_N, inputs["source"][0, targets_N])
+        self._tokens_seen += inputs["input_ids"].numel()
+        # DDP averages over ranks, and num_items_in_batch counts all of them: the product restores the sum.
+        num_trained = torch.as_tensor(num_items_in_batch, device=nll_N.device).clamp(min=1)
+        return nll_N.sum() / num_trained * self.accelerator.num_processes
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            means, counts = self._loss_by_source.take(self._sum_over_ranks)
+            seconds = time.monotonic() - self._last_log
+            tokens = self._sum_over_ranks(torch.tensor([float(self._tokens_seen)], device=self.args.device)).item()
+            self._tokens_seen, self._last_log = 0, time.monotonic()
+            logs["tokens_per_s"] = round(tokens / seconds, 1)
+            logs["trained_tokens_per_s"] = round(sum(counts) / seconds, 1)
+            logs |= {f"loss/{name}": mean for name, mean, n in zip(self._sources, means, counts, strict=True) if n}
+        super().log(logs, start_time)
+
+    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values, reduction="sum")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Past SFTTrainer's own, which writes a model card for each checkpoint.
+        super(SFTTrainer, self)._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            staged = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            checkpoints.publish(staged, self._folder, keep=KEEP_CHECKPOINTS)
+        self.accelerator.wait_for_everyone()
+
+
+class LogFile(TrainerCallback):
+    """One JSON line a log event, on rank 0. A resumed run takes back what was logged after its checkpoint."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero and self._path.exists():
+            kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
+            rewritten = self._path.with_suffix(".tmp")
+            rewritten.write_text("".join(line + "\n" for line in kept))
+            rewritten.replace(self._path)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        if state.is_world_process_zero and "loss" in logs:
+            event = {"step": state.global_step, "of": state.max_steps, **logs}
+            with self._path.open("a") as file:
+                file.write(json.dumps(event) + "\n")
+            shown = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "trained_tokens_per_s")
+            values = " ".join(f"{name}={float(logs[name]):.4g}" for name in shown if name in logs)
+            print(f"step={state.global_step}/{state.max_steps} {values}", flush=True)
+
+
+def discard_staged(folder: Path) -> None:
+    """What a killed run left half-written."""
+    shutil.rmtree(folder, ignore_errors=True)

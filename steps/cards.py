@@ -1,0 +1,70 @@
+"""The pieces that cards are made of. What comes from data is escaped: a card shows text, it never runs it."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+MAX_CELL = 300
+
+
+def heading(text: str) -> Any:
+    from metaflow.cards import Markdown
+
+    return Markdown(f"## {_escaped(text)}")
+
+
+def facts(title: str, values: dict[str, Any]) -> list[Any]:
+    """A heading and a two-column table."""
+    return [heading(title), table(("", ""), list(values.items()))]
+
+
+def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Any:
+    from metaflow.cards import Table
+
+    return Table([[_cell(value) for value in row] for row in rows], headers=[_cell(name) for name in header])
+
+
+def chart(spec: dict[str, Any]) -> Any:
+    from metaflow.cards import VegaChart
+
+    return VegaChart(spec)
+
+
+def rejects(by_step: dict[str, dict[str, int]]) -> list[Any]:
+    """What was put aside, by step and reason; nothing when nothing was."""
+    rows = [(step, reason, count) for step, reasons in by_step.items() for reason, count in reasons.items()]
+    return [heading("Rejected rows"), table(("step", "reason", "rows"), rows)] if rows else []
+
+
+def sample_row(rendered: Path) -> list[Any]:
+    """The first rendered row, its trained part in bold between marks."""
+    from metaflow.cards import Markdown
+
+    with pq.ParquetFile(rendered / "rendered.parquet") as file:
+        row = next(file.iter_batches(batch_size=1)).to_pylist()[0]
+    text, spans, pieces, start = row["text"], row["spans"], [], 0
+    for begin, end in zip(spans[::2], spans[1::2], strict=True):
+        pieces += [_escaped(text[start:begin]), f"<b style='color:#1f6feb'>{_escaped(text[begin:end])}</b>"]
+        start = end
+    body = "".join([*pieces, _escaped(text[start:])])
+    style = "white-space:pre-wrap;font-family:monospace;font-size:13px"
+    return [heading("First row (trained part in blue)"), Markdown(f"<div style='{style}'>{body}</div>")]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return "-" if value is None else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    text = str(value)
+    return _escaped(text if len(text) <= MAX_CELL else text[:MAX_CELL] + " …")
+
+
+def _escaped(text: str) -> str:
+    return html.escape(text, quote=False)

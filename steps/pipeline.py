@@ -1,0 +1,50 @@
+"""What a run will do, before it does it: every output that a recipe leads to, and the checks that come first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sft_core.pins import PinnedRecipe, pin
+from sft_core.recipe import Recipe
+from sft_core.store import Located, Stage, Store
+from sft_core.train.arguments import check_extra
+from steps.evaluate import check_report_prompts, count_report_prompts
+from steps.report import REPORT
+
+
+def prepare(recipe: Recipe) -> PinnedRecipe:
+    """The recipe with its names resolved. Raises ValueError or OSError for what would fail later and cost more."""
+    check_extra(recipe.training.extra)
+    pinned = pin(recipe)
+    store = Store(recipe.runtime.store)
+    store.check_writable()
+    check_report_prompts(count_report_prompts(store, pinned), pinned)
+    return pinned
+
+
+def plan(store: Store, pinned: PinnedRecipe) -> list[Located]:
+    """Every output of the recipe, inputs before what reads them."""
+    found: dict[tuple[str, str], Located] = {}
+    seen: dict[Any, Any] = {}
+
+    def visit(stage: Stage, part: dict[str, Any]) -> None:
+        for needed, needed_part in stage.needs(pinned, part).values():
+            visit(needed, needed_part)
+        located = store.locate(stage, pinned, part, seen)
+        found.setdefault((stage.name, located.name), located)
+
+    visit(REPORT, {})
+    return sorted(found.values(), key=lambda located: ORDER.index(located.stage.name))
+
+
+ORDER = ["conversations", "rendered", "tokens", "mixture", "packed", "trained", "evaluated", "report"]
+
+
+def differences(before: Any, after: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, before, after) wherever two identities differ, keys joined by dots."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted({*before, *after}):
+            yield from differences(before.get(key), after.get(key), f"{where}.{key}" if where else str(key))
+    elif before != after:
+        yield where, before, after

@@ -1,0 +1,51 @@
+"""report: base → tuned for each task, and what thinking gains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sft_core.evaluate.summary import GAIN_HEADER, build_report
+from sft_core.pins import PinnedRecipe
+from sft_core.report.plots import base_to_tuned
+from sft_core.report.tables import HEADER, text_table
+from sft_core.store import Needs, Part, Ref, Stage, Store
+from steps.cards import chart, heading, table
+from steps.evaluate import EVALUATED, MODELS
+
+
+def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
+    return {
+        f"{model}.{task}": (EVALUATED, {"model": model, "task": task})
+        for task in pinned.recipe.tasks
+        for model in MODELS
+    }
+
+
+REPORT = Stage(
+    "report",
+    build_report,
+    section=lambda pinned, part: {"recipe": pinned.recipe.name, "tasks": pinned.recipe.tasks},
+    needs=_needs,
+)
+
+
+def card(store: Store, ref: Ref) -> list[Any]:
+    manifest = store.manifest(ref)
+    scores, gains = manifest["counts"]["scores"], manifest["counts"]["thinking"]
+    components = [heading(f"Scores of {manifest['identity']['section']['recipe']}")]
+    components.append(table(HEADER, [tuple(row.values()) for row in scores]))
+    components += [chart(base_to_tuned(scores, metric)) for metric in sorted({row["metric"] for row in scores})]
+    if gains:
+        components += [heading("What thinking gains"), table(GAIN_HEADER, [tuple(row.values()) for row in gains])]
+    return components
+
+
+def summary(scores: list[dict[str, Any]], gains: list[dict[str, Any]], checkpoint: str) -> str:
+    """What the run prints last."""
+    parts = [text_table(HEADER, [tuple(row.values()) for row in scores])]
+    if gains:
+        parts.append("What thinking gains (exact match, paired 95 % interval):")
+        parts.append(text_table(GAIN_HEADER, [tuple(row.values()) for row in gains]))
+    parts.append(f"checkpoint: {checkpoint}")
+    parts.append("cards: python flows/sft_flow.py card view report (or train, pack, mix, evaluate, tokenize)")
+    return "\n\n".join(["", *parts])

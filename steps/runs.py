@@ -1,0 +1,37 @@
+"""The flow's runs, as Metaflow recorded them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+FLOW = "SFTFlow"
+
+
+def last_attempt() -> str:
+    """The id of the newest run or resume, whatever became of it. Raises ValueError when there is none."""
+    return str(next(iter(_runs())).id)
+
+
+def last_finished() -> dict[str, Any]:
+    """What the newest finished run reports: scores, gains, checkpoint. Raises ValueError when there is none."""
+    for run in _runs():
+        if run.successful:
+            data = run["end"].task.data
+            return {"scores": data.scores, "gains": data.thinking, "checkpoint": data.checkpoint}
+    raise ValueError("no run has finished yet; start one with `python flows/sft_flow.py run`")
+
+
+def _runs() -> Any:
+    os.environ.setdefault("METAFLOW_USER", os.environ.get("USER") or "sft")
+    from metaflow import Flow, namespace
+    from metaflow.exception import MetaflowNotFound
+
+    namespace(None)
+    try:
+        runs = list(Flow(FLOW))
+    except MetaflowNotFound:
+        runs = []
+    if not runs:
+        raise ValueError("no run is recorded here; start one with `python flows/sft_flow.py run`")
+    return sorted(runs, key=lambda run: run.created_at, reverse=True)

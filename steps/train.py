@@ -1,0 +1,111 @@
+"""train: one round of training on the packs, in a process group of its own, with a live card."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sft_core.pins import PinnedRecipe
+from sft_core.report.plots import loss_curve
+from sft_core.store import Needs, Part, Ref, Stage, Store
+from sft_core.train.launch import build_trained
+from steps.cards import chart, facts
+from steps.pack import PACKED
+from steps.tokenize import TOKENS
+
+REFRESH_S = 3.0
+
+
+def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
+    training = pinned.recipe.training.model_dump(mode="json")
+    del training["loss_scope"]  # in the tokens already
+    job = {
+        "model": pinned.model_identity,
+        "tokenizer": pinned.tokenizer_identity,
+        "chat_template": pinned.pins["template"],
+        "training": training,
+        "sources": pinned.recipe.sources,
+    }
+    return {"job": job, "round": part["round"]}
+
+
+def _places(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
+    job = _section(pinned, part)["job"]
+    loaders = {"model": pinned.model_loader, "tokenizer": pinned.tokenizer_loader}
+    return {"job": {**job, **loaders, "chat_template": pinned.template_text}}
+
+
+def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
+    tokens: Needs = {source: (TOKENS, {"source": source}) for source in pinned.recipe.sources}
+    return {"packs": (PACKED, {}), **tokens}
+
+
+# The version stands for sft_core/train: raise it when a change there changes what is trained.
+TRAINED = Stage(
+    "trained",
+    build_trained,
+    section=_section,
+    places=_places,
+    needs=_needs,
+    version=1,
+    resumable=True,
+    verify_inputs=True,
+)
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """The log events so far; a line that is being written is left for the next look."""
+    path = folder / "logs" / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def card(folder: Path) -> list[Any]:
+    """The training so far, from its log."""
+    seen = events(folder)
+    if not seen:
+        return facts("Training", {"state": "starting"})
+    last = seen[-1]
+    speeds = [event["tokens_per_s"] for event in seen[1:] if "tokens_per_s" in event] or [last.get("tokens_per_s", 0.0)]
+    shown = {
+        "step": f"{last['step']} of {last['of']}",
+        "loss": f"{last['loss']:.4f}",
+        "gradient norm": f"{last.get('grad_norm', float('nan')):.3g}",
+        "learning rate": f"{last.get('learning_rate', 0.0):.3g}",
+        "tokens/s": f"{sum(speeds) / len(speeds):,.0f}",
+    }
+    return [*facts("Training", shown), chart(loss_curve(seen))]
+
+
+@contextlib.contextmanager
+def live_card(store: Store, pinned: PinnedRecipe, part: Part, live: Any) -> Iterator[None]:
+    """Redraws the task's card from the training log while the body runs. live: Metaflow's current.card."""
+    located = store.locate(TRAINED, pinned, part)
+    ended = threading.Event()
+
+    def redraw() -> None:
+        drawn = 0
+        while not ended.wait(REFRESH_S):
+            if located.ref is not None and len(seen := events(store.scratch(located.ref))) > drawn:
+                drawn = len(seen)
+                live.clear()
+                live.extend(card(store.scratch(located.ref)))
+                live.refresh({"drawn": time.time()})
+
+    thread = threading.Thread(target=redraw, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        live.clear()
