@@ -125,7 +125,9 @@ class SFTFlow(FlowSpec):
         from steps import evaluate
 
         self.task = self.input
-        self.evaluated = {model: self.ensure(evaluate.EVALUATED, model=model, task=self.task) for model in evaluate.MODELS}
+        self.evaluated = {
+            model: self.ensure(evaluate.EVALUATED, model=model, task=self.task) for model in evaluate.MODELS
+        }
         refs = {model: self.ref(address) for model, address in self.evaluated.items()}
         current.card.extend(evaluate.card(self.store, refs))
         self.next(self.report)

@@ -11,10 +11,11 @@ import ast
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 from pathlib import Path
+from typing import NamedTuple
 
 PROJECT_PACKAGES = ("steps", "sft_core")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def code_digest(module: str, libraries: tuple[str, ...] = ()) -> str:
@@ -24,7 +25,7 @@ def code_digest(module: str, libraries: tuple[str, ...] = ()) -> str:
     """
     digest = hashlib.sha256()
     for name in closure(module):
-        digest.update(f"{name}\0{_executed(_source(name))}\0".encode())
+        digest.update(f"{name}\0{_read(name).executed}\0".encode())
     for library in sorted(libraries):
         digest.update(f"{library}=={importlib.metadata.version(library)}\0".encode())
     return digest.hexdigest()
@@ -36,45 +37,54 @@ def closure(module: str) -> list[str]:
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        if name in found:
-            continue
-        found.add(name)
-        waiting.extend(_imports(_source(name), name))
+        if name not in found:
+            found.add(name)
+            waiting.extend(_read(name).imports)
     return sorted(found)
 
 
-def _source(module: str) -> Path:
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
+class _Module(NamedTuple):
+    executed: str  # the syntax tree without positions, comments and docstrings
+    imports: frozenset[str]
+
+
+def _read(module: str) -> _Module:
+    path = _path(module)
+    if path is None:
         raise ValueError(f"{module}: no such module")
-    return Path(spec.origin)
+    stat = path.stat()
+    return _parse(module, path, stat.st_mtime_ns, stat.st_size)
 
 
-def _parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+@functools.cache
+def _parse(module: str, path: Path, mtime_ns: int, size: int) -> _Module:
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    imports = frozenset(_imports(tree, module, is_package=path.name == "__init__.py"))
+    return _Module(ast.dump(_WithoutDocstrings().visit(tree)), imports)
 
 
-def _executed(path: Path) -> str:
-    """The module's syntax tree without positions, comments and docstrings."""
-    return ast.dump(_WithoutDocstrings().visit(_parse(path)))
+def _path(module: str) -> Path | None:
+    """The module's file, found without importing its package."""
+    base = ROOT.joinpath(*module.split("."))
+    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
 
 class _WithoutDocstrings(ast.NodeTransformer):
     def _strip(self, node: ast.AST) -> ast.AST:
         self.generic_visit(node)
         body = node.body  # type: ignore[attr-defined]
-        if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-            if isinstance(body[0].value.value, str):
-                node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
+        first = body[0].value if body and isinstance(body[0], ast.Expr) else None
+        if isinstance(first, ast.Constant) and isinstance(first.value, str):
+            node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
         return node
 
     visit_Module = visit_ClassDef = visit_FunctionDef = visit_AsyncFunctionDef = _strip  # noqa: N815
 
 
-def _imports(path: Path, module: str) -> set[str]:
+def _imports(tree: ast.Module, module: str, *, is_package: bool) -> set[str]:
     found: set[str] = set()
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    waiting: list[ast.AST] = [_parse(path)]
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
@@ -83,17 +93,17 @@ def _imports(path: Path, module: str) -> set[str]:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = package.split(".")
-                base = ".".join([*parents[: len(parents) - node.level + 1], *([base] if base else [])])
-            found.add(base)
-            found.update(f"{base}.{alias.name}" for alias in node.names)
+            base = (
+                [*package[: len(package) - node.level + 1], *filter(None, [node.module])]
+                if node.level
+                else [node.module]
+            )
+            found.update(".".join([*base, alias.name]) for alias in node.names)  # a module, or a name in one
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in _DYNAMIC:
             raise ValueError(f"{module}, line {node.lineno}: a dynamic import in a builder's code cannot be tracked")
         waiting.extend(ast.iter_child_nodes(node))
-    parts = (name for name in found if name.split(".")[0] in PROJECT_PACKAGES)
-    return {name for part in parts for name in _with_parents(part) if _is_module(name)}
+    ours = (name for name in found if name.split(".")[0] in PROJECT_PACKAGES)
+    return {part for name in ours for part in _with_parents(name) if _path(part) is not None}
 
 
 _DYNAMIC = ("__import__", "import_module", "importlib.import_module", "runpy.run_module", "runpy.run_path")
@@ -102,11 +112,3 @@ _DYNAMIC = ("__import__", "import_module", "importlib.import_module", "runpy.run
 def _with_parents(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-@functools.lru_cache(maxsize=None)
-def _is_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False

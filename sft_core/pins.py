@@ -189,5 +189,3 @@ def _digest_folder(folder: Path, key: str, *, weights: bool) -> str:
         if not files:
             raise FileNotFoundError(f"{key}: {folder} holds no tokenizer files (tokenizer.json)")
     return digest_files(sorted(files))
-
-

@@ -11,9 +11,12 @@ import difflib
 import io
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -32,7 +35,9 @@ class Model(_Section):
     model_revision: str = "main"
     config: dict[str, Any] | None = Field(None, description="a transformers config: weights from the training seed")
     tokenizer_name_or_path: str | None = Field(None, description="default: the model's own")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="the weights' dtype; bf16 autocast is training.bf16")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="the weights' dtype; bf16 autocast is training.bf16"
+    )
     attn_implementation: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
     add_special_tokens: tuple[str, ...] = Field((), description="tokens to add; the embedding grows with them")
@@ -72,7 +77,9 @@ class Dataset(_Section):
     path: str | tuple[str, ...] | None = Field(None, description="JSONL or Parquet files (globs, .gz, .zst)")
     columns: tuple[str, ...] | None = Field(None, description="keep only these columns")
     format: SourceFormat = "auto"
-    weight: Annotated[float, Field(ge=0)] | None = Field(None, description="share of the rows kept; over 1 repeats rows")
+    weight: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="share of the rows kept; over 1 repeats rows"
+    )
     num_rows: PositiveInt | None = Field(None, description="rows kept, instead of a weight")
 
     @model_validator(mode="after")
@@ -136,7 +143,9 @@ class Lora(_Section):
 class Training(_Section):
     """Hyper-parameters. Everything here is part of the checkpoint's identity."""
 
-    loss_scope: LossScope = Field("assistant", description="train on assistant turns, on the last one, or on all tokens")
+    loss_scope: LossScope = Field(
+        "assistant", description="train on assistant turns, on the last one, or on all tokens"
+    )
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     lr_scheduler_type: str = "cosine"
     lr_scheduler_kwargs: dict[str, Any] = {}
@@ -159,8 +168,11 @@ class Evaluation(_Section):
 
     tasks: tuple[str, ...] | None = Field(None, description="source names; default: every source")
     max_rows: PositiveInt = Field(250, description="unique report prompts scored for each task, at most")
-    min_report_rows: Annotated[int, Field(ge=0)] = Field(50, description="a task with fewer unique report prompts is an error")
+    min_report_rows: Annotated[int, Field(ge=0)] = Field(
+        50, description="a task with fewer unique report prompts is an error"
+    )
     max_new_tokens: PositiveInt = 256
+    max_new_tokens_by_task: dict[str, PositiveInt] = Field({}, description="where a task needs more or fewer")
 
 
 class Runtime(_Section):
@@ -189,9 +201,10 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        unknown = sorted(set(self.evaluation.tasks or ()) - set(self.sources))
-        if unknown:
-            raise ValueError(f"evaluation.tasks: found {unknown[0]!r}; it is not a source{_nearest(unknown[0], self.sources)}")
+        for key in ("tasks", "max_new_tokens_by_task"):
+            for name in getattr(self.evaluation, key) or ():
+                if name not in self.sources:
+                    raise ValueError(f"evaluation.{key}: found {name!r}; it is no source{_nearest(name, self.sources)}")
         if self.training.global_batch_size % self.runtime.num_processes:
             raise ValueError(
                 f"training.global_batch_size: found {self.training.global_batch_size}; it is a multiple of "
@@ -288,12 +301,12 @@ def _child(node: Any, name: str, text: str) -> Any:
     return node[name]
 
 
-def _is_inside(problem: dict[str, Any], outer: dict[str, Any]) -> bool:
+def _is_inside(problem: ErrorDetails, outer: ErrorDetails) -> bool:
     depth = len(outer["loc"])
     return len(problem["loc"]) > depth and problem["loc"][:depth] == outer["loc"]
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _explain(problem: ErrorDetails) -> str:
     where, fields = _locate(problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
@@ -307,7 +320,8 @@ def _explain(problem: dict[str, Any]) -> str:
 
 def _locate(loc: tuple[str | int, ...]) -> tuple[str, list[str]]:
     """The key in a user's words, and the names that are known where its last part stands."""
-    where, model = "", Recipe
+    where = ""
+    model: type[BaseModel] | None = Recipe
     fields = list(Recipe.model_fields)
     for part in loc:
         if isinstance(part, int):

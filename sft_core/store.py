@@ -59,10 +59,11 @@ class Build:
 class Stage:
     """One kind of output: how it is made, and what its identity is made of.
 
-    `section` gives the builder's keyword arguments from the recipe; they are the recipe's part of the identity.
-    `places` says where things are (paths, where the section has their digests); its values replace the section's
-    of that name for the builder and are no part of the identity. `needs` names the outputs it reads. `version` replaces the digest of the builder's code where a rename must
-    not cost days of training. The builder returns counts for the manifest: plain JSON, shown on cards.
+    `section` gives the builder's keyword arguments from the recipe: the recipe's part of the identity. `places`
+    says where things are (paths, where the section has digests); its values replace the section's of that name
+    for the builder and are no part of the identity. `needs` names the outputs it reads. `version` replaces the
+    digest of the builder's code where a rename must not cost days of training. The builder returns counts for
+    the manifest: plain JSON, shown on cards.
     """
 
     name: str
@@ -202,6 +203,7 @@ class Store:
             counts = stage.build(Build(out, inputs, pinned.recipe.runtime), **arguments)
             files = {str(path.relative_to(out)): _digest(path) for path in _files(out)}
             data = {name: entry["sha256"] for name, entry in files.items() if not name.startswith(LOGS)}
+            seconds = round(time.monotonic() - started, 3)
             manifest = {
                 "ref": list(ref),
                 "identity": located.identity,
@@ -210,7 +212,7 @@ class Store:
                 "files": files,
                 "counts": counts,
                 "inputs": {name: list(input_ref) for name, input_ref in refs.items() if input_ref},
-                "seconds": round(time.monotonic() - started, 3),
+                "seconds": seconds,
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "python": platform.python_version(),
             }
@@ -218,7 +220,7 @@ class Store:
             _write_synced(out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
             self.path(ref).parent.mkdir(parents=True, exist_ok=True)
             out.rename(self.path(ref))
-            self._journal(located, manifest["seconds"])
+            self._journal(located, seconds)
         except BaseException as error:
             if not stage.resumable:
                 shutil.rmtree(out, ignore_errors=True)
@@ -228,11 +230,13 @@ class Store:
                 ) from error
             error.add_note(f"while building {stage.name} {located.name} ({ref})")
             raise
-        log.info("stage=%s part=%s key=%s seconds=%.1f", stage.name, located.name, ref.key, manifest["seconds"])
+        log.info("stage=%s part=%s key=%s seconds=%.1f", stage.name, located.name, ref.key, seconds)
 
     def _journal(self, located: Located, seconds: float) -> None:
         """One line a build, appended whole, so that what was built when can be counted."""
-        line = json.dumps({"stage": located.stage.name, "part": located.part, "ref": str(located.ref), "seconds": seconds})
+        line = json.dumps(
+            {"stage": located.stage.name, "part": located.part, "ref": str(located.ref), "seconds": seconds}
+        )
         with (self.root / "builds.jsonl").open("a", encoding="utf-8") as journal:
             journal.write(line + "\n")
 

@@ -96,10 +96,7 @@ def explain(a: str, b: str, root: str) -> None:
     pairs = _recipe_identities(a, b) if Path(a).is_file() and Path(b).is_file() else _output_identities(a, b, root)
     told = False
     for name, before, after in pairs:
-        lines = [
-            f"  {key}: {_short(old)} -> {_short(new)}"
-            for key, old, new in pipeline.differences(before, after)
-        ]
+        lines = [f"  {key}: {_short(old)} -> {_short(new)}" for key, old, new in pipeline.differences(before, after)]
         if lines:
             click.echo("\n".join([name, *lines]))
             told = True

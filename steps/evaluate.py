@@ -11,7 +11,8 @@ from sft_core.data import splits
 from sft_core.data.conversations import canonical
 from sft_core.data.rejects import Rejected
 from sft_core.data.sources import list_files, read_files
-from sft_core.evaluate.tasks import build_evaluated, read_rows
+from sft_core.evaluate.rows import read_rows
+from sft_core.evaluate.tasks import build_evaluated
 from sft_core.pins import PinnedRecipe
 from sft_core.store import Needs, Part, Ref, Stage, Store
 from steps.cards import facts, table
@@ -33,7 +34,7 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
         "selection_share": recipe.dataset_mixture.selection_share,
         "report_share": recipe.dataset_mixture.report_share,
         "max_rows": recipe.evaluation.max_rows,
-        "max_new_tokens": recipe.evaluation.max_new_tokens,
+        "max_new_tokens": recipe.evaluation.max_new_tokens_by_task.get(part["task"], recipe.evaluation.max_new_tokens),
     }
 
 

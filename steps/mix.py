@@ -33,7 +33,17 @@ MIXTURE = Stage(
 
 def card(store: Store, ref: Ref) -> list[Any]:
     counts = store.manifest(ref)["counts"]
-    columns = ("rows", "train", "selection", "report", "without_trained_token", "weight", "kept", "tokens", "trained_tokens")
+    columns = (
+        "rows",
+        "train",
+        "selection",
+        "report",
+        "without_trained_token",
+        "weight",
+        "kept",
+        "tokens",
+        "trained_tokens",
+    )
     sources = counts["sources"]
     return [
         *facts("Mixture", {"rows": counts["rows"], "tokens": counts["tokens"], "sources": len(sources)}),

@@ -57,7 +57,9 @@ def write_recipe(model: str, data: tuple[str, ...], output: Path) -> None:
     datasets = ""
     for source in data:
         key = "path" if is_local(source) or "*" in source or source.count("/") != 1 else "id"
-        datasets += f"    - {key}: {json.dumps(source)}\n      weight: 1.0             # share of the rows; over 1 repeats\n"
+        datasets += (
+            f"    - {key}: {json.dumps(source)}\n      weight: 1.0             # share of the rows; over 1 repeats\n"
+        )
     text = _RECIPE.format(
         output=output,
         name="".join(c if c.isalnum() or c in "._-" else "-" for c in output.name.removesuffix(".yaml")),

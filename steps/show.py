@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
+from sft_core.data.shards import TokenShards
 from sft_core.data.tokenizer import control_tokens, load_tokenizer
-from sft_core.data.tokens import TokenShards
 from sft_core.pins import pin
 from sft_core.recipe import load_recipe
 from sft_core.store import Store
@@ -37,7 +37,7 @@ def show_row(recipe: str, source: str, row: int, overrides: tuple[str, ...], lim
         while end < len(ids) and end - start < 8 and "\ufffd" in tokenizer.decode(ids[start:end]):
             end += 1
         style = TRAINED if trained[start] else MASKED
-        text.append(tokenizer.decode(ids[start:end]), f"{style} {CONTROL}" if ids[start] in control else style)
+        text.append(str(tokenizer.decode(ids[start:end])), f"{style} {CONTROL}" if ids[start] in control else style)
         start = end
     console = Console(highlight=False, soft_wrap=True)
     console.print(text)

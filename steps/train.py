@@ -12,7 +12,7 @@ from typing import Any
 
 from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import loss_curve
-from sft_core.store import Needs, Part, Ref, Stage, Store
+from sft_core.store import Needs, Part, Stage, Store
 from sft_core.train.launch import build_trained
 from steps.cards import chart, facts
 from steps.pack import PACKED

@@ -137,7 +137,7 @@ def _message(raw: Any, index: int) -> dict[str, Any]:
     where = f"messages[{index}]"
     if not isinstance(raw, dict):
         raise Rejected("invalid_message", f"{where} is not an object")
-    role = _ROLE_NAMES.get(raw.get("role")) if isinstance(raw.get("role"), str) else None
+    role = _ROLE_NAMES.get(str(raw.get("role")))
     if role not in ROLES:
         raise Rejected("unknown_role", f"{where}.role: found {raw.get('role')!r}; known: {', '.join(ROLES)}")
     message: dict[str, Any] = {"role": role, "content": _content(raw.get("content"), where)}

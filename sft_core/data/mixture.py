@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_core.data import splits
-from sft_core.data.tokens import read_index
+from sft_core.data.shards import read_index
 
 if TYPE_CHECKING:
     from sft_core.store import Build
@@ -72,7 +72,9 @@ def build_mixture(
     return {"rows": len(table), "tokens": int(mixture[2].sum()), "sources": counts}
 
 
-def sample_rows(num_available: int, *, weight: float | None, num_rows: int | None, rng: np.random.Generator) -> np.ndarray:
+def sample_rows(
+    num_available: int, *, weight: float | None, num_rows: int | None, rng: np.random.Generator
+) -> np.ndarray:
     """Indices into the available rows: int64, shape (kept,), every row at most once more often than any other.
 
     With a weight, int(num_available * weight) of them; with num_rows, exactly that many (none of an empty source).

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft_core.data.tokens import TokenShards
+from sft_core.data.shards import TokenShards
 
 if TYPE_CHECKING:
     from sft_core.store import Build
@@ -69,7 +69,13 @@ def build_packs(
     truncated = np.intersect1d(too_long, kept)
     dropped = np.setdiff1d(too_long, kept)
     if len(too_long):
-        log.warning("over_long=%d dropped=%d truncated=%d max_length=%d", len(too_long), len(dropped), len(truncated), max_length)
+        log.warning(
+            "over_long=%d dropped=%d truncated=%d max_length=%d",
+            len(too_long),
+            len(dropped),
+            len(truncated),
+            max_length,
+        )
     return {
         "packs": num_packs,
         "documents": len(kept),
@@ -82,7 +88,11 @@ def build_packs(
 
 
 def _by_source(numbers: np.ndarray, sources: list[str]) -> dict[str, int]:
-    return {name: count for name, count in zip(sources, np.bincount(numbers, minlength=len(sources)).tolist(), strict=True) if count}
+    return {
+        name: count
+        for name, count in zip(sources, np.bincount(numbers, minlength=len(sources)).tolist(), strict=True)
+        if count
+    }
 
 
 def truncated_length(trained: np.ndarray, max_length: int, *, whole_turns: bool) -> int:
@@ -147,4 +157,5 @@ class PackPlan:
         table = pq.read_table(folder / "packs.parquet")
         pack = table["pack"].to_numpy()
         offsets = np.searchsorted(pack, np.arange(int(pack[-1]) + 2))
-        return cls(*(table[name].to_numpy() for name in ("source", "row", "num_tokens")), offsets)
+        source, row, num_tokens = (table[name].to_numpy() for name in ("source", "row", "num_tokens"))
+        return cls(source, row, num_tokens, offsets)

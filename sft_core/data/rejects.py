@@ -28,14 +28,18 @@ class Rejects:
         self._file = self._path.open("w", encoding="utf-8")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     def add(self, where: str, fault: Rejected) -> None:
         self._counts[fault.reason] += 1
         # A detail can quote a lone surrogate, which is no character and cannot be written.
         detail = str(fault).encode("utf-8", "backslashreplace").decode()
-        self._file.write(json.dumps({"where": where, "reason": fault.reason, "detail": detail}, ensure_ascii=False) + "\n")
+        self._file.write(
+            json.dumps({"where": where, "reason": fault.reason, "detail": detail}, ensure_ascii=False) + "\n"
+        )
         if len(self._examples) < 3:
             self._examples.append(f"  {where}: {fault.reason}: {detail}")
 

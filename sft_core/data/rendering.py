@@ -7,6 +7,7 @@ writes when it is served. Both ends come out of rendering the conversation up to
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,11 @@ from tqdm import tqdm
 
 from sft_core.data.rejects import Rejected, Rejects
 from sft_core.data.templates import ChatTemplate, TemplateError
-from sft_core.data.tokenizer import chat_template, control_pattern, control_tokens, load_tokenizer
+from sft_core.data.tokenizer import control_pattern, control_tokens, load_tokenizer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from sft_core.store import Build
 
 RENDERED = pa.schema(
@@ -159,6 +162,22 @@ def _unused(text: str) -> str:
         if sentinel not in text:
             return sentinel
     raise Rejected("reserved_characters", "the row holds every noncharacter from U+FDD0 to U+FDEF")
+
+
+def chat_template(
+    tokenizer: PreTrainedTokenizerFast, *, source: str | None, kwargs: dict[str, Any], date: str
+) -> ChatTemplate:
+    """The template text `source`, or the tokenizer's own. Raises ValueError when there is none."""
+    source = source or tokenizer.chat_template
+    if not source:
+        raise ValueError(
+            f"chat_template.template: {tokenizer.name_or_path} has no chat template of its own; "
+            "set chat_template.template to thinking or to a .jinja file"
+        )
+    if isinstance(source, dict):
+        source = source["default"]
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    return ChatTemplate(source, special, datetime.date.fromisoformat(date), kwargs)
 
 
 def build_rendered(

@@ -158,7 +158,7 @@ def _decompressed(path: Path) -> BinaryIO:
     if path.suffix == ".zst":
         import zstandard
 
-        return io.BufferedReader(zstandard.open(path, "rb"))  # type: ignore[return-value]
+        return io.BufferedReader(zstandard.open(path, "rb"))
     return path.open("rb")
 
 

@@ -10,7 +10,7 @@ import json
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -96,7 +96,7 @@ def compile_template(source: str) -> jinja2.Template:
 class GenerationTag(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}` marks what is trained; here its body is only rendered."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (Jinja declares it on the instance)
 
     def parse(self, parser: Any) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -146,7 +146,9 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
-def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+def _tojson(
+    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     # Jinja's own filter escapes <, > and & for HTML: `<b>` in a tool's schema would train as `\u003cb\u003e`.
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

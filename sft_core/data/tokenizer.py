@@ -5,13 +5,10 @@ Invariant: a control token's id comes from the template alone, never from what a
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
 import re
 from typing import TYPE_CHECKING, Any
-
-from sft_core.data.templates import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,23 +36,7 @@ def load_tokenizer(
         raise ValueError(f"{path}: has no end token; set model.eos_token to the one that ends an assistant turn")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def chat_template(
-    tokenizer: PreTrainedTokenizerFast, *, source: str | None, kwargs: dict[str, Any], date: str
-) -> ChatTemplate:
-    """The template text `source`, or the tokenizer's own. Raises ValueError when there is none."""
-    source = source or tokenizer.chat_template
-    if not source:
-        raise ValueError(
-            f"chat_template.template: {tokenizer.name_or_path} has no chat template of its own; "
-            "set chat_template.template to thinking or to a .jinja file"
-        )
-    if isinstance(source, dict):
-        source = source["default"]
-    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    return ChatTemplate(source, special, datetime.date.fromisoformat(date), kwargs)
+    return tokenizer  # type: ignore[return-value]
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Token shards: int32 ids and a trained mask for each row, in Arrow files that training maps into memory.
+"""Rendered rows as token shards.
 
 Invariant: a mask changes only where a piece ends, and pieces are encoded one by one, so no token straddles
 the border between what is trained and what is not.
@@ -7,9 +7,8 @@ the border between what is trained and what is not.
 from __future__ import annotations
 
 import bisect
-import dataclasses
+import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,22 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from sft_core.data.shards import INDEX, TOKENS, TokenRow
 from sft_core.data.tokenizer import Literals, PieceEncoder, load_tokenizer
 
 if TYPE_CHECKING:
     from sft_core.store import Build
 
 ROWS_A_SHARD = 20_000
-TOKENS = pa.schema([("input_ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.uint8()))])
-INDEX = pa.schema(
-    [
-        ("row_id", pa.string()),
-        ("prompt_hash", pa.uint64()),
-        ("answer", pa.string()),
-        ("num_tokens", pa.int32()),
-        ("num_trained", pa.int32()),
-    ]
-)
 
 
 def build_tokens(build: Build, *, tokenizer: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +37,10 @@ def build_tokens(build: Build, *, tokenizer: dict[str, Any]) -> dict[str, Any]:
     ):
         batches = source.iter_batches(batch_size=2000)
         for number, group in enumerate(_grouped(batches, ROWS_A_SHARD)):
-            with pa.OSFile(str(build.out / f"tokens-{number:05}.arrow"), "wb") as file, pa.ipc.new_file(file, TOKENS) as shard:
+            with (
+                pa.OSFile(str(build.out / f"tokens-{number:05}.arrow"), "wb") as file,
+                pa.ipc.new_file(file, TOKENS) as shard,
+            ):
                 for batch in group:
                     rows = batch.to_pylist()
                     encoded = encode_rows(encoder, rows)
@@ -58,12 +51,6 @@ def build_tokens(build: Build, *, tokenizer: dict[str, Any]) -> dict[str, Any]:
                     progress.update(len(rows))
         num_rows = source.metadata.num_rows
     return {"rows": num_rows, "tokens": num_tokens, "trained_tokens": num_trained}
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenRow:
-    input_ids: np.ndarray  # int32, shape (tokens,)
-    trained: np.ndarray  # uint8, shape (tokens,): 1 where the token is a target
 
 
 def encode_rows(encoder: PieceEncoder, rows: list[dict[str, Any]]) -> list[TokenRow]:
@@ -94,7 +81,7 @@ def _cut(text: str, spans: list[int], literals: list[int]) -> Iterator[tuple[str
     """The text's pieces in order, with the literals inside each and whether it is trained."""
     starts, ends = spans[::2], spans[1::2]
     borders = sorted({0, len(text), *spans})
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in itertools.pairwise(borders):
         inside = [
             (begin - start, stop - start)
             for begin, stop in zip(literals[::2], literals[1::2], strict=True)
@@ -136,35 +123,3 @@ def _as_index(rows: list[dict[str, Any]], encoded: list[TokenRow]) -> pa.Table:
         },
         schema=INDEX,
     )
-
-
-def read_index(folder: Path) -> pa.Table:
-    """The index of a source's shards: one row for each token row, in order."""
-    return pq.read_table(folder / "index.parquet")
-
-
-class TokenShards:
-    """Rows of one source's shards by number, mapped and not copied."""
-
-    def __init__(self, folder: Path):
-        self._batches: list[pa.RecordBatch] = []
-        for path in sorted(folder.glob("tokens-*.arrow")):
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            self._batches += [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        self._ends = np.cumsum([batch.num_rows for batch in self._batches]).tolist()
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __getitem__(self, row: int) -> TokenRow:
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        number = bisect.bisect_right(self._ends, row)
-        batch = self._batches[number]
-        local = row - (self._ends[number] - batch.num_rows)
-        return TokenRow(*(_values(batch.column(column), local) for column in (0, 1)))
-
-
-def _values(column: pa.ListArray, row: int) -> np.ndarray:
-    start, end = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
-    return column.values.to_numpy(zero_copy_only=True)[start:end]

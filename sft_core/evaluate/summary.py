@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from sft_core.evaluate.metrics import paired_gain
-from sft_core.evaluate.tasks import read_rows
+from sft_core.evaluate.rows import read_rows
 from sft_core.report.tables import HEADER, markdown_table, score_rows
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,25 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_core.data import splits
-from sft_core.data.tokens import TokenRow, TokenShards, read_index
-from sft_core.evaluate.metrics import Score, exact_match, mean_score, token_loss
+from sft_core.data.shards import TokenRow, TokenShards, read_index
+from sft_core.evaluate.metrics import exact_match
+from sft_core.evaluate.rows import ROWS, scores
 
 if TYPE_CHECKING:
     from sft_core.store import Build
 
 TOKENS_A_FORWARD = 2048
-ROWS = pa.schema(
-    [
-        ("row_id", pa.string()),
-        ("prompt_hash", pa.uint64()),
-        ("nll", pa.float64()),
-        ("num_trained", pa.int32()),
-        ("answer", pa.string()),
-        ("output", pa.string()),
-        ("correct", pa.bool_()),
-        ("cut_off", pa.bool_()),
-    ]
-)
 
 
 def report_rows(index: pa.Table, *, selection_share: float, report_share: float, max_rows: int) -> np.ndarray:
@@ -42,7 +30,7 @@ def report_rows(index: pa.Table, *, selection_share: float, report_share: float,
     hashes = index["prompt_hash"].to_numpy()
     split = splits.assign(hashes, selection_share=selection_share, report_share=report_share)
     candidates = np.flatnonzero((split == splits.REPORT) & (index["num_trained"].to_numpy() > 0))
-    unique, first = np.unique(hashes[candidates], return_index=True)
+    _, first = np.unique(hashes[candidates], return_index=True)
     return candidates[first][:max_rows]
 
 
@@ -58,7 +46,7 @@ def build_evaluated(
     max_rows: int,
     max_new_tokens: int,
 ) -> dict[str, Any]:
-    """Writes scores.json, and rows.parquet: each report row with its loss, the generated answer and whether that is right.
+    """Writes scores.json, and rows.parquet with each row's loss, generated answer and whether that is right.
 
     model: how to load the start model; None scores the trained one. Raises ValueError for a task without rows.
     """
@@ -75,10 +63,15 @@ def build_evaluated(
         folder = str(build.inputs["trained"] / "model")
         loader: dict[str, Any] = {"path": folder, "revision": None, "config": None}
         tokenizer = {**tokenizer, "path": folder, "revision": None, "add_special_tokens": []}
-        model = {**loader, "dtype": "auto", "attn_implementation": "sdpa", "trust_remote_code": tokenizer["trust_remote_code"]}
+        model = {
+            **loader,
+            "dtype": "auto",
+            "attn_implementation": "sdpa",
+            "trust_remote_code": tokenizer["trust_remote_code"],
+        }
     network, vocabulary = load_model(**model, tokenizer=tokenizer, seed=seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = network.to(device).eval()
+    network.to(device).eval()  # type: ignore[arg-type]
     shards = TokenShards(build.inputs["tokens"])
     token_rows = [shards[int(row)] for row in rows]
     answers = [index["answer"][int(row)].as_py() for row in rows]
@@ -105,15 +98,6 @@ def build_evaluated(
     found = [dataclasses.asdict(score) for score in scores(table)]
     (build.out / "scores.json").write_text(json.dumps(found, indent=1) + "\n")
     return {"rows": len(rows), "scores": found}
-
-
-def scores(table: pa.Table) -> list[Score]:
-    """Loss over all rows, and exact match over those that have an answer."""
-    found = [token_loss(table["nll"].to_numpy(), table["num_trained"].to_numpy())]
-    correct = table["correct"].drop_null()
-    if len(correct):
-        found.append(mean_score("exact_match", correct.to_numpy(zero_copy_only=False).astype(float)))
-    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +153,7 @@ def row_losses(model: Any, rows: list[TokenRow]) -> np.ndarray:
     sums = np.zeros(len(rows))
     group: list[int] = []
     with torch.inference_mode():
-        for number, row in enumerate(rows):
+        for number in range(len(rows)):
             group.append(number)
             room = TOKENS_A_FORWARD - sum(len(rows[member].input_ids) for member in group)
             if number + 1 == len(rows) or len(rows[number + 1].input_ids) > room:
@@ -185,7 +169,3 @@ def row_losses(model: Any, rows: list[TokenRow]) -> np.ndarray:
 
 def _num_targets(row: TokenRow) -> int:
     return int(row.trained[1:].sum())  # the first token of a document is never a target
-
-
-def read_rows(folder: Path) -> pa.Table:
-    return pq.read_table(folder / "rows.parquet")

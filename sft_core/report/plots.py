@@ -54,7 +54,11 @@ def base_to_tuned(rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
                 "mark": {"type": "rule", "strokeWidth": 2, "color": BASE_COLOUR},
                 "encoding": {
                     "y": task,
-                    "x": {"field": "base", "type": "quantitative", "title": f"{metric.replace('_', ' ')}: base (grey) to tuned (blue)"},
+                    "x": {
+                        "field": "base",
+                        "type": "quantitative",
+                        "title": f"{metric.replace('_', ' ')}: base (grey) to tuned (blue)",
+                    },
                     "x2": {"field": "tuned"},
                 },
             },

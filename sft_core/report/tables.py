@@ -34,9 +34,14 @@ def text_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     """Columns aligned by width: words to the left, numbers to the right."""
     cells = [header, *(tuple(_cell(value) for value in row) for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    numeric = [all(isinstance(row[column], (int, float)) or row[column] is None for row in rows) for column in range(len(header))]
+    numeric = [
+        all(isinstance(row[column], (int, float)) or row[column] is None for row in rows)
+        for column in range(len(header))
+    ]
     lines = [
-        "  ".join(cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True)).rstrip()
+        "  ".join(
+            cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
         for row in cells
     ]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

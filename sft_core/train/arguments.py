@@ -14,16 +14,18 @@ if TYPE_CHECKING:
 # Set from the recipe or by what the pipeline guarantees; anything else of SFTConfig is free.
 OWNED = frozenset(
     {
-        "average_tokens_across_devices", "activation_checkpointing", "assistant_only_loss", "bf16", "chat_template_path", "completion_only_loss",
-        "data_seed", "dataset_kwargs", "dataset_text_field", "dataset_num_proc", "ddp_backend", "ddp_find_unused_parameters", "disable_tqdm",
-        "eos_token", "eval_packing", "eval_strategy", "fp16", "gradient_accumulation_steps", "gradient_checkpointing",
-        "label_smoothing_factor", "learning_rate", "load_best_model_at_end", "logging_steps", "logging_strategy",
-        "loss_type", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_length", "max_steps",
-        "model_init_kwargs", "num_train_epochs", "output_dir", "packing", "packing_strategy", "pad_token",
-        "padding_free", "per_device_train_batch_size", "push_to_hub", "remove_unused_columns", "report_to",
-        "resume_from_checkpoint", "save_only_model", "save_steps", "save_strategy", "save_total_limit", "seed",
-        "shuffle_dataset", "train_sampling_strategy", "truncation_mode", "trust_remote_code", "use_cpu",
-        "use_liger_kernel", "warmup_ratio", "warmup_steps", "weight_decay",
+        "activation_checkpointing", "assistant_only_loss", "average_tokens_across_devices", "bf16",
+        "chat_template_path", "completion_only_loss", "data_seed", "dataset_kwargs", "dataset_num_proc",
+        "dataset_text_field", "ddp_backend", "ddp_find_unused_parameters", "disable_tqdm", "eos_token",
+        "eval_packing", "eval_strategy", "fp16", "gradient_accumulation_steps", "gradient_checkpointing",
+        "label_smoothing_factor", "learning_rate", "load_best_model_at_end", "logging_steps",
+        "logging_strategy", "loss_type", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm",
+        "max_length", "max_steps", "model_init_kwargs", "num_train_epochs", "output_dir", "packing",
+        "packing_strategy", "pad_token", "padding_free", "per_device_train_batch_size", "push_to_hub",
+        "remove_unused_columns", "report_to", "resume_from_checkpoint", "save_only_model", "save_steps",
+        "save_strategy", "save_total_limit", "seed", "shuffle_dataset", "train_sampling_strategy",
+        "truncation_mode", "trust_remote_code", "use_cpu", "use_liger_kernel", "warmup_ratio", "warmup_steps",
+        "weight_decay",
     }
 )  # fmt: skip
 
@@ -47,9 +49,7 @@ def check_extra(extra: dict[str, Any]) -> None:
         try:
             TypeAdapter(hints[name]).validate_python(value, strict=not isinstance(value, str))
         except ValidationError as error:
-            raise ValueError(
-                f"training.extra.{name}: found {value!r}; {error.errors()[0]['msg'].lower()}"
-            ) from None
+            raise ValueError(f"training.extra.{name}: found {value!r}; {error.errors()[0]['msg'].lower()}") from None
 
 
 def training_arguments(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sft_core.data.packing import PackPlan
-from sft_core.data.tokens import TokenRow, TokenShards
+from sft_core.data.shards import TokenRow, TokenShards
 from sft_core.train.schedule import EMPTY
 
 IGNORED = -100

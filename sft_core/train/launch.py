@@ -48,6 +48,7 @@ def run_ranks(job: Path, *, num_processes: int, num_threads: int, out: Path) -> 
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait cost a shared machine most of its speed
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "TQDM_DISABLE": "1",

@@ -93,9 +93,7 @@ def train(job: dict[str, Any], out: Path) -> None:
     checkpoint = latest(out / "checkpoints")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.accelerator.is_main_process:
-        save_checkpoint(
-            trainer.accelerator.unwrap_model(trainer.model), tokenizer, job["chat_template"], out / "model"
-        )
+        save_checkpoint(trainer.accelerator.unwrap_model(trainer.model), tokenizer, job["chat_template"], out / "model")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
@@ -117,7 +115,9 @@ def _lora(lora: dict[str, Any] | None, model: Any, added: list[str], tokenizer: 
             extra["modules_to_save"] = [embedding, head]
     target = lora["target_modules"]
     return LoraConfig(
-        task_type="CAUSAL_LM", **{**lora, "target_modules": target if isinstance(target, str) else list(target)}, **extra
+        task_type="CAUSAL_LM",
+        **{**lora, "target_modules": target if isinstance(target, str) else list(target)},
+        **extra,
     )
 
 

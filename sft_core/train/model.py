@@ -38,10 +38,12 @@ def load_model(
     options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "attn_implementation": attn_implementation}
     if config is not None:
         settings = dict(config)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), **options)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(settings.pop("model_type"), **settings), **options
+        )
     else:
         model = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+            str(path), revision=revision, use_safetensors=True, trust_remote_code=trust_remote_code, **options
         )
     rows = model.get_input_embeddings().num_embeddings
     if len(vocabulary) > rows:
@@ -67,9 +69,7 @@ def agree_on_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     model.generation_config = generation
 
 
-def save_checkpoint(
-    model: Any, tokenizer: PreTrainedTokenizerFast, chat_template: str | None, folder: Path
-) -> None:
+def save_checkpoint(model: Any, tokenizer: PreTrainedTokenizerFast, chat_template: str | None, folder: Path) -> None:
     """A folder for AutoModelForCausalLM and AutoTokenizer, with the template that the rows were rendered with.
 
     A LoRA model is merged into its base; the adapter by itself is kept under adapter/.

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer over a schedule of packs: exact loss over the global batch, its loss by source, whole checkpoints."""
+"""TRL's SFTTrainer over a schedule of packs: exact loss over the global batch, whole checkpoints."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class PackTrainer(SFTTrainer):
         self._last_log = time.monotonic()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # the schedule is the order
+        assert self.train_dataset is not None
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # the schedule is the order
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -68,7 +69,7 @@ class PackTrainer(SFTTrainer):
         super(SFTTrainer, self)._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            staged = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            staged = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             checkpoints.publish(staged, self._folder, keep=KEEP_CHECKPOINTS)
         self.accelerator.wait_for_everyone()
 
@@ -81,14 +82,15 @@ class LogFile(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
+            kept = [
+                line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step
+            ]
             rewritten = self._path.with_suffix(".tmp")
             rewritten.write_text("".join(line + "\n" for line in kept))
             rewritten.replace(self._path)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
         if state.is_world_process_zero and "loss" in logs:
             event = {"step": state.global_step, "of": state.max_steps, **logs}
             with self._path.open("a") as file:

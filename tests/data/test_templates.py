@@ -143,9 +143,7 @@ def render(source, messages=HELLO, kwargs=None):
 
 
 def test_strftime_now_sees_the_frozen_date():
-    source = (
-        "{% macro day() %}{{ strftime_now('%d %B %Y') }}{% endmacro %}{{ day() }} {{ strftime_now('%H') }}"
-    )
+    source = "{% macro day() %}{{ strftime_now('%d %B %Y') }}{% endmacro %}{{ day() }} {{ strftime_now('%H') }}"
     assert render(source) == "09 July 2024 00"
     assert ChatTemplate(source, {}, datetime.date(2031, 1, 2)).render(HELLO) == "02 January 2031 00"
 
@@ -202,8 +200,7 @@ def test_generation_tag_renders_its_body_and_keeps_its_scope():
 
 def test_dict_is_a_function_without_the_types_methods():
     assert (
-        render("{{ dict(a=1) }} {{ dict.fromkeys('a', 1) }} {{ dict.update is defined }}")
-        == "{'a': 1} " * 2 + "False"
+        render("{{ dict(a=1) }} {{ dict.fromkeys('a', 1) }} {{ dict.update is defined }}") == "{'a': 1} " * 2 + "False"
     )
 
 
@@ -250,7 +247,5 @@ def test_render_sandbox_refuses(source):
 def test_import_needs_neither_transformers_nor_torch():
     code = "import sys, sft_core.data.templates; print({'transformers', 'torch', 'numpy'} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    out = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"

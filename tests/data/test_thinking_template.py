@@ -77,9 +77,7 @@ def test_mode_no_think_puts_the_empty_block_before_every_assistant_turn():
     assert text == 2 * (turn("user", "Hello") + turn("assistant", EMPTY_BLOCK + "Hi."))
 
 
-@pytest.mark.parametrize(
-    ("flag", "kwarg", "empty_block"), [("/think", False, ""), ("/no_think", True, EMPTY_BLOCK)]
-)
+@pytest.mark.parametrize(("flag", "kwarg", "empty_block"), [("/think", False, ""), ("/no_think", True, EMPTY_BLOCK)])
 def test_mode_flag_overrides_the_kwarg_and_is_removed(flag, kwarg, empty_block):
     text = bare([system(f"Be brief. {flag}"), USER], enable_thinking=kwarg, add_generation_prompt=True)
     expected = turn("system", "Be brief.") + turn("user", "Hello") + "<|im_start|>assistant\n" + empty_block
@@ -119,9 +117,7 @@ def test_flag_is_removed_only_as_a_whole_word(text, kept):
 
 def test_flag_in_other_messages_is_text():
     messages = [{"role": "user", "content": "/no_think"}, system("/no_think"), ANSWER]
-    assert bare(messages) == turn("user", "/no_think") + turn("system", "/no_think") + turn(
-        "assistant", "Hi."
-    )
+    assert bare(messages) == turn("user", "/no_think") + turn("system", "/no_think") + turn("assistant", "Hi.")
 
 
 words = st.sampled_from(["/think", "/no_think", "/system_override", "/think.", "a/think", "x", "/thinking"])
@@ -141,9 +137,7 @@ def test_flag_removal_keeps_every_other_word(pairs):
 
 
 def test_header_shows_date_mode_and_default_instructions():
-    expected = (
-        "Today: 09 July 2024\nReasoning mode: /no_think\n\nHelp the user with accurate and clear answers."
-    )
+    expected = "Today: 09 July 2024\nReasoning mode: /no_think\n\nHelp the user with accurate and clear answers."
     assert render([USER], enable_thinking=False) == turn("system", expected) + turn("user", "Hello")
 
 
@@ -178,9 +172,7 @@ def test_header_false_does_not_depend_on_the_date():
 def test_system_override_leaves_only_the_system_text():
     messages = [system("Exactly\nthis. /system_override /no_think"), USER]
     text = render(messages, tools=[WEATHER], knowledge_cutoff="June 2024", add_generation_prompt=True)
-    expected = (
-        turn("system", "Exactly\nthis.") + turn("user", "Hello") + "<|im_start|>assistant\n" + EMPTY_BLOCK
-    )
+    expected = turn("system", "Exactly\nthis.") + turn("user", "Hello") + "<|im_start|>assistant\n" + EMPTY_BLOCK
     assert text == expected
     assert render([system("/system_override"), USER]) == turn("user", "Hello")
 
@@ -204,9 +196,7 @@ def test_tools_xml_are_one_json_line_each_never_a_python_repr(options):
     assert '<tool_call>\n{"name":' in text
 
 
-@pytest.mark.parametrize(
-    "options", [{"tools": [WRAPPED], "tool_style": "python"}, {"python_tools": [WEATHER]}]
-)
+@pytest.mark.parametrize("options", [{"tools": [WRAPPED], "tool_style": "python"}, {"python_tools": [WEATHER]}])
 def test_tools_python_are_signatures_with_docstrings(options):
     text = bare([USER], **options)
     source = re.search(r"<tools>\n(.*)\n</tools>", text, re.DOTALL)[1]
@@ -335,14 +325,10 @@ def test_reasoning_empty_is_none(reasoning):
     assert bare([message], enable_thinking=False) == turn("assistant", EMPTY_BLOCK + "Hi.")
 
 
-@pytest.mark.parametrize(
-    "content", [EMPTY_BLOCK + "Hi.", "<think>\nA\n</think>\n\nHi.", "\n<think></think>Hi."]
-)
+@pytest.mark.parametrize("content", [EMPTY_BLOCK + "Hi.", "<think>\nA\n</think>\n\nHi.", "\n<think></think>Hi."])
 @pytest.mark.parametrize("think", [True, False])
 def test_empty_block_is_never_doubled(content, think):
-    assert bare([{"role": "assistant", "content": content}], enable_thinking=think) == turn(
-        "assistant", content
-    )
+    assert bare([{"role": "assistant", "content": content}], enable_thinking=think) == turn("assistant", content)
 
 
 def test_generation_prompt_ends_where_the_model_starts():
@@ -368,9 +354,7 @@ texts = st.one_of(
     st.text(max_size=8),
 )
 contents = st.one_of(texts, st.none(), texts.map(lambda text: [{"type": "text", "text": text}] * 2))
-calls = st.lists(
-    st.sampled_from([CALL, {"name": "ping"}, {"name": "f", "arguments": {"x": 1.5}}]), max_size=2
-)
+calls = st.lists(st.sampled_from([CALL, {"name": "ping"}, {"name": "f", "arguments": {"x": 1.5}}]), max_size=2)
 
 
 @st.composite

@@ -1,0 +1,38 @@
+# Everything a user types. Only Python 3.11+ and a package index are needed.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup run test lint bench smollm2 clean
+
+help:  ## this list
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+setup: $(READY)  ## make .venv and install into it
+
+run: setup  ## the quickstart: data to scores in a few minutes
+	$(BIN)/python flows/sft_flow.py run
+
+test: setup  ## the tests
+	$(BIN)/python -m pytest
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## the benchmarks, each against what one would use instead
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+smollm2: setup  ## weights and data of configs/smollm2-135m.yaml, without a hub
+	$(BIN)/python configs/smollm2/get_model.py
+	$(BIN)/python configs/smollm2/get_data.py
+
+clean:  ## remove .venv; the store and the runs stay
+	rm -rf .venv
