@@ -1,4 +1,5 @@
-"""The pieces that cards are made of. What comes from data is escaped: a card shows text, it never runs it."""
+"""The pieces that cards are made of. A card shows what comes from data as text: Table does so by itself, and what
+goes into Markdown is escaped."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ MAX_CELL = 300
 def heading(text: str) -> Any:
     from metaflow.cards import Markdown
 
-    return Markdown(f"## {_escaped(text)}")
+    return Markdown(f"<h2>{_escaped(text)}</h2>")
 
 
 def facts(title: str, values: dict[str, Any]) -> list[Any]:
@@ -41,7 +42,7 @@ def rejects(by_step: dict[str, dict[str, int]]) -> list[Any]:
 
 
 def sample_row(rendered: Path) -> list[Any]:
-    """The first rendered row, its trained part in bold between marks."""
+    """The first rendered row, its trained part bold and blue."""
     from metaflow.cards import Markdown
 
     with pq.ParquetFile(rendered / "rendered.parquet") as file:
@@ -63,8 +64,9 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
     text = str(value)
-    return _escaped(text if len(text) <= MAX_CELL else text[:MAX_CELL] + " …")
+    return text if len(text) <= MAX_CELL else text[:MAX_CELL] + " …"
 
 
 def _escaped(text: str) -> str:
-    return html.escape(text, quote=False)
+    # An empty line would end the HTML block, and Markdown would read on.
+    return html.escape(text, quote=False).replace("\n", "&#10;")

@@ -33,17 +33,7 @@ MIXTURE = Stage(
 
 def card(store: Store, ref: Ref) -> list[Any]:
     counts = store.manifest(ref)["counts"]
-    columns = (
-        "rows",
-        "train",
-        "selection",
-        "report",
-        "without_trained_token",
-        "weight",
-        "kept",
-        "tokens",
-        "trained_tokens",
-    )
+    columns = ("train", "selection", "report", "weight", "kept", "tokens", "trained_tokens")
     sources = counts["sources"]
     return [
         *facts("Mixture", {"rows": counts["rows"], "tokens": counts["tokens"], "sources": len(sources)}),

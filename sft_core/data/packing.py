@@ -11,7 +11,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -115,29 +114,10 @@ def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """
     if len(lengths) and (lengths.min() < 1 or lengths.max() > capacity):
         raise ValueError(f"lengths: found {lengths.min()} to {lengths.max()}; each is 1 to {capacity}")
+    from sft_core.data.first_fit import first_fit  # compiles, so only where it is used
+
     order = np.argsort(-lengths, kind="stable")
-    return _first_fit(lengths.astype(np.int64), order, capacity)
-
-
-@numba.njit(cache=True)
-def _first_fit(lengths: np.ndarray, order: np.ndarray, capacity: int) -> np.ndarray:
-    leaves = 1
-    while leaves < len(lengths):
-        leaves *= 2
-    free = np.full(2 * leaves, capacity, np.int64)  # free[node]: the most free space of any pack below it
-    pack = np.empty(len(lengths), np.int64)
-    for index in order:
-        node = 1
-        while node < leaves:
-            node *= 2
-            if free[node] < lengths[index]:
-                node += 1
-        pack[index] = node - leaves
-        free[node] -= lengths[index]
-        while node > 1:
-            node //= 2
-            free[node] = max(free[2 * node], free[2 * node + 1])
-    return pack
+    return first_fit(lengths.astype(np.int64), order, capacity)
 
 
 @dataclasses.dataclass(frozen=True)

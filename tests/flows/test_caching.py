@@ -1,0 +1,75 @@
+"""What a change rebuilds, counted in the real flow."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tests.flows.conftest import DATA, RECIPE, ROOT, Project, names
+
+BRANCH = ("conversations", "rendered", "tokens")
+TRAINED_ON = {
+    "trained 0": 1,
+    "evaluated tuned checksum_think": 1,
+    "report": 1,
+}
+MIXED_ON = {"mixture": 1, "packed": 1, **TRAINED_ON}
+
+
+def changed(project: Project, *arguments: str, recipe: dict | None = None) -> dict[str, int]:
+    """What a run with a change builds."""
+    before = len(project.builds())
+    if recipe is not None:
+        project.write(recipe, "changed.yaml")
+    project.run("run", *arguments, recipe="changed.yaml" if recipe else "recipe.yaml")
+    return dict(names(project.builds()[before:]))
+
+
+def test_first_run_builds_everything_once_and_prints_the_table(finished: Project) -> None:
+    branches = {f"{stage} {source}": 1 for stage in BRANCH for source in ("checksum_think", "checksum_no_think")}
+    first = names(finished.builds()[: len(branches) + len(MIXED_ON) + 1])
+    assert dict(first) == {**branches, **MIXED_ON, "evaluated base checksum_think": 1}
+    assert "exact_match" in finished.first_output
+    scores = json.loads(finished.sft("scores", "--json"))
+    assert {row["metric"] for row in scores} == {"loss", "exact_match"}
+    assert set(scores[0]) == {"task", "metric", "n", "base", "tuned", "stderr"}
+
+
+def test_second_run_and_runtime_changes_build_nothing(finished: Project) -> None:
+    recipe = copy.deepcopy(RECIPE)
+    recipe["runtime"] |= {"save_steps": 3, "eval_batch_size": 3, "logging_steps": 2}
+    assert changed(finished, recipe=recipe) == {}
+
+
+def test_learning_rate_rebuilds_training_and_on(finished: Project) -> None:
+    assert changed(finished, "--set", "training.learning_rate=2e-3") == TRAINED_ON
+
+
+def test_weight_and_one_more_source_rebuild_the_mixture_and_on_but_no_tokens(finished: Project) -> None:
+    recipe = copy.deepcopy(RECIPE)
+    recipe["dataset_mixture"]["datasets"][0]["weight"] = 0.5
+    assert changed(finished, recipe=recipe) == MIXED_ON
+    recipe["dataset_mixture"]["datasets"].append({"name": "copy", "path": str(DATA / "copy_no_think.jsonl")})
+    assert changed(finished, recipe=recipe) == {**{f"{stage} copy": 1 for stage in BRANCH}, **MIXED_ON}
+
+
+@pytest.fixture
+def copied(finished: Project, tmp_path: Path) -> Project:
+    """The same project, with code of its own to change."""
+    for name in ("flows", "steps", "sft_core", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.jsonl"))
+    return Project(finished.folder, tmp_path)
+
+
+def test_changed_module_rebuilds_its_stage_and_a_comment_nothing(copied: Project) -> None:
+    module = copied.source / "sft_core" / "data" / "mixture.py"
+    module.write_text("# A comment changes nothing.\n" + module.read_text())
+    assert changed(copied) == {}
+    text = module.read_text()
+    assert '"weight": source["weight"],' in text
+    module.write_text(text.replace('"weight": source["weight"],', '"weight": source["weight"], "extra": 1,'))
+    # The counts changed and the rows did not: nothing after the mixture is made again.
+    assert changed(copied) == {"mixture": 1}

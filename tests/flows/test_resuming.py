@@ -1,0 +1,100 @@
+"""Killed runs go on where they were; two runs on one store do not get in each other's way."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.flows.conftest import RECIPE, TIMEOUT_S, Project, names
+
+STEPS = 400
+
+
+def processes(project: Project, text: str) -> list[int]:
+    """Processes at work in the project's folder whose command line holds the text."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            inside = entry.name.isdigit() and (entry / "cwd").readlink() == project.folder.resolve()
+            if inside and text in (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"):
+                found.append(int(entry.name))
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+def wait_until(condition, what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {TIMEOUT_S} s for {what}"
+        time.sleep(0.05)
+
+
+def logged_steps(project: Project) -> list[int]:
+    paths = list(project.store.glob("**/log.jsonl"))
+    return [json.loads(line)["step"] for line in paths[0].read_text().splitlines()] if paths else []
+
+
+def checkpoint_steps(project: Project) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in project.store.glob(".partial/*/checkpoints/checkpoint-*"))
+
+
+def test_killed_trainer_and_killed_flow_resume_from_the_last_checkpoint(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    recipe = copy.deepcopy(RECIPE)
+    recipe["training"]["max_steps"] = STEPS
+    recipe["runtime"] |= {"save_steps": 20, "logging_steps": 1}
+    project.write(recipe)
+
+    flow = project.start(project.command("run"))
+    wait_until(lambda: len(checkpoint_steps(project)) > 0, "a checkpoint")
+    trainers = processes(project, "sft_core.train.main")
+    assert trainers, "a trainer is at work"
+    for trainer in trainers:
+        os.kill(trainer, signal.SIGKILL)
+    assert flow.wait(TIMEOUT_S) != 0, "the run says that it failed"
+    first_reached = checkpoint_steps(project)[-1]
+    assert first_reached < STEPS
+
+    # The scheduler alone is killed: its task and trainer must not live on.
+    resumed = project.start([sys.executable, "-m", "steps.cli", "resume"])
+    wait_until(lambda: checkpoint_steps(project)[-1] > first_reached, "a checkpoint of the resumed run")
+    for scheduler in processes(project, "sft_flow.py resume"):
+        os.kill(scheduler, signal.SIGKILL)
+    resumed.wait(TIMEOUT_S)
+    wait_until(lambda: not processes(project, "sft_core.train.main"), "the orphaned trainer to end")
+    second_reached = checkpoint_steps(project)[-1]
+    assert first_reached < second_reached < STEPS
+
+    output = project.sft("resume")
+    assert "exact_match" in output
+    assert max(names(project.builds()).values()) == 1, "no step built its output again"
+    steps = logged_steps(project)
+    assert steps == list(range(1, STEPS + 1)), "each step is logged once: training went on"
+    log = (next(project.store.glob("trained/*/logs/train.log"))).read_text()
+    starts = [int(line.split("=")[1].split("/")[0]) for line in log.splitlines() if line.startswith("step=")]
+    again = len(starts) - len(set(starts))
+    assert again <= 2 * 20, f"{again} steps were computed again, at most one interval a kill"
+
+
+def test_two_runs_on_one_store_both_finish_and_build_each_output_once(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    project.write(RECIPE)
+    runs = [project.start(project.command("run"), log=f"log{number}.txt") for number in (1, 2)]
+    try:
+        codes = [run.wait(TIMEOUT_S) for run in runs]
+    except subprocess.TimeoutExpired:
+        for run in runs:
+            os.killpg(run.pid, signal.SIGKILL)
+        raise
+    logs = [(tmp_path / f"log{number}.txt").read_text() for number in (1, 2)]
+    assert codes == [0, 0], logs[0][-2000:] + logs[1][-2000:]
+    counted = names(project.builds())
+    assert counted["trained 0"] == 1
+    assert max(counted.values()) == 1
