@@ -8,6 +8,7 @@ Runs the quickstart first when its outputs are not there yet. Prints a table, an
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RUNS = 3
-EMPTY_FLOW = '''
+EMPTY_FLOW = """
 from metaflow import FlowSpec, card, current, step
 from metaflow.cards import Markdown
 
@@ -74,7 +75,7 @@ class EmptyFlow(FlowSpec):
 
 if __name__ == "__main__":
     EmptyFlow()
-'''
+"""
 
 
 def main() -> None:
@@ -86,13 +87,16 @@ def main() -> None:
     timed(flow, ROOT)  # the first fills the store
     with tempfile.TemporaryDirectory() as folder:
         empty = Path(folder) / "empty_flow.py"
-        empty.write_text(EMPTY_FLOW.replace("{sources}", str(len(recipe.sources))).replace("{tasks}", str(len(recipe.tasks))))
+        shape = {"{sources}": len(recipe.sources), "{tasks}": len(recipe.tasks)}
+        empty.write_text(functools.reduce(lambda text, name: text.replace(name, str(shape[name])), shape, EMPTY_FLOW))
         # In turn, so that a machine whose speed drifts is fair to both.
         pairs = [(timed(flow, ROOT), timed([sys.executable, str(empty), "run"], Path(folder))) for _ in range(RUNS)]
     warm, nothing = (sorted(pair[side] for pair in pairs)[RUNS // 2] for side in (0, 1))
     rows = [("quickstart, all in the store", warm), ("empty flow of its shape", nothing)]
     print(text_table(("flow", f"seconds (median of {RUNS})"), rows))
-    print(json.dumps({"warm_run_s": round(warm, 1), "empty_flow_s": round(nothing, 1), "ratio": round(warm / nothing, 2)}))
+    print(
+        json.dumps({"warm_run_s": round(warm, 1), "empty_flow_s": round(nothing, 1), "ratio": round(warm / nothing, 2)})
+    )
 
 
 def timed(command: list[str], folder: Path) -> float:

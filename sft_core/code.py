@@ -34,7 +34,7 @@ def code_digest(module: str, libraries: tuple[str, ...] = ()) -> str:
 def closure(module: str) -> list[str]:
     """The project modules that `module` can execute, itself included, sorted by name."""
     found: set[str] = set()
-    waiting = [module]
+    waiting = [module, *(name for name in _with_parents(module) if _path(name))]
     while waiting:
         name = waiting.pop()
         if name not in found:
@@ -99,14 +99,24 @@ def _imports(tree: ast.Module, module: str, *, is_package: bool) -> set[str]:
                 else [node.module]
             )
             found.update(".".join([*base, alias.name]) for alias in node.names)  # a module, or a name in one
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in _DYNAMIC:
-            raise ValueError(f"{module}, line {node.lineno}: a dynamic import in a builder's code cannot be tracked")
+        if _DYNAMIC.intersection(_names(node)):
+            line = getattr(node, "lineno", "?")
+            raise ValueError(f"{module}, line {line}: a dynamic import in a builder's code cannot be tracked")
         waiting.extend(ast.iter_child_nodes(node))
     ours = (name for name in found if name.split(".")[0] in PROJECT_PACKAGES)
     return {part for name in ours for part in _with_parents(name) if _path(part) is not None}
 
 
-_DYNAMIC = ("__import__", "import_module", "importlib.import_module", "runpy.run_module", "runpy.run_path")
+_DYNAMIC = frozenset({"__import__", "import_module", "run_module", "run_path"})
+
+
+def _names(node: ast.AST) -> list[str]:
+    """What the node itself refers to by name, under whatever other name it is imported."""
+    if isinstance(node, ast.Name):
+        return [node.id]
+    if isinstance(node, ast.Attribute):
+        return [node.attr]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
 
 
 def _with_parents(name: str) -> list[str]:

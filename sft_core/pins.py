@@ -43,7 +43,7 @@ class PinnedRecipe:
     def tokenizer_loader(self) -> dict[str, Any]:
         model = self.recipe.model
         return {
-            "path": model.tokenizer,
+            "path": os.path.expanduser(model.tokenizer),
             "revision": None if is_local(model.tokenizer) else self.pins["tokenizer"],
             "add_special_tokens": list(model.add_special_tokens),
             "eos_token": model.eos_token,
@@ -65,7 +65,7 @@ class PinnedRecipe:
         model = self.recipe.model
         name = model.model_name_or_path
         return {
-            "path": name,
+            "path": None if name is None else os.path.expanduser(name),
             "revision": None if name is None or is_local(name) else self.pins["model"],
             "config": model.config,
             "dtype": model.dtype,
@@ -142,7 +142,7 @@ def resolve_commit(kind: str, id: str, revision: str) -> str:
     if _COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     api = HfApi()
     ask = api.dataset_info if kind == "dataset" else api.model_info
@@ -155,7 +155,7 @@ def resolve_commit(kind: str, id: str, revision: str) -> str:
     except RepositoryNotFoundError:
         hint = "if it is a local folder, it does not exist" if kind == "model" else "for local files use path"
         raise Unresolved(f"{kind} {id}: the hub knows no such {kind} (private ones need HF_TOKEN); {hint}") from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:  # HTTPError: the hub client's library's, no OSError
         raise Unresolved(
             f"{kind} {id}: the hub cannot be reached to resolve revision {revision!r} "
             f"({type(error).__name__}: {error}); write a full commit as the revision to work without asking"
@@ -180,8 +180,10 @@ def _digest_folder(folder: Path, key: str, *, weights: bool) -> str:
     if not folder.is_dir():
         raise FileNotFoundError(f"{key}: found {str(folder)!r}; no such folder (looked in {Path.cwd()})")
     if weights:
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{key}: {folder} holds no config.json, which says what the model is")
         files = [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
-        if len(files) < 2:
+        if not any(path.suffix == ".safetensors" for path in files):
             others = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
             raise FileNotFoundError(f"{key}: {folder} holds no .safetensors weights, the only kind we load ({others})")
     else:

@@ -6,6 +6,7 @@ alignment-handbook and TRL where those have one.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import difflib
 import io
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 LossScope = Literal["assistant", "completion", "all"]
+RESERVED = ("mixture", "packs")  # stages read these beside the sources, by name
 SourceFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Model(_Section):
@@ -74,7 +76,9 @@ class Dataset(_Section):
     config: str | None = None
     split: str = "train"
     revision: str = "main"
-    path: str | tuple[str, ...] | None = Field(None, description="JSONL or Parquet files (globs, .gz, .zst)")
+    path: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None, description="JSONL or Parquet files (globs, .gz, .zst)"
+    )
     columns: tuple[str, ...] | None = Field(None, description="keep only these columns")
     format: SourceFormat = "auto"
     weight: Annotated[float, Field(ge=0)] | None = Field(
@@ -120,6 +124,8 @@ class DatasetMixture(_Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two datasets are called {twice[0]!r}; give each its own name")
+        if reserved := sorted({*names}.intersection(RESERVED)):
+            raise ValueError(f"a dataset is called {reserved[0]!r}, as an output of the flow is; give it another name")
         if self.selection_share + self.report_share >= 1:
             raise ValueError("selection_share + report_share leave nothing to train on; their sum must be under 1")
         return self
@@ -166,7 +172,9 @@ class Training(_Section):
 class Evaluation(_Section):
     """What is scored: base and tuned model on the report split of each task."""
 
-    tasks: tuple[str, ...] | None = Field(None, description="source names; default: every source")
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None, description="source names; default: every source"
+    )
     max_rows: PositiveInt = Field(250, description="unique report prompts scored for each task, at most")
     min_report_rows: Annotated[int, Field(ge=0)] = Field(
         50, description="a task with fewer unique report prompts is an error"
@@ -201,6 +209,8 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if len({*self.tasks}) < len(self.tasks):
+            raise ValueError(f"evaluation.tasks: found {', '.join(self.tasks)}; name each task once")
         for key in ("tasks", "max_new_tokens_by_task"):
             for name in getattr(self.evaluation, key) or ():
                 if name not in self.sources:
@@ -228,16 +238,20 @@ class Recipe(_Section):
 
 def read_yaml(text: str) -> dict[str, Any]:
     """YAML 1.2 text as plain JSON-able data: `1e-5` is a number, a key that stands twice is an error."""
+    data = _plain(text, "the recipe")
+    if not isinstance(data, dict):
+        raise ValueError(f"a recipe is a mapping of sections; found {type(data).__name__}")
+    return data
+
+
+def _plain(text: str, name: str) -> Any:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     try:
-        data = YAML(typ="safe", pure=True).load(io.StringIO(text))
-    except YAMLError as error:
-        raise ValueError(f"the recipe is not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"a recipe is a mapping of sections; found {type(data).__name__}")
-    return json.loads(json.dumps(data, default=str))
+        return json.loads(json.dumps(YAML(typ="safe", pure=True).load(io.StringIO(text)), default=str))
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{name} is not valid YAML: {error}") from None
 
 
 def parse_recipe(data: dict[str, Any]) -> Recipe:
@@ -259,7 +273,11 @@ def load_recipe(path: str | Path, *, overrides: tuple[str, ...] = (), limit: int
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe (looked in {Path.cwd()})")
-    return parse_recipe(override(read_yaml(path.read_text(encoding="utf-8")), overrides, limit))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: a recipe is UTF-8 text; byte {error.start} is not") from None
+    return parse_recipe(override(read_yaml(text), overrides, limit))
 
 
 def override(data: dict[str, Any], overrides: tuple[str, ...], limit: int | None = None) -> dict[str, Any]:
@@ -268,8 +286,6 @@ def override(data: dict[str, Any], overrides: tuple[str, ...], limit: int | None
     >>> override({"training": {"seed": 1}}, ("training.learning_rate=1e-5",))
     {'training': {'seed': 1, 'learning_rate': 1e-05}}
     """
-    from ruamel.yaml import YAML
-
     data = json.loads(json.dumps(data))
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -279,10 +295,11 @@ def override(data: dict[str, Any], overrides: tuple[str, ...], limit: int | None
         *parents, last = key.strip().split(".")
         for parent in parents:
             node = _child(node, parent, text)
-        loaded = YAML(typ="safe", pure=True).load(io.StringIO(value)) if value.strip() else None
         if isinstance(node, list):
             raise ValueError(f"--set {text}: {parents[-1]} is a list; name the element and its key")
-        node[last] = json.loads(json.dumps(loaded, default=str))
+        if not isinstance(node, dict):
+            raise ValueError(f"--set {text}: {last!r} is below a value that holds no keys")
+        node[last] = _plain(value, f"--set {text}: the value") if value.strip() else None
     if limit is not None:
         data["limit"] = limit
     return data
@@ -291,7 +308,7 @@ def override(data: dict[str, Any], overrides: tuple[str, ...], limit: int | None
 def _child(node: Any, name: str, text: str) -> Any:
     if isinstance(node, list):
         for index, element in enumerate(node):
-            if name == str(index) or (isinstance(element, dict) and Dataset.model_construct(**element).source == name):
+            if name in (str(index), _source_of(element)):
                 return element
         raise ValueError(f"--set {text}: no element {name!r}; use a source's name or its index from 0")
     if not isinstance(node, dict):
@@ -299,6 +316,13 @@ def _child(node: Any, name: str, text: str) -> Any:
     if node.get(name) is None:
         node[name] = {}
     return node[name]
+
+
+def _source_of(element: Any) -> str | None:
+    """The name of a dataset in plain data; one that is faulty still answers to the name it states."""
+    with contextlib.suppress(ValidationError):
+        return Dataset.model_validate_json(json.dumps(element)).source
+    return element.get("name") if isinstance(element, dict) else None
 
 
 def _is_inside(problem: ErrorDetails, outer: ErrorDetails) -> bool:
@@ -315,7 +339,15 @@ def _explain(problem: ErrorDetails) -> str:
         return f"{where}: missing; it has no default"
     if problem["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where}: found {problem['input']!r}; {message[0].lower()}{message[1:]}"
+    return f"{where or 'the recipe'}: found {_short(problem['input'])}; {message[0].lower()}{message[1:]}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+_UNION_MEMBERS = ("str", "tuple[str, ...]")  # pydantic puts them into a place; they are no keys
 
 
 def _locate(loc: tuple[str | int, ...]) -> tuple[str, list[str]]:
@@ -327,8 +359,8 @@ def _locate(loc: tuple[str | int, ...]) -> tuple[str, list[str]]:
         if isinstance(part, int):
             where += f"[{part}]"
             continue
-        if model is not None and part not in fields and part != loc[-1]:
-            continue  # the name of a union's member, not a key
+        if part in _UNION_MEMBERS:
+            continue
         where += f".{part}" if where else str(part)
         fields = list(model.model_fields) if model is not None else []
         field = model.model_fields.get(part) if model is not None else None

@@ -110,7 +110,7 @@ class Store:
     """A folder of outputs: <root>/<stage>/<key>/ with a manifest.json each."""
 
     def __init__(self, root: str | Path):
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
 
     # Locating
 
@@ -151,8 +151,10 @@ class Store:
 
     def manifest(self, ref: Ref) -> dict[str, Any]:
         path = self.path(ref) / "manifest.json"
-        stat = path.stat()
-        return _read_manifest(path, stat.st_mtime_ns)
+        try:
+            return _read_manifest(path, path.stat().st_mtime_ns)
+        except ValueError as error:
+            raise CorruptOutput(f"{ref}: manifest.json cannot be read ({error}). {_remedy(ref)}") from None
 
     # Building
 
@@ -171,7 +173,8 @@ class Store:
         assert located.ref is not None, f"{stage.name}: inputs are built, so the key is known"
         ref = located.ref
         if located.status == "hit":
-            os.utime(self.path(ref))  # last used, for gc
+            with contextlib.suppress(OSError):  # a store that others keep may be read-only, and its outputs still hit
+                os.utime(self.path(ref))  # last used, for gc
             log.info("stage=%s part=%s key=%s status=hit", stage.name, located.name, ref.key)
             return ref
         self.check_writable()
@@ -202,13 +205,12 @@ class Store:
             arguments = located.identity["section"] | stage.places(pinned, located.part)
             counts = stage.build(Build(out, inputs, pinned.recipe.runtime), **arguments)
             files = {str(path.relative_to(out)): _digest(path) for path in _files(out)}
-            data = {name: entry["sha256"] for name, entry in files.items() if not name.startswith(LOGS)}
             seconds = round(time.monotonic() - started, 3)
             manifest = {
                 "ref": list(ref),
                 "identity": located.identity,
                 "identity_sha256": _sha256(located.identity),
-                "content": _sha256(data),
+                "content": _content(files),
                 "files": files,
                 "counts": counts,
                 "inputs": {name: list(input_ref) for name, input_ref in refs.items() if input_ref},
@@ -218,6 +220,7 @@ class Store:
             }
             # Manifest last, rename after it: a reader must never see half an output.
             _write_synced(out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
+            shutil.rmtree(self.path(ref), ignore_errors=True)  # what a killed removal left would stop the rename
             self.path(ref).parent.mkdir(parents=True, exist_ok=True)
             out.rename(self.path(ref))
             self._journal(located, seconds)
@@ -225,11 +228,10 @@ class Store:
             if not stage.resumable:
                 shutil.rmtree(out, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OSError(
-                    error.errno, f"no space is left for the store at {self.root}; `sft store gc` frees what is not used"
-                ) from error
+                full = f"no space is left for the store at {self.root}; `sft store gc` frees what is not used"
+                error = OSError(error.errno, full).with_traceback(error.__traceback__)
             error.add_note(f"while building {stage.name} {located.name} ({ref})")
-            raise
+            raise error
         log.info("stage=%s part=%s key=%s seconds=%.1f", stage.name, located.name, ref.key, seconds)
 
     def _journal(self, located: Located, seconds: float) -> None:
@@ -270,16 +272,20 @@ class Store:
     # Looking after
 
     def verify(self, ref: Ref | None) -> None:
-        """Raises CorruptOutput when a file of the output is missing or its digest differs."""
+        """Raises CorruptOutput when a file of the output is missing, or its digest or the manifest's own differs."""
         assert ref is not None
-        for name, entry in self.manifest(ref)["files"].items():
+        manifest = self.manifest(ref)
+        own = (manifest["identity_sha256"][:KEY_HEX], _sha256(manifest["identity"]), manifest["content"])
+        if own != (ref.key, manifest["identity_sha256"], _content(manifest["files"])):
+            raise CorruptOutput(f"{ref}: manifest.json is not what was written. {_remedy(ref)}")
+        for name, entry in manifest["files"].items():
             path = self.path(ref) / name
             found = _digest(path) if path.is_file() else None
             if found != entry:
                 state = "is missing" if found is None else f"has {found['bytes']} bytes with another digest"
                 raise CorruptOutput(
                     f"{ref}: {name} {state} (written: {entry['bytes']} bytes, sha256 {entry['sha256'][:12]}). "
-                    f"Remove it with `sft store gc {ref} --delete`; the next run builds it again."
+                    f"{_remedy(ref)}"
                 )
 
     def refs(self) -> list[Ref]:
@@ -298,7 +304,7 @@ class Store:
         return found[0]
 
     def num_bytes(self, ref: Ref) -> int:
-        return sum(entry["bytes"] for entry in self.manifest(ref)["files"].values())
+        return sum(path.stat().st_size for path in _files(self.path(ref)))
 
     def last_used(self, ref: Ref) -> float:
         return self.path(ref).stat().st_mtime
@@ -326,6 +332,15 @@ class Store:
 @functools.lru_cache(maxsize=4096)
 def _read_manifest(path: Path, stamp: int) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _remedy(ref: Ref) -> str:
+    return f"Remove it with `sft store gc {ref} --delete`; the next run builds it again."
+
+
+def _content(files: dict[str, dict[str, Any]]) -> str:
+    """The digest by which readers of an output know it: of its data files, by name."""
+    return _sha256({name: entry["sha256"] for name, entry in files.items() if not name.startswith(LOGS)})
 
 
 def _sha256(value: Any) -> str:

@@ -140,7 +140,7 @@ def _short(value: Any) -> str:
 def show(recipe: str, source: str, row: int, overrides: tuple[str, ...], limit: int | None) -> None:
     """A row as the model sees it: trained tokens green, masked ones dim, control tokens reversed.
 
-    Token borders are shown by a thin mark. Builds the source's tokens when they are not there.
+    Builds the source's tokens when they are not there.
 
     \b
     Example: sft show configs/quickstart.yaml --source copy_no_think --row 3

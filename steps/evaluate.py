@@ -29,6 +29,7 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     return {
         "model": pinned.model_identity if part["model"] == "base" else None,
         "tokenizer": pinned.tokenizer_identity,
+        "attn_implementation": recipe.model.attn_implementation,
         "bf16": recipe.training.bf16,
         "seed": recipe.training.seed,
         "selection_share": recipe.dataset_mixture.selection_share,
@@ -61,7 +62,7 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     """The task's scores, and some of its rows with what was wanted and what both models wrote."""
     manifests = {model: store.manifest(ref) for model, ref in refs.items()}
     scores = {
-        (model, score["metric"]): f"{score['value']:.4f} ± {score['stderr']:.4f}"
+        (model, score["metric"]): f"{score['value']:.4f}" + (f" ± {score['stderr']:.4f}" if score["stderr"] else "")
         for model, manifest in manifests.items()
         for score in manifest["counts"]["scores"]
     }
@@ -123,6 +124,6 @@ def _prompt_hashes(store: Store, pinned: PinnedRecipe, task: str) -> np.ndarray 
         try:
             if not isinstance(raw, Rejected):
                 hashes.append(splits.prompt_hash(canonical(raw, format=dataset.format)))
-        except Rejected:
+        except (Rejected, UnicodeEncodeError):
             continue  # the download counts it
     return np.array(hashes, dtype=np.uint64)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from sft_core.pins import is_local
-from sft_core.recipe import load_recipe
+from sft_core.recipe import parse_recipe, read_yaml
 
 _RECIPE = """\
 # A recipe of sft-flow. `sft plan {output}` says what a run will do;
@@ -67,5 +67,5 @@ def write_recipe(model: str, data: tuple[str, ...], output: Path) -> None:
         template="thinking",
         datasets=datasets,
     )
+    parse_recipe(read_yaml(text))  # Before it is written: a faulty file would stand in the way of the next try.
     output.write_text(text, encoding="utf-8")
-    load_recipe(output)

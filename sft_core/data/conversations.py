@@ -108,18 +108,22 @@ def _read_sharegpt(row: dict[str, Any]) -> list[Any]:
 
 def _read_alpaca(row: dict[str, Any]) -> list[Any]:
     messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for index, pair in enumerate(row.get("history") or []):
+    for index, pair in enumerate(_json_list(row.get("history"), "history")):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise Rejected("invalid_message", f"history[{index}] is not a pair of instruction and output")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    prompt = "\n\n".join(part for part in (row.get("instruction"), row.get("input")) if part)
+    parts = [part for part in (row.get("instruction"), row.get("input")) if part]
+    if not parts or not all(isinstance(part, str) for part in parts):
+        raise Rejected("no_prompt", "an Alpaca row has its prompt as text in `instruction` and `input`")
     if row.get("output") is None:
         raise Rejected("no_assistant_turn", "an Alpaca row has its answer in `output`")
-    return [*messages, {"role": "user", "content": prompt}, {"role": "assistant", "content": row["output"]}]
+    return [*messages, {"role": "user", "content": "\n\n".join(parts)}, {"role": "assistant", "content": row["output"]}]
 
 
 def _read_prompt_completion(row: dict[str, Any]) -> list[Any]:
     prompt, completion = row.get("prompt"), row.get("completion")
+    if prompt is None:
+        raise Rejected("no_prompt", "a row with a `completion` has its prompt in `prompt`")
     before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     after = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
     return [*before, *after]
@@ -165,7 +169,7 @@ def _content(content: Any, where: str) -> str | list[dict[str, str]]:
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        return [{"type": "text", "text": part["text"]} for part in content]
+        return [{"type": "text", "text": part["text"]} for part in content if part["text"]]
     raise Rejected("invalid_content", f"{where}.content is neither a string nor a list of text parts")
 
 

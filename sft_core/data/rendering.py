@@ -135,7 +135,7 @@ class Renderer:
         if isinstance(value, list):
             return [self._guard(element, sentinel) for element in value]
         if isinstance(value, dict):
-            return {key: self._guard(element, sentinel) for key, element in value.items()}
+            return {self._guard(key, sentinel): self._guard(element, sentinel) for key, element in value.items()}
         return value
 
     def _row(self, guarded: str, spans: list[tuple[int, int]], sentinel: str, *, is_last: bool) -> RenderedRow:

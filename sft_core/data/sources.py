@@ -8,9 +8,10 @@ import hashlib
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -134,32 +135,35 @@ def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[RawRow]:
 
 
 def _read_json_lines(path: Path, columns: list[str] | None) -> Iterator[RawRow]:
-    with _decompressed(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield where, Rejected("invalid_utf8", f"byte {error.start} of the line is not UTF-8")
-                continue
-            except ValueError as error:
-                yield where, Rejected("invalid_json", str(error))
-                continue
-            if columns is not None and isinstance(row, dict):
-                row = {name: row[name] for name in columns if name in row}
-            yield where, row
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            yield where, Rejected("invalid_utf8", f"byte {error.start} of the line is not UTF-8")
+            continue
+        except ValueError as error:
+            yield where, Rejected("invalid_json", str(error))
+            continue
+        if columns is not None and isinstance(row, dict):
+            row = {name: row[name] for name in columns if name in row}
+        yield where, row
 
 
-def _decompressed(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        import zstandard
-
-        return io.BufferedReader(zstandard.open(path, "rb"))
-    return path.open("rb")
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a plain or compressed file. Raises ValueError for a compressed one that is cut off or damaged."""
+    if path.suffix not in (".gz", ".zst"):
+        with path.open("rb") as file:
+            yield from file
+        return
+    try:
+        # Arrow's reader, not zstandard's: that one takes a file that is cut off for its end.
+        with gzip.open(path) if path.suffix == ".gz" else pa.input_stream(path, compression="zstd") as compressed:
+            yield from io.BufferedReader(compressed)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be decompressed to its end ({error}); copy it again") from error
 
 
 def read_hub(id: str, config: str | None, split: str, commit: str, columns: list[str] | None) -> Iterator[RawRow]:

@@ -79,6 +79,16 @@ class PieceEncoder:
 
         return Tokenizer.from_str(json.dumps(self._state_without_control))
 
+    @functools.cached_property
+    def _true_ids(self) -> dict[int, int]:
+        # Without the control tokens, those added after them move up, onto the control tokens' own ids.
+        added = self._state_without_control["added_tokens"]
+        return {self._text_only.token_to_id(token["content"]): token["id"] for token in added}
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids = self._text_only.encode(text, add_special_tokens=False).ids
+        return [self._true_ids.get(token, token) for token in ids]
+
     def encode(self, pieces: list[str], literals: list[Literals]) -> list[list[int]]:
         """Ids of each piece; the ranges in `literals` are encoded as text even where they look like control tokens."""
         encodings = self._encoder.encode_batch_fast(pieces, add_special_tokens=False)
@@ -93,7 +103,7 @@ class PieceEncoder:
         for match in self._pattern.finditer(piece):
             if any(match.start() < end and begin < match.end() for begin, end in literals):
                 continue
-            ids += self._text_only.encode(piece[start : match.start()], add_special_tokens=False).ids
+            ids += self._encode_text(piece[start : match.start()])
             ids.append(self._control[match[0]])
             start = match.end()
-        return ids + self._text_only.encode(piece[start:], add_special_tokens=False).ids
+        return ids + self._encode_text(piece[start:])

@@ -8,17 +8,18 @@ import re
 
 import numpy as np
 
-_THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+# Some templates open the block in the prompt: then the output begins inside it.
+_THINKING = re.compile(r"\A((?!<think>).)*?</think>|<think>.*?(</think>|\Z)", re.DOTALL)
 Z_95 = 1.959964  # two-sided 95 % of the normal distribution
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A mean over n rows with its standard error (nan when n is 1)."""
+    """A mean over n rows with its standard error, which a single row does not have."""
 
     metric: str
     value: float
-    stderr: float
+    stderr: float | None
     n: int
 
 
@@ -40,17 +41,18 @@ def token_loss(nll_sums: np.ndarray, num_trained: np.ndarray) -> Score:
     loss = float(nll_sums.sum()) / tokens
     residuals = nll_sums - loss * num_trained
     variance = float((residuals**2).sum()) * n / max(n - 1, 1)
-    return Score("loss", loss, math.sqrt(variance) / tokens if n > 1 else math.nan, n)
+    return Score("loss", loss, math.sqrt(variance) / tokens if n > 1 else None, n)
 
 
 def mean_score(metric: str, values: np.ndarray) -> Score:
     """values: shape (rows,)."""
     n = len(values)
-    stderr = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    stderr = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None
     return Score(metric, float(np.mean(values)), stderr, n)
 
 
 def paired_gain(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
     """Mean of after - before over the same rows, and its 95 % interval. Shapes (rows,), equal."""
     score = mean_score("gain", after.astype(float) - before.astype(float))
+    assert score.stderr is not None, "an interval needs two rows"
     return score.value, score.value - Z_95 * score.stderr, score.value + Z_95 * score.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from sft_core.evaluate.rows import ROWS, scores
 if TYPE_CHECKING:
     from sft_core.store import Build
 
+log = logging.getLogger(__name__)
 TOKENS_A_FORWARD = 2048
 
 
@@ -30,6 +32,9 @@ def report_rows(index: pa.Table, *, selection_share: float, report_share: float,
     hashes = index["prompt_hash"].to_numpy()
     split = splits.assign(hashes, selection_share=selection_share, report_share=report_share)
     candidates = np.flatnonzero((split == splits.REPORT) & (index["num_trained"].to_numpy() > 0))
+    # A conversation of several rows has its answer with the last: a row with an answer goes before one without.
+    unanswered = index["answer"].is_null().to_numpy()[candidates]
+    candidates = candidates[np.argsort(unanswered, kind="stable")]
     _, first = np.unique(hashes[candidates], return_index=True)
     return candidates[first][:max_rows]
 
@@ -39,6 +44,7 @@ def build_evaluated(
     *,
     model: dict[str, Any] | None,
     tokenizer: dict[str, Any],
+    attn_implementation: str,
     bf16: bool,
     seed: int,
     selection_share: float,
@@ -66,18 +72,19 @@ def build_evaluated(
         model = {
             **loader,
             "dtype": "auto",
-            "attn_implementation": "sdpa",
+            "attn_implementation": attn_implementation,
             "trust_remote_code": tokenizer["trust_remote_code"],
         }
+    network: Any
     network, vocabulary = load_model(**model, tokenizer=tokenizer, seed=seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network.to(device).eval()  # type: ignore[arg-type]
+    # In bfloat16 throughout, as it is served: autocast would convert every weight again for each new token.
+    network.to(device=device, dtype=torch.bfloat16 if bf16 else None).eval()
     shards = TokenShards(build.inputs["tokens"])
     token_rows = [shards[int(row)] for row in rows]
     answers = [index["answer"][int(row)].as_py() for row in rows]
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
-        nll = row_losses(network, token_rows)
-        outputs = _generate(network, vocabulary, token_rows, answers, max_new_tokens, build.runtime.eval_batch_size)
+    nll = row_losses(network, token_rows)
+    outputs = _generate(network, vocabulary, token_rows, answers, max_new_tokens, build.runtime.eval_batch_size)
     table = pa.table(
         {
             "row_id": index["row_id"].take(rows),
@@ -114,15 +121,20 @@ def _generate(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Output | None]:
-    """Greedy answers for the rows that have one to compare with."""
+    """Greedy answers for the rows that have one to compare with, and a prompt."""
     from sft_core.evaluate.generate import generate_answers
 
-    asked = [number for number, answer in enumerate(answers) if answer is not None]
+    prompts = {number: served_prompt(rows[number]) for number, answer in enumerate(answers) if answer is not None}
+    asked = [number for number, prompt in prompts.items() if len(prompt)]
+    if num_unknown := len(prompts) - len(asked):
+        log.warning(
+            "not_asked=%d rows are trained from their first token: where the prompt ends is unknown", num_unknown
+        )
     stop = model.generation_config.eos_token_id
     stop_ids = stop if isinstance(stop, list) else [stop]
     generated = generate_answers(
         model,
-        [served_prompt(rows[number]) for number in asked],
+        [prompts[number] for number in asked],
         stop_ids=stop_ids,
         pad_id=tokenizer.pad_token_id,
         max_new_tokens=max_new_tokens,
@@ -137,7 +149,10 @@ def _generate(
 
 
 def served_prompt(row: TokenRow) -> np.ndarray:
-    """The ids before the last trained turn: what a server would be sent. int32, shape (tokens,)."""
+    """The ids before the last trained turn: what a server would be sent. int32, shape (tokens,).
+
+    Empty when the whole row is trained: where its prompt ends is not known then.
+    """
     starts = np.flatnonzero(np.diff(row.trained.astype(np.int8), prepend=0) == 1)
     assert len(starts), "a report row has trained tokens"
     return row.input_ids[: starts[-1]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 HEADER = ("task", "metric", "n", "base", "tuned", "stderr")
@@ -24,7 +23,7 @@ def score_rows(scores: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[
                     "n": tuned["n"],
                     "base": round(base[tuned["metric"]]["value"], 6),
                     "tuned": round(tuned["value"], 6),
-                    "stderr": None if math.isnan(tuned["stderr"]) else round(tuned["stderr"], 6),
+                    "stderr": None if tuned["stderr"] is None else round(tuned["stderr"], 6),
                 }
             )
     return rows

@@ -40,12 +40,12 @@ def check_extra(extra: dict[str, Any]) -> None:
     fields = {field.name for field in dataclasses.fields(SFTConfig)}
     hints = typing.get_type_hints(SFTConfig)
     for name, value in extra.items():
+        if name in OWNED:
+            raise ValueError(f"training.extra.{name}: set by the recipe's own keys or by the pipeline; remove it")
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"training.extra.{name}: no field of trl.SFTConfig{hint}")
-        if name in OWNED:
-            raise ValueError(f"training.extra.{name}: set by the recipe's own keys or by the pipeline; remove it")
         try:
             TypeAdapter(hints[name]).validate_python(value, strict=not isinstance(value, str))
         except ValidationError as error:

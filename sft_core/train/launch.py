@@ -78,8 +78,9 @@ def run_ranks(job: Path, *, num_processes: int, num_threads: int, out: Path) -> 
         _end(process)
         raise
     if code:
-        errors = [path.read_text() for path in sorted(out.glob("error-rank*.txt"))]
-        raise RuntimeError(f"training failed (exit code {code}):\n{errors[0] if errors else ''.join(tail)}")
+        # The first to fail: the others then tell only of a lost connection to it.
+        errors = sorted(out.glob("error-rank*.txt"), key=lambda path: path.stat().st_mtime_ns)
+        raise RuntimeError(f"training failed (exit code {code}):\n{errors[0].read_text() if errors else ''.join(tail)}")
 
 
 def _has_gpu() -> bool:

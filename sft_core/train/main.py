@@ -16,6 +16,8 @@ from typing import Any
 
 from sft_core.train.lifetime import die_with_parent
 
+log = logging.getLogger(__name__)
+
 
 def main(job_path: Path) -> None:
     die_with_parent()
@@ -91,6 +93,8 @@ def train(job: dict[str, Any], out: Path) -> None:
     )
     trainer.remove_callback(PrinterCallback)  # LogFile prints
     checkpoint = latest(out / "checkpoints")
+    if checkpoint is not None:
+        log.info("resume checkpoint=%s", checkpoint.name)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.accelerator.is_main_process:
         save_checkpoint(trainer.accelerator.unwrap_model(trainer.model), tokenizer, job["chat_template"], out / "model")

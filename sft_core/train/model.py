@@ -37,7 +37,8 @@ def load_model(
     torch.manual_seed(seed)
     options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "attn_implementation": attn_implementation}
     if config is not None:
-        settings = dict(config)
+        # The defaults of a model type are ids of another vocabulary: generation would stop at an ordinary token.
+        settings = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **config}
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(settings.pop("model_type"), **settings), **options
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -82,9 +83,11 @@ class LogFile(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and self._path.exists():
-            kept = [
-                line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step
-            ]
+            kept = []
+            for line in self._path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # a full disk cut the last line short: its step is run again
+                    if json.loads(line)["step"] <= state.global_step:
+                        kept.append(line)
             rewritten = self._path.with_suffix(".tmp")
             rewritten.write_text("".join(line + "\n" for line in kept))
             rewritten.replace(self._path)

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from tests.flows.conftest import DATA, RECIPE, ROOT, Project, names
 
 BRANCH = ("conversations", "rendered", "tokens")

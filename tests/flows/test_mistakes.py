@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import pytest
+
 from tests.flows.conftest import RECIPE, Project
 
 

@@ -1,0 +1,69 @@
+"""A recipe small enough for any test, and a store in which all its data stages are built."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart"
+
+
+def _small_recipe(store: Path) -> dict[str, Any]:
+    sizes = {"vocab_size": 291, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    return {
+        "name": "small",
+        "model": {
+            "tokenizer_name_or_path": str(QUICKSTART / "tokenizer"),
+            "config": {"model_type": "llama", "num_attention_heads": 1, **sizes},
+        },
+        "chat_template": {"template": "thinking"},
+        "dataset_mixture": {
+            "report_share": 0.15,
+            "datasets": [{"path": str(QUICKSTART / f"{name}.jsonl")} for name in ("copy_no_think", "checksum_think")],
+        },
+        "training": {"global_batch_size": 2},
+        "runtime": {"store": str(store)},
+        "limit": 60,
+    }
+
+
+@pytest.fixture
+def small_recipe(tmp_path: Path) -> dict[str, Any]:
+    """Plain data of a recipe over two quickstart sources; its store is an empty folder of the test."""
+    return _small_recipe(tmp_path / "store")
+
+
+@pytest.fixture
+def save_recipe(tmp_path: Path) -> Callable[..., str]:
+    """Writes plain data as a recipe file (JSON is YAML) and gives its path."""
+
+    def save(data: dict[str, Any], name: str = "recipe.yaml") -> str:
+        (tmp_path / name).write_text(json.dumps(data))
+        return str(tmp_path / name)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def _built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from sft_core.pins import pin
+    from sft_core.recipe import parse_recipe
+    from sft_core.store import Store
+    from steps.pack import PACKED
+
+    root = tmp_path_factory.mktemp("built") / "store"
+    Store(root).ensure(PACKED, pin(parse_recipe(_small_recipe(root))))
+    return root
+
+
+@pytest.fixture
+def built_recipe(small_recipe: dict[str, Any], _built: Path) -> dict[str, Any]:
+    """The small recipe with its outputs up to the packs in its store, a copy of the test's own."""
+    shutil.copytree(_built, small_recipe["runtime"]["store"])
+    return small_recipe

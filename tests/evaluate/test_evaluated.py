@@ -1,0 +1,148 @@
+"""A task's scores, made by the real stages over a few quickstart rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sft_core.data import splits
+from sft_core.data.shards import TokenShards, read_index
+from sft_core.evaluate.metrics import mean_score, token_loss
+from sft_core.evaluate.rows import read_rows
+from sft_core.evaluate.tasks import build_evaluated, row_losses
+from sft_core.pins import PinnedRecipe, pin
+from sft_core.recipe import parse_recipe
+from sft_core.store import Build, Store
+from sft_core.train.model import load_model, save_checkpoint
+from steps.evaluate import EVALUATED
+from steps.tokenize import TOKENS
+from tests.train.tiny import tiny_recipe
+
+TASK = "checksum_think"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def pinned() -> PinnedRecipe:
+    return pin(parse_recipe(tiny_recipe(evaluation={"max_rows": 12, "max_new_tokens_by_task": {TASK: 5}})))
+
+
+@pytest.fixture(scope="module")
+def scored(store: Store, pinned: PinnedRecipe) -> Path:
+    return store.path(store.ensure(EVALUATED, pinned, model="base", task=TASK))
+
+
+@pytest.fixture(scope="module")
+def tokens(store: Store, pinned: PinnedRecipe) -> Path:
+    return store.path(store.ensure(TOKENS, pinned, source=TASK))
+
+
+def start_model(pinned: PinnedRecipe) -> Any:
+    return load_model(**pinned.model_loader, tokenizer=pinned.tokenizer_loader, seed=pinned.recipe.training.seed)
+
+
+def test_evaluated_rows_are_report_rows_with_their_loss(scored: Path, tokens: Path, pinned: PinnedRecipe) -> None:
+    rows, index = read_rows(scored), read_index(tokens)
+    assert rows.num_rows == 12
+    hashes = rows["prompt_hash"].to_numpy()
+    assert len(np.unique(hashes)) == 12
+    assert (splits.assign(hashes, selection_share=0.05, report_share=0.3) == splits.REPORT).all()
+    places = [index["row_id"].to_pylist().index(row_id) for row_id in rows["row_id"].to_pylist()]
+    token_rows = [TokenShards(tokens)[place] for place in places]
+    model, _ = start_model(pinned)
+    expected = [row_losses(model.eval(), [row])[0] for row in token_rows]
+    assert rows["nll"].to_pylist() == pytest.approx(expected, rel=1e-4)
+    assert rows["num_trained"].to_pylist() == [int(row.trained.sum()) for row in token_rows]
+    assert rows["answer"].to_pylist() == [index["answer"][place].as_py() for place in places]
+
+
+def test_evaluated_scores_follow_from_the_rows(scored: Path, store: Store) -> None:
+    rows, found = read_rows(scored).to_pydict(), json.loads((scored / "scores.json").read_text())
+    loss = token_loss(np.array(rows["nll"]), np.array(rows["num_trained"]))
+    match = mean_score("exact_match", np.array(rows["correct"], float))
+    assert found == [vars(loss), vars(match)]
+    manifest = json.loads((scored / "manifest.json").read_text())
+    assert manifest["counts"] == {"rows": 12, "scores": found}
+
+
+def evaluate_checkpoint(pinned: PinnedRecipe, tokens: Path, trained: Path, out: Path, **changes: Any) -> Any:
+    """The rows of build_evaluated for a checkpoint that is no output of the store."""
+    part = {"model": "tuned", "task": TASK}
+    arguments = EVALUATED.section(pinned, part) | EVALUATED.places(pinned, part) | changes
+    assert arguments["model"] is None
+    out.mkdir()
+    build_evaluated(Build(out, {"tokens": tokens, "trained": trained}, pinned.recipe.runtime), **arguments)
+    return read_rows(out)
+
+
+@pytest.fixture(scope="module")
+def writes_four(pinned: PinnedRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that answers `4` and stops, whatever it is asked: the next token follows from the last alone."""
+    loader = pinned.model_loader
+    config = {**loader["config"], "tie_word_embeddings": False}
+    model, tokenizer = load_model(**{**loader, "config": config}, tokenizer=pinned.tokenizer_loader, seed=0)
+    (four,) = tokenizer.encode("4", add_special_tokens=False)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if not name.endswith("norm.weight"):
+                weights.zero_()
+        model.get_input_embeddings().weight[:, 0] = 1
+        model.get_input_embeddings().weight[four] = torch.eye(32)[1]
+        model.get_output_embeddings().weight[four, 0] = 1
+        model.get_output_embeddings().weight[tokenizer.eos_token_id, 1] = 1
+    trained = tmp_path_factory.mktemp("trained")
+    save_checkpoint(model, tokenizer, pinned.template_text, trained / "model")
+    return trained
+
+
+def test_evaluated_answer_that_stops_is_compared_without_its_stop_token(
+    writes_four: Path, tokens: Path, pinned: PinnedRecipe, tmp_path: Path
+) -> None:
+    rows = evaluate_checkpoint(pinned, tokens, writes_four, tmp_path / "out", max_rows=100)
+    assert set(rows["output"].to_pylist()) == {"4"}
+    assert not any(rows["cut_off"].to_pylist())
+    wanted = rows["answer"].to_pylist()
+    assert 1 <= wanted.count("4") < len(wanted)
+    assert rows["correct"].to_pylist() == [answer == "4" for answer in wanted]
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())[1]["value"] == wanted.count("4") / len(wanted)
+
+
+def test_evaluated_answer_without_room_to_stop_is_cut_off(
+    writes_four: Path, tokens: Path, pinned: PinnedRecipe, tmp_path: Path
+) -> None:
+    rows = evaluate_checkpoint(pinned, tokens, writes_four, tmp_path / "out", max_new_tokens=1)
+    assert set(rows["output"].to_pylist()) == {"4"}
+    assert all(rows["cut_off"].to_pylist())
+
+
+def test_evaluated_without_report_rows_is_an_error(tokens: Path, pinned: PinnedRecipe, tmp_path: Path) -> None:
+    section = EVALUATED.section(pinned, {"model": "base", "task": TASK})
+    arguments = section | EVALUATED.places(pinned, {"model": "base", "task": TASK}) | {"report_share": 0.0}
+    with pytest.raises(ValueError, match=r"no report rows; raise dataset_mixture\.report_share"):
+        build_evaluated(Build(tmp_path, {"tokens": tokens}, pinned.recipe.runtime), **arguments)
+
+
+def test_evaluated_checkpoint_of_the_start_model_scores_as_the_start_model(
+    scored: Path, tokens: Path, pinned: PinnedRecipe, tmp_path: Path
+) -> None:
+    model, tokenizer = start_model(pinned)
+    save_checkpoint(model, tokenizer, pinned.template_text, tmp_path / "trained" / "model")
+    rows = evaluate_checkpoint(pinned, tokens, tmp_path / "trained", tmp_path / "out")
+    assert rows.equals(read_rows(scored))
+
+
+def test_evaluated_whole_rows_trained_have_a_loss_and_no_answer(store: Store) -> None:
+    recipe = tiny_recipe(training={"loss_scope": "all"}, evaluation={"max_rows": 4})
+    ref = store.ensure(EVALUATED, pin(parse_recipe(recipe)), model="base", task=TASK)
+    rows = read_rows(store.path(ref))
+    assert rows.num_rows == 4
+    assert rows["answer"].null_count == 0
+    assert rows["output"].null_count == rows["correct"].null_count == 4
+    assert [score["metric"] for score in store.manifest(ref)["counts"]["scores"]] == ["loss"]

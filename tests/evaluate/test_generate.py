@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sft_core.data.shards import TokenRow
+from sft_core.evaluate.generate import generate_answers
+from sft_core.evaluate.tasks import TOKENS_A_FORWARD, row_losses
+
+PAD, VOCABULARY = 0, 50
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.5,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(1, VOCABULARY, length).astype(np.int32) for length in (3, 17, 1, 9, 9, 30, 2)]
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, prompt: np.ndarray, num_tokens: int) -> list[int]:
+    """One prompt, no padding, no cache."""
+    ids = prompt.tolist()
+    for _ in range(num_tokens):
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_generate_batched_is_greedy_one_by_one(
+    model: PreTrainedModel, prompts: list[np.ndarray], batch_size: int
+) -> None:
+    found = generate_answers(model, prompts, stop_ids=[49], pad_id=PAD, max_new_tokens=8, batch_size=batch_size)
+    expected = [greedy(model, prompt, 8) for prompt in prompts]
+    expected = [ids[: ids.index(49) + 1] if 49 in ids else ids for ids in expected]
+    assert len({tuple(ids) for ids in expected}) > 4, "prompts that all give the same answer show nothing"
+    assert [ids.tolist() for ids in found] == expected
+
+
+@pytest.mark.parametrize("padded_with_stop", [False, True])
+def test_generate_stop_token_ends_the_answer_and_is_kept(
+    model: PreTrainedModel, prompts: list[np.ndarray], padded_with_stop: bool
+) -> None:
+    full = [greedy(model, prompt, 8) for prompt in prompts]
+    stops = sorted({full[0][2], full[1][4]})
+    pad_id = stops[0] if padded_with_stop else PAD  # a vocabulary without a padding token pads with its end token
+    found = generate_answers(model, prompts, stop_ids=stops, pad_id=pad_id, max_new_tokens=8, batch_size=4)
+    ended = 0
+    for ids, whole in zip(found, full, strict=True):
+        places = [place for place, token in enumerate(whole) if token in stops]
+        assert ids.tolist() == (whole[: places[0] + 1] if places else whole)
+        ended += bool(places)
+    assert 1 <= ended < len(prompts)
+
+
+def test_generate_no_prompts_is_nothing(model: PreTrainedModel) -> None:
+    assert generate_answers(model, [], stop_ids=[1], pad_id=PAD, max_new_tokens=8, batch_size=4) == []
+
+
+def test_row_losses_grouped_are_those_of_each_row(model: PreTrainedModel) -> None:
+    rng = np.random.default_rng(0)
+    lengths = [700, 900, 500, 5, 2, TOKENS_A_FORWARD + 100, 3, 1, 400]
+    rows = [
+        TokenRow(rng.integers(1, VOCABULARY, n).astype(np.int32), rng.integers(0, 2, n).astype(np.uint8))
+        for n in lengths
+    ]
+    found = row_losses(model, rows)
+    assert found.shape == (len(rows),)
+    with torch.no_grad():
+        for row, total in zip(rows, found, strict=True):
+            ids = torch.from_numpy(row.input_ids.astype(np.int64))
+            logits = model(ids[None], use_cache=False).logits[0, :-1]
+            nll = F.cross_entropy(logits, ids[1:], reduction="none")[torch.from_numpy(row.trained[1:]) == 1]
+            assert total == pytest.approx(nll.sum().item(), rel=1e-4, abs=1e-6)
+    assert row_losses(model, []).tolist() == []

@@ -1,0 +1,93 @@
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sft_core.evaluate.metrics import exact_match, mean_score, paired_gain, strip_thinking, token_loss
+
+
+@pytest.mark.parametrize(
+    ("output", "left"),
+    [
+        ("4", "4"),
+        ("<think>\n3:3 1:4\n</think>\n\n4\n", "4"),
+        ("<think></think>4", "4"),
+        ("<think>a</think>4<think>b</think>", "4"),
+        ("<think>3:3 1:4 4", ""),  # it never ends
+        ("<think>a</think>4<think>b", "4"),
+        ("3:3 1:4\n</think>\n\n4", "4"),  # the prompt opened the block
+        ("a<think>b</think>4", "a4"),
+        ("", ""),
+    ],
+)
+def test_strip_thinking_any_block_is_left_out(output: str, left: str) -> None:
+    assert strip_thinking(output) == left
+
+
+def test_exact_match_thinking_and_white_space_do_not_count() -> None:
+    assert exact_match("<think>5</think>\n4 ", "4\n")
+    assert not exact_match("<think>4</think>5", "4")
+    assert not exact_match("<think>4", "4")
+    assert not exact_match("44", "4")
+
+
+def rows(n: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Rows whose length and loss a token hang together, as those of long reasoning do."""
+    rng = np.random.default_rng(0)
+    num_trained = rng.integers(2, 60, n)
+    return num_trained * rng.gamma(4, 0.2, n) + 0.3 * num_trained, num_trained
+
+
+def bootstrap_std(n: int, statistic: Callable[[np.ndarray], float]) -> float:
+    rng = np.random.default_rng(1)
+    return float(np.std([statistic(rng.integers(0, n, n)) for _ in range(3000)]))
+
+
+def test_token_loss_is_the_mean_over_tokens_with_the_bootstrap_error() -> None:
+    sums, counts = rows()
+    score = token_loss(sums, counts)
+    each_token = np.repeat(sums / counts, counts)
+    assert score.value == pytest.approx(each_token.mean(), rel=1e-12)
+    assert score.value != pytest.approx((sums / counts).mean(), rel=1e-3), "not the mean over rows"
+    assert (score.metric, score.n) == ("loss", 200)
+    error = bootstrap_std(200, lambda drawn: sums[drawn].sum() / counts[drawn].sum())
+    assert score.stderr == pytest.approx(error, rel=0.08)
+
+
+def test_mean_score_has_the_bootstrap_error() -> None:
+    values = (np.arange(120) % 3 == 0).astype(float)
+    score = mean_score("exact_match", values)
+    assert score.value == pytest.approx(1 / 3)
+    assert (score.metric, score.n) == ("exact_match", 120)
+    assert score.stderr == pytest.approx(bootstrap_std(120, lambda drawn: values[drawn].mean()), rel=0.08)
+
+
+def test_scores_one_row_have_no_error() -> None:
+    assert token_loss(np.array([3.0]), np.array([2])).stderr is None
+    assert mean_score("exact_match", np.array([1.0])).stderr is None
+    assert token_loss(np.array([3.0]), np.array([2])).value == 1.5
+
+
+def test_paired_gain_interval_is_that_of_the_differences() -> None:
+    rng = np.random.default_rng(2)
+    before = rng.random(300) < 0.4
+    after = before | (rng.random(300) < 0.3)  # a row that was right stays right
+    gain, low, high = paired_gain(before, after)
+    difference = after.astype(float) - before
+    assert gain == pytest.approx(difference.mean())
+    error = bootstrap_std(300, lambda drawn: difference[drawn].mean())
+    assert high - gain == pytest.approx(1.96 * error, rel=0.08)
+    assert gain - low == pytest.approx(high - gain)
+    unpaired = math.hypot(before.std(), after.std()) / math.sqrt(300)
+    assert error < 0.8 * unpaired, "the pairing is of use"
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2))
+def test_paired_gain_swapped_is_the_opposite(pairs: list[tuple[bool, bool]]) -> None:
+    before, after = (np.array(side) for side in zip(*pairs, strict=True))
+    gain, low, high = paired_gain(before, after)
+    assert paired_gain(after, before) == pytest.approx((-gain, -high, -low))
+    assert low <= gain <= high

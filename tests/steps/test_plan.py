@@ -1,0 +1,247 @@
+"""What a run will do: which change rebuilds what, and what is refused before anything is built."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_core.pins import pin
+from sft_core.recipe import override, parse_recipe
+from sft_core.store import Store
+from steps.evaluate import MODELS, count_report_prompts
+from steps.pipeline import ORDER, differences, plan, prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("copy_no_think", "checksum_think")
+DATA = ("conversations", "rendered", "tokens")
+
+
+@pytest.fixture
+def planned(sft, save_recipe):
+    """`sft plan --json` as {(stage, name): (key, status)}."""
+
+    def run(data: dict[str, Any], *overrides: str) -> dict[tuple[str, str], tuple[str | None, str]]:
+        sets = [argument for text in overrides for argument in ("--set", text)]
+        rows = json.loads(sft("plan", save_recipe(data), *sets, "--json").stdout)
+        assert all(list(row) == ["stage", "name", "key", "status"] for row in rows)
+        found = {(row["stage"], row["name"]): (row["key"], row["status"]) for row in rows}
+        assert len(found) == len(rows)
+        return found
+
+    return run
+
+
+def test_plan_nothing_built_builds_the_sources_and_the_rest_depends(small_recipe, planned):
+    found = planned(small_recipe)
+    evaluated = {("evaluated", f"{model},{task}") for model in MODELS for task in SOURCES}
+    single = {("mixture", "-"), ("packed", "-"), ("trained", "0"), ("report", "-")}
+    assert set(found) == {(stage, source) for stage in DATA for source in SOURCES} | evaluated | single
+    assert [stage for stage, _ in found] == sorted((stage for stage, _ in found), key=ORDER.index)
+    for (stage, _), (key, status) in found.items():
+        assert status == ("build" if stage == "conversations" else "depends")
+        assert (key is None) == (status == "depends")
+    assert not Path(small_recipe["runtime"]["store"]).exists()
+
+
+def test_plan_data_built_is_hit_and_training_is_next(built_recipe, planned):
+    found = planned(built_recipe)
+    statuses = {stage: {status for (s, _), (_, status) in found.items() if s == stage} for stage in ORDER}
+    assert {s for s, status in statuses.items() if status == {"hit"}} == {*DATA, "mixture", "packed"}
+    assert statuses["trained"] == {"build"} and statuses["report"] == {"depends"}
+    assert {found["evaluated", f"base,{task}"][1] for task in SOURCES} == {"build"}
+    assert {found["evaluated", f"tuned,{task}"][1] for task in SOURCES} == {"depends"}
+
+
+def test_plan_text_counts_what_is_there(built_recipe, sft, save_recipe):
+    lines = sft("plan", save_recipe(built_recipe)).stdout.splitlines()
+    assert lines[0].split() == ["stage", "name", "key", "status"]
+    assert "8 are there, 3 to build, 3 depend on one to build" in lines
+    assert any(line.startswith("unique report prompts a task: ") for line in lines)
+
+
+def test_plan_other_weight_keeps_every_source(built_recipe, planned):
+    before = planned(built_recipe)
+    after = planned(built_recipe, "dataset_mixture.datasets.0.weight=0.5")
+    moved = {place for place in before if before[place] != after[place]}
+    assert moved == {("mixture", "-"), ("packed", "-"), ("trained", "0")}
+    assert after["mixture", "-"][1] == "build" and after["packed", "-"] == (None, "depends")
+
+
+def test_plan_other_learning_rate_keeps_all_data(built_recipe, planned):
+    before, after = planned(built_recipe), planned(built_recipe, "training.learning_rate=1e-3")
+    assert {place for place in before if before[place] != after[place]} == {("trained", "0")}
+    assert after["trained", "0"][1] == "build"
+
+
+def test_plan_one_more_source_adds_only_its_branch(built_recipe, planned):
+    before = planned(built_recipe)
+    path = str(ROOT / "configs" / "quickstart" / "sort_no_think.jsonl")
+    built_recipe["dataset_mixture"]["datasets"].append({"path": path})
+    after = planned(built_recipe)
+    added = {place for place in after if place not in before}
+    branch = {(stage, "sort_no_think") for stage in DATA}
+    assert added == branch | {("evaluated", f"{model},sort_no_think") for model in MODELS}
+    moved = {place for place in before if before[place] != after[place]}
+    assert moved == {("mixture", "-"), ("packed", "-"), ("trained", "0")}
+    assert after["conversations", "sort_no_think"][1] == "build"
+
+
+RUNTIME = ("num_processes=2", "num_threads=3", "max_workers=7", "eval_batch_size=5", "save_steps=7", "logging_steps=9")
+
+
+def test_plan_runtime_changes_nothing(built_recipe, planned):
+    changes = [f"runtime.{text}" for text in (*RUNTIME, "report_to=[wandb]")]
+    keys = {text.split("=")[0] for text in changes} | {"runtime.store"}
+    known = parse_recipe(built_recipe).runtime.__class__.model_fields
+    assert keys == {f"runtime.{name}" for name in known}, "a new key of runtime: add it here"
+    assert planned(built_recipe, *changes) == planned(built_recipe)
+
+
+def own_identities(data: dict[str, Any], *overrides: str) -> dict[str, list[Any]]:
+    """By stage, what its outputs' identities hold besides the contents of their inputs."""
+    recipe = parse_recipe(override(data, overrides))
+    found: dict[str, list[Any]] = {}
+    for located in plan(Store("nowhere"), pin(recipe)):
+        found.setdefault(located.stage.name, []).append(
+            {**located.identity, "inputs": sorted(located.identity["inputs"])}
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        ("training.learning_rate=1e-3", {"trained"}),
+        ("training.num_train_epochs=2", {"trained"}),
+        ("training.seed=1", {"trained", "evaluated"}),
+        ("training.bf16=true", {"trained", "evaluated"}),
+        ("training.global_batch_size=4", {"trained"}),
+        ("training.lora={r: 4}", {"trained"}),
+        ("training.extra={adam_beta2: 0.9}", {"trained"}),
+        ("training.loss_scope=all", {"rendered", "packed"}),
+        ("dataset_mixture.seed=1", {"mixture"}),
+        ("dataset_mixture.datasets.0.num_rows=5", {"mixture"}),
+        ("dataset_mixture.report_share=0.3", {"mixture", "evaluated"}),
+        ("dataset_mixture.selection_share=0.3", {"mixture", "evaluated"}),
+        ("dataset_mixture.max_rejected_share=0.3", {"conversations", "rendered"}),
+        ("dataset_mixture.datasets.0.format=messages", {"conversations"}),
+        ("dataset_mixture.datasets.0.columns=[messages]", {"conversations"}),
+        ("limit=50", {"conversations"}),
+        ("packing.max_length=384", {"packed"}),
+        ("packing.over_long=truncate", {"packed"}),
+        ("packing.packing_strategy=none", {"packed"}),
+        ("chat_template.date=2024-01-01", {"rendered"}),
+        ("chat_template.kwargs={header: false}", {"rendered"}),
+        ("chat_template.template=null", {"rendered", "trained"}),
+        ("model.add_special_tokens=[<x>]", {"rendered", "tokens", "trained", "evaluated"}),
+        ("model.dtype=bfloat16", {"trained", "evaluated"}),
+        ("model.config.hidden_size=16", {"trained", "evaluated"}),
+        ("evaluation.max_rows=9", {"evaluated"}),
+        ("evaluation.max_new_tokens=9", {"evaluated"}),
+        ("evaluation.max_new_tokens_by_task={copy_no_think: 9}", {"evaluated"}),
+        ("evaluation.tasks=[copy_no_think]", {"evaluated", "report"}),
+        ("evaluation.min_report_rows=1", set()),
+        ("model.trust_remote_code=true", set()),
+        ("name=other", {"report"}),
+    ],
+)
+def test_identity_a_changed_key_is_in_the_stages_that_read_it(small_recipe, change: str, stages: set[str]):
+    before, after = own_identities(small_recipe), own_identities(small_recipe, change)
+    assert {stage for stage in before if before[stage] != after[stage]} == stages
+
+
+def test_plan_source_moved_elsewhere_keeps_every_key(built_recipe, planned, tmp_path: Path):
+    before = planned(built_recipe)
+    for dataset in built_recipe["dataset_mixture"]["datasets"]:
+        copy = tmp_path / Path(dataset["path"]).name
+        copy.write_bytes(Path(dataset["path"]).read_bytes())
+        dataset["path"] = str(copy)
+    assert planned(built_recipe) == before
+
+
+def test_differences_are_told_by_dotted_keys():
+    before = {"a": {"b": 1, "c": [1], "same": 0}, "gone": 1}
+    after = {"a": {"b": 2, "c": [2], "same": 0}, "new": {"x": 1}}
+    expected = [("a.b", 1, 2), ("a.c", [1], [2]), ("gone", 1, None), ("new", None, {"x": 1})]
+    assert list(differences(before, after)) == expected
+    assert list(differences(before, before)) == []
+
+
+# Report prompts
+
+
+def test_count_report_prompts_is_the_same_before_and_after_the_download(built_recipe, tmp_path: Path):
+    pinned = pin(parse_recipe(built_recipe))
+    scanned, read = (count_report_prompts(Store(root), pinned) for root in (tmp_path, built_recipe["runtime"]["store"]))
+    assert scanned == read
+    assert set(scanned) == set(SOURCES) and min(scanned.values()) > 0
+
+
+def test_count_report_prompts_a_row_that_is_no_unicode_is_left_to_the_download(small_recipe, tmp_path: Path):
+    good = (ROOT / "configs" / "quickstart" / "copy_no_think.jsonl").read_text().splitlines()[:60]
+    bad = '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}'
+    assert "\ud800" in json.loads(bad)["messages"][0]["content"]
+    counts = []
+    for lines in (good, [bad, *good]):
+        (tmp_path / "copy_no_think.jsonl").write_text("\n".join(lines))
+        small_recipe["dataset_mixture"]["datasets"] = [{"path": str(tmp_path / "copy_no_think.jsonl")}]
+        pinned = pin(parse_recipe(override(small_recipe, ("limit=61",))))
+        counts.append(count_report_prompts(Store(tmp_path / "s"), pinned)["copy_no_think"])
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("source", ["small_recipe", "built_recipe"])
+def test_plan_too_few_report_prompts_is_refused(source: str, request, sft, save_recipe):
+    data = request.getfixturevalue(source)
+    data["dataset_mixture"]["report_share"] = 0.0
+    message = sft("plan", save_recipe(data), code=1).output
+    assert "evaluation.min_report_rows: found too few unique report prompts (copy_no_think has 0" in message
+    data["dataset_mixture"]["report_share"] = 0.15
+    path = save_recipe(data)
+    sft("plan", path)  # a smoke run needs one
+    message = sft("plan", path, "--set", "limit=null", "--set", "evaluation.min_report_rows=1000", code=1).output
+    assert "at least 1000 are needed" in message
+
+
+def test_prepare_refuses_what_would_fail_later(small_recipe, tmp_path: Path):
+    assert prepare(parse_recipe(small_recipe)).pins["sources"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be written"):
+        prepare(parse_recipe(override(small_recipe, (f"runtime.store={tmp_path}/file/store",))))
+    with pytest.raises(ValueError, match="too few unique report prompts"):
+        prepare(parse_recipe(override(small_recipe, ("dataset_mixture.report_share=0",))))
+
+
+# training.extra
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("adam_beta_2=0.9", "training.extra.adam_beta_2: no field of trl.SFTConfig; did you mean 'adam_beta2'?"),
+        (
+            "learning_rate=0.1",
+            "training.extra.learning_rate: set by the recipe's own keys or by the pipeline; remove it",
+        ),
+        ("output_dir=x", "training.extra.output_dir: set by the recipe's own keys or by the pipeline; remove it"),
+        ("adam_beta2=high", "training.extra.adam_beta2: found 'high'; input should be a valid number"),
+        ("adam_beta2=[1]", "training.extra.adam_beta2: found [1]; "),
+    ],
+)
+def test_plan_wrong_extra_is_refused(small_recipe, sft, save_recipe, extra: str, expected: str):
+    assert expected in sft("plan", save_recipe(small_recipe), "--set", f"training.extra.{extra}", code=1).output
+
+
+def test_plan_right_extra_is_accepted(small_recipe, sft, save_recipe):
+    fields = ("adam_beta2=0.98", "adam_beta1=1", "optim=adamw_torch", "neftune_noise_alpha=5.0")
+    sft("plan", save_recipe(small_recipe), *(a for text in fields for a in ("--set", f"training.extra.{text}")))
+
+
+def test_quickstart_extra_is_accepted():
+    from sft_core.recipe import load_recipe
+    from sft_core.train.arguments import check_extra
+
+    extra = load_recipe(ROOT / "configs" / "quickstart.yaml").training.extra
+    assert extra
+    check_extra(extra)

@@ -1,0 +1,72 @@
+"""Training runs that several tests look at."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_core.pins import PinnedRecipe, pin
+from sft_core.recipe import parse_recipe
+from sft_core.store import Store
+from steps.pack import PACKED
+from steps.train import TRAINED
+from tests.train.tiny import Run, tiny_recipe
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="session")
+def make_job(store: Store) -> Callable[[PinnedRecipe, Path], dict[str, Any]]:
+    """The job of one rank, as the launcher writes it, over packs that the real stages made."""
+
+    def make(pinned: PinnedRecipe, out: Path) -> dict[str, Any]:
+        packs = store.ensure(PACKED, pinned)
+        located = store.locate(TRAINED, pinned, {"round": 0})
+        needs = TRAINED.needs(pinned, {"round": 0})
+        folders = {name: store.path(store.ensure(stage, pinned, **part)) for name, (stage, part) in needs.items()}
+        job = (located.identity["section"] | TRAINED.places(pinned, {"round": 0}))["job"]
+        return {
+            **job,
+            "out": str(out),
+            "packs": str(store.path(packs)),
+            "tokens": [str(folders[source]) for source in job["sources"]],
+            "runtime": pinned.recipe.runtime.model_dump(mode="json"),
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train_here(
+    make_job: Callable[[PinnedRecipe, Path], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Run]:
+    """Trains a recipe in this process, by the function that a rank runs; in the folder of an earlier run if given."""
+
+    def run(recipe: dict[str, Any], out: Path | None = None) -> Run:
+        from sft_core.train.main import train
+
+        pinned, out = pin(parse_recipe(recipe)), out or tmp_path_factory.mktemp("trained")
+        (out / "logs").mkdir(exist_ok=True)
+        job = make_job(pinned, out)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        with pytest.MonkeyPatch.context() as environment:
+            # What torchrun gives a rank that is alone.
+            group = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            for name, value in group.items():
+                environment.setenv(name, str(value))
+            train(job, out)
+        return Run(pinned, out)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def plain_run(train_here: Callable[..., Run]) -> Run:
+    """6 steps of the tiny recipe: one process, 4 packs accumulated a step."""
+    return train_here(tiny_recipe())
