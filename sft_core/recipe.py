@@ -189,7 +189,6 @@ class Runtime(_Section):
     store: str = "store"
     num_processes: PositiveInt = Field(1, description="training ranks on this machine")
     num_threads: PositiveInt | None = Field(None, description="CPU threads a rank; default: cores / ranks")
-    max_workers: PositiveInt = Field(2, description="flow tasks at a time on this machine")
     eval_batch_size: PositiveInt = 32
     save_steps: PositiveInt = Field(50, description="optimizer steps between checkpoints")
     logging_steps: PositiveInt = 5

@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from sft_core.store import Store
 
 FLOW = Path(__file__).resolve().parent.parent / "flows" / "sft_flow.py"
 
@@ -120,9 +123,7 @@ def _recipe_identities(a: str, b: str) -> list[tuple[str, Any, Any]]:
 
 
 def _output_identities(a: str, b: str, root: str) -> list[tuple[str, Any, Any]]:
-    from sft_core.store import Store
-
-    store = Store(root)
+    store = _existing_store(root)
     refs = [store.find(text) for text in (a, b)]
     return [(f"{refs[0]} and {refs[1]}", *(store.manifest(ref)["identity"] for ref in refs))]
 
@@ -161,9 +162,9 @@ def verify(ref: str | None, root: str) -> None:
     """
     from tqdm import tqdm
 
-    from sft_core.store import CorruptOutput, Store
+    from sft_core.store import CorruptOutput
 
-    store = Store(root)
+    store = _existing_store(root)
     refs = [store.find(ref)] if ref else store.refs()
     faults = []
     for one in tqdm(refs, unit=" outputs", disable=None):
@@ -234,9 +235,9 @@ def list_outputs(root: str) -> None:
     Example: sft store list
     """
     from sft_core.report.tables import text_table
-    from sft_core.store import Store, part_name
+    from sft_core.store import part_name
 
-    opened = Store(root)
+    opened = _existing_store(root)
     rows = []
     for ref in opened.refs():
         part = part_name(opened.manifest(ref)["identity"]["part"])
@@ -260,9 +261,7 @@ def gc(refs: tuple[str, ...], root: str, days: float, delete: bool) -> None:
     """
     import shutil
 
-    from sft_core.store import Store
-
-    opened = Store(root)
+    opened = _existing_store(root)
     old = time.time() - days * 86400
     chosen = [opened.find(ref) for ref in refs] or [ref for ref in opened.refs() if opened.last_used(ref) < old]
     left = [] if refs else [path for path in opened.abandoned() if path.stat().st_mtime < old]
@@ -276,6 +275,14 @@ def gc(refs: tuple[str, ...], root: str, days: float, delete: bool) -> None:
         for path in left:
             shutil.rmtree(path)
     click.echo(f"{len(sizes)} outputs, {_size(sum(sizes.values()))}" + ("" if delete else "; add --delete to remove"))
+
+
+def _existing_store(root: str) -> Store:
+    from sft_core.store import Store
+
+    if not Path(root).expanduser().is_dir():
+        raise FileNotFoundError(f"--store: found {root!r}; no such folder (looked in {Path.cwd()})")
+    return Store(root)
 
 
 def _folder_bytes(folder: Path) -> int:

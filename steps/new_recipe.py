@@ -50,13 +50,17 @@ runtime:
 """
 
 
+def looks_like_files(source: str) -> bool:
+    return "*" in source or source.count("/") != 1 or source.endswith((".jsonl", ".json", ".parquet", ".gz", ".zst"))
+
+
 def write_recipe(model: str, data: tuple[str, ...], output: Path) -> None:
     """Writes a recipe that loads. Raises FileExistsError rather than replace one."""
     if output.exists():
         raise FileExistsError(f"{output} exists; name another with --output")
     datasets = ""
     for source in data:
-        key = "path" if is_local(source) or "*" in source or source.count("/") != 1 else "id"
+        key = "path" if is_local(source) or looks_like_files(source) else "id"
         datasets += (
             f"    - {key}: {json.dumps(source)}\n      weight: 1.0             # share of the rows; over 1 repeats\n"
         )

@@ -144,6 +144,8 @@ def _message(raw: Any, index: int) -> dict[str, Any]:
     role = _ROLE_NAMES.get(str(raw.get("role")))
     if role not in ROLES:
         raise Rejected("unknown_role", f"{where}.role: found {raw.get('role')!r}; known: {', '.join(ROLES)}")
+    if role == "user" and raw.get("content") is None:
+        raise Rejected("invalid_content", f"{where} is a user turn without content")
     message: dict[str, Any] = {"role": role, "content": _content(raw.get("content"), where)}
     reasoning = raw.get("reasoning_content") or raw.get("reasoning") or raw.get("thinking")
     if role == "assistant":

@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,15 +91,16 @@ def _write(writer: pq.ParquetWriter, group: list[tuple[str, int, str]]) -> None:
 def list_files(paths: list[str] | tuple[str, ...]) -> list[Path]:
     """The files that paths and globs name, sorted within each. Raises FileNotFoundError for one that names none."""
     files: list[Path] = []
-    for path in paths:
-        found = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
+    for path in map(os.path.expanduser, paths):
+        names = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
+        found = [Path(name) for name in names if Path(name).is_file()]
         if not found:
             raise FileNotFoundError(f"{path}: no such file (looked in {Path.cwd()})")
         unknown = [file for file in found if not _is_known(file)]
         if unknown:
             raise ValueError(f"{unknown[0]}: a source is .jsonl or .json lines (also .gz, .zst) or .parquet")
         files += found
-    return files
+    return list(dict.fromkeys(files))  # a file that two globs name is read once
 
 
 def digest_files(files: list[Path]) -> str:
@@ -130,8 +132,17 @@ def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[RawRow]:
         start = 0
         for batch in file.iter_batches(batch_size=1000, columns=columns):
             for index, row in enumerate(batch.to_pylist()):
-                yield f"{path}: row {start + index}", row
+                yield f"{path}: row {start + index}", _without_nulls(row)
             start += batch.num_rows
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every object every key of its column; a null there says that the row did not have it."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(element) for key, element in value.items() if element is not None}
+    if isinstance(value, list):
+        return [_without_nulls(element) for element in value]
+    return value
 
 
 def _read_json_lines(path: Path, columns: list[str] | None) -> Iterator[RawRow]:
@@ -190,6 +201,6 @@ def read_hub(id: str, config: str | None, split: str, commit: str, columns: list
         )
         rows = rows.select_columns(columns) if columns and not narrow else rows
         for index, row in enumerate(rows):
-            yield f"{id} {split}: row {index}", row
+            yield f"{id} {split}: row {index}", _without_nulls(row)
     except (pa.ArrowInvalid, ValueError) as error:
         raise ValueError(f"{id} (config {builder.config.name}, split {split}): {error}") from error

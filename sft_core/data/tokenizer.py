@@ -25,7 +25,7 @@ def load_tokenizer(
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise ValueError(f"{path}: has no fast tokenizer (tokenizer.json); convert it with transformers first")
-    new = [token for token in add_special_tokens if token not in tokenizer.get_vocab()]
+    new = [token for token in add_special_tokens if token not in tokenizer.get_added_vocab()]
     if new:
         tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
     if eos_token is not None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TOKENS_A_FORWARD = 2048
+TASKS_AT_A_TIME = 2  # as many share a machine's cores where the flow runs locally
 
 
 def report_rows(index: pa.Table, *, selection_share: float, report_share: float, max_rows: int) -> np.ndarray:
@@ -60,7 +61,7 @@ def build_evaluated(
 
     from sft_core.train.model import load_model
 
-    torch.set_num_threads(build.runtime.num_threads or max(1, (os.cpu_count() or 1) // build.runtime.max_workers))
+    torch.set_num_threads(build.runtime.num_threads or max(1, (os.cpu_count() or 1) // TASKS_AT_A_TIME))
     index = read_index(build.inputs["tokens"])
     rows = report_rows(index, selection_share=selection_share, report_share=report_share, max_rows=max_rows)
     if len(rows) == 0:

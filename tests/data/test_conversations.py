@@ -269,3 +269,10 @@ def test_row_id_is_of_the_content_and_not_of_how_it_was_written():
     ids = {row_id(to_json(canonical(row))) for row in same}
     assert len(ids) == 1
     assert row_id(to_json(say(USER, ANSWER | {"content": "Hi!"}))) not in ids
+
+
+def test_user_turn_without_content_is_rejected() -> None:
+    row = {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}]}
+    with pytest.raises(Rejected, match="without content") as fault:
+        canonical(row)
+    assert fault.value.reason == "invalid_content"

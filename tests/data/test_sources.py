@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, which holds hub_se
 
 from hub_server import HubServer
 
+from sft_core.data.sources import list_files, read_files
 from sft_core.data.splits import prompt_hash
 from steps.download import CONVERSATIONS
 
@@ -343,3 +344,22 @@ def test_hub_one_split_at_a_commit_and_clear_messages_for_what_is_not_there(tmp_
     for found, (kind, *words) in zip(failed, messages, strict=True):
         assert found["error"] == kind
         assert all(word in found["message"] for word in words), found
+
+
+def test_parquet_nulls_of_other_rows_keys_are_not_arguments(tmp_path: Path) -> None:
+    call = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "a"}]}]
+    other = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "b", "arguments": {"x": 1}}]},
+    ]
+    pq.write_table(pa.Table.from_pylist([{"messages": call}, {"messages": other}]), tmp_path / "a.parquet")
+    rows = [row for _, row in read_files([tmp_path / "a.parquet"], None)]
+    assert rows[0]["messages"] == call
+    assert rows[1]["messages"] == other
+
+
+def test_files_named_twice_and_brackets_in_names(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b[1].jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    both = [str(tmp_path / "a.jsonl"), str(tmp_path / "*.jsonl"), str(tmp_path / "b[1].jsonl")]
+    assert [path.name for path in list_files(both)] == ["a.jsonl", "b[1].jsonl"]

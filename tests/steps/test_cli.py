@@ -98,6 +98,7 @@ def test_mistakes_are_one_message_and_exit_code_1(
     sft, save_recipe, small_recipe, tmp_path: Path, arguments: tuple[str, ...], expected: str
 ):
     (tmp_path / "binary.yaml").write_bytes(b"name: \xff\xfe")
+    (tmp_path / "store").mkdir()
     places = {"recipe": save_recipe(small_recipe), "store": tmp_path / "store", "binary": tmp_path / "binary.yaml"}
     result = sft(*(argument.format(**places) for argument in arguments), code=1)
     assert result.stdout == ""
@@ -158,7 +159,12 @@ def test_store_list_names_every_output(sft, built_recipe):
 
 
 def test_store_list_empty_store_says_so(sft, tmp_path: Path):
-    assert "no outputs" in sft("store", "list", "--store", tmp_path / "none").stdout
+    assert "no outputs" in sft("store", "list", "--store", tmp_path).stdout
+
+
+@pytest.mark.parametrize("command", [("store", "list"), ("store", "gc"), ("verify",)])
+def test_store_that_is_not_there_is_an_error(sft, tmp_path: Path, command: tuple[str, ...]):
+    assert "no such folder" in sft(*command, "--store", tmp_path / "none", code=1).output
 
 
 def test_store_gc_shows_first_and_removes_with_delete(sft, built_recipe):
