@@ -31,7 +31,8 @@ class PinnedRecipe:
     recipe: Recipe
     pins: dict[str, Any]
 
-    # Of each thing that is loaded, the identity is what it holds, and the loader says where it is.
+    # Of each thing that is loaded, the identity is what it holds, and the loader says where it is. A loader is
+    # asked when something is built, perhaps long after the run began, so it looks again at what is local.
 
     @property
     def tokenizer_identity(self) -> dict[str, Any]:
@@ -42,6 +43,8 @@ class PinnedRecipe:
     @property
     def tokenizer_loader(self) -> dict[str, Any]:
         model = self.recipe.model
+        if is_local(model.tokenizer):
+            _unchanged("model.tokenizer_name_or_path", self.pins["tokenizer"], _digest_tokenizer(self.recipe))
         return {
             "path": os.path.expanduser(model.tokenizer),
             "revision": None if is_local(model.tokenizer) else self.pins["tokenizer"],
@@ -64,6 +67,8 @@ class PinnedRecipe:
     def model_loader(self) -> dict[str, Any]:
         model = self.recipe.model
         name = model.model_name_or_path
+        if name is not None and is_local(name):
+            _unchanged("model.model_name_or_path", self.pins["model"], _digest_model(self.recipe))
         return {
             "path": None if name is None else os.path.expanduser(name),
             "revision": None if name is None or is_local(name) else self.pins["model"],
@@ -81,7 +86,10 @@ class PinnedRecipe:
     @property
     def template_text(self) -> str | None:
         path = template_path(self.recipe)
-        return None if path is None else path.read_text(encoding="utf-8")
+        if path is None:
+            return None
+        _unchanged("chat_template.template", self.pins["template"], hashlib.sha256(path.read_bytes()).hexdigest())
+        return path.read_text(encoding="utf-8")
 
     @property
     def template_arguments(self) -> dict[str, Any]:
@@ -112,13 +120,9 @@ def pin(recipe: Recipe, *, allow_unresolved: bool = False) -> PinnedRecipe:
     model, name = recipe.model, recipe.model.model_name_or_path
     pins: dict[str, Any] = {"sources": sources, "tokenizer": None, "model": None, "template": None}
     if name is not None:
-        pins["model"] = (
-            _digest_folder(Path(name), "model.model_name_or_path", weights=True)
-            if is_local(name)
-            else resolve("model", name, model.model_revision)
-        )
+        pins["model"] = _digest_model(recipe) if is_local(name) else resolve("model", name, model.model_revision)
     pins["tokenizer"] = (
-        _digest_folder(Path(model.tokenizer), "model.tokenizer_name_or_path", weights=False)
+        _digest_tokenizer(recipe)
         if is_local(model.tokenizer)
         else pins["model"]
         if model.tokenizer == name
@@ -175,19 +179,38 @@ def template_path(recipe: Recipe) -> Path | None:
     return path
 
 
-def _digest_folder(folder: Path, key: str, *, weights: bool) -> str:
-    folder = folder.expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{key}: found {str(folder)!r}; no such folder (looked in {Path.cwd()})")
-    if weights:
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{key}: {folder} holds no config.json, which says what the model is")
-        files = [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
-        if not any(path.suffix == ".safetensors" for path in files):
-            others = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
-            raise FileNotFoundError(f"{key}: {folder} holds no .safetensors weights, the only kind we load ({others})")
-    else:
-        files = [path for path in folder.iterdir() if path.name.startswith(_TOKENIZER_FILES) and path.is_file()]
-        if not files:
-            raise FileNotFoundError(f"{key}: {folder} holds no tokenizer files (tokenizer.json)")
+def _digest_model(recipe: Recipe) -> str:
+    """Of all that shapes what the model computes and where it stops."""
+    key = "model.model_name_or_path"
+    folder = _folder(str(recipe.model.model_name_or_path), key)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{key}: {folder} holds no config.json, which says what the model is")
+    weights = list(folder.glob("*.safetensors"))
+    if not weights:
+        others = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
+        raise FileNotFoundError(f"{key}: {folder} holds no .safetensors weights, the only kind we load ({others})")
+    names = ("config.json", "generation_config.json", "model.safetensors.index.json")
+    code = folder.glob("*.py") if recipe.model.trust_remote_code else ()
+    return digest_files(sorted([*weights, *code, *(folder / name for name in names if (folder / name).is_file())]))
+
+
+def _digest_tokenizer(recipe: Recipe) -> str:
+    key = "model.tokenizer_name_or_path"
+    folder = _folder(recipe.model.tokenizer, key)
+    files = [path for path in folder.iterdir() if path.name.startswith(_TOKENIZER_FILES) and path.is_file()]
+    if not files:
+        raise FileNotFoundError(f"{key}: {folder} holds no tokenizer files (tokenizer.json)")
     return digest_files(sorted(files))
+
+
+def _folder(name: str, key: str) -> Path:
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{key}: found {name!r}; no such folder (looked in {Path.cwd()})")
+    return folder
+
+
+def _unchanged(key: str, pinned: str, found: str) -> None:
+    """What was read when the run began must be what is read now, or it would be stored under another's key."""
+    if found != pinned:
+        raise ValueError(f"{key}: changed since this run began ({pinned[:12]} then, {found[:12]} now); start a new run")

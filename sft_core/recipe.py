@@ -23,6 +23,18 @@ Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 LossScope = Literal["assistant", "completion", "all"]
 RESERVED = ("mixture", "packs")  # stages read these beside the sources, by name
+Scheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
 SourceFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 
 
@@ -153,7 +165,7 @@ class Training(_Section):
         "assistant", description="train on assistant turns, on the last one, or on all tokens"
     )
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: Scheduler = "cosine"
     lr_scheduler_kwargs: dict[str, Any] = {}
     warmup_ratio: Share = 0.03
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0

@@ -58,12 +58,10 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
     from sft_core.recipe import load_recipe
     from sft_core.report.tables import text_table
     from sft_core.store import Store
-    from sft_core.train.arguments import check_extra
     from steps import pipeline
     from steps.evaluate import check_report_prompts, count_report_prompts
 
     loaded = load_recipe(recipe, overrides=overrides, limit=limit)
-    check_extra(loaded.training.extra)
     pinned, store = pin(loaded, allow_unresolved=True), Store(loaded.runtime.store)
     prompts = count_report_prompts(store, pinned)
     check_report_prompts(prompts, pinned)
@@ -74,6 +72,7 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
     ]
     if as_json:
         click.echo(json.dumps(rows, indent=1))
+        pipeline.check_training(found, pinned)
         return
     click.echo(text_table(("stage", "name", "key", "status"), [tuple(row.values()) for row in rows]))
     counts = {status: sum(row["status"] == status for row in rows) for status in ("hit", "build", "depends")}
@@ -81,6 +80,7 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
     known = [count for count in prompts.values() if count is not None]
     if known:
         click.echo(f"unique report prompts a task: {min(known)} to {max(known)}")
+    pipeline.check_training(found, pinned)
 
 
 @main.command()

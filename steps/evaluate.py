@@ -8,9 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sft_core.data import splits
-from sft_core.data.conversations import canonical
 from sft_core.data.rejects import Rejected
-from sft_core.data.sources import list_files, read_files
+from sft_core.data.sources import accept, list_files, read_files
 from sft_core.evaluate.rows import read_rows
 from sft_core.evaluate.tasks import build_evaluated
 from sft_core.pins import PinnedRecipe
@@ -35,6 +34,8 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
         "selection_share": recipe.dataset_mixture.selection_share,
         "report_share": recipe.dataset_mixture.report_share,
         "max_rows": recipe.evaluation.max_rows,
+        "max_length": recipe.packing.max_length,
+        "smoke": recipe.limit is not None,
         "max_new_tokens": recipe.evaluation.max_new_tokens_by_task.get(part["task"], recipe.evaluation.max_new_tokens),
     }
 
@@ -54,7 +55,8 @@ EVALUATED = Stage(
         "tokenizer": pinned.tokenizer_loader,
     },
     needs=_needs,
-    version=1,
+    version=2,
+    verify_inputs=True,
 )
 
 
@@ -85,8 +87,10 @@ def count_report_prompts(store: Store, pinned: PinnedRecipe) -> dict[str, int | 
 
 
 def check_report_prompts(counts: dict[str, int | None], pinned: PinnedRecipe) -> None:
-    """Raises ValueError for tasks whose scores would rest on too few rows. A smoke run needs one row."""
-    minimum = 1 if pinned.recipe.limit else pinned.recipe.evaluation.min_report_rows
+    """Raises ValueError for tasks whose scores would rest on too few rows. A smoke run scores what it has."""
+    if pinned.recipe.limit:
+        return
+    minimum = pinned.recipe.evaluation.min_report_rows
     few = {task: count for task, count in counts.items() if count is not None and count < minimum}
     if few:
         found = ", ".join(f"{task} has {count}" for task, count in few.items())
@@ -117,13 +121,14 @@ def _prompt_hashes(store: Store, pinned: PinnedRecipe, task: str) -> np.ndarray 
     files = list_files(dataset.paths)
     if sum(path.stat().st_size for path in files) > MAX_SCANNED_BYTES:
         return None
-    hashes = []
+    hashes, num_rejected = [], 0
     for number, (_, raw) in enumerate(read_files(files, list(dataset.columns) if dataset.columns else None)):
         if number == pinned.recipe.limit:
             break
         try:
-            if not isinstance(raw, Rejected):
-                hashes.append(splits.prompt_hash(canonical(raw, format=dataset.format)))
-        except (Rejected, UnicodeEncodeError):
-            continue  # the download counts it
-    return np.array(hashes, dtype=np.uint64)
+            hashes.append(accept(raw, dataset.format).prompt_hash)
+        except Rejected:
+            num_rejected += 1
+    faulty = num_rejected > pinned.recipe.dataset_mixture.max_rejected_share * (len(hashes) + num_rejected)
+    # An empty or faulty source is told of by its download, which knows what is wrong with it.
+    return None if faulty or not hashes else np.array(hashes, dtype=np.uint64)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
+from sft_core.data.rejects import Rejected
+from sft_core.data.sources import accept, list_files, read_files
 from sft_core.pins import is_local
 from sft_core.recipe import parse_recipe, read_yaml
 
+ENOUGH_ROWS = 2000  # for a report share of 0.05
 _RECIPE = """\
 # A recipe of sft-flow. `sft plan {output}` says what a run will do;
 # `python flows/sft_flow.py --config recipe {output} run` does it.
@@ -15,6 +21,9 @@ name: {name}
 
 model:
   model_name_or_path: {model}
+  # For a model without the template's control tokens:
+  # add_special_tokens: ["<|im_start|>", "<|im_end|>"]
+  # eos_token: "<|im_end|>"
   dtype: float32              # of the weights; training.bf16 computes in bfloat16 over them
 
 chat_template:
@@ -22,7 +31,7 @@ chat_template:
 
 dataset_mixture:
   selection_share: 0.02       # prompts held out for decisions during training
-  report_share: 0.05          # prompts held out for the scores that are reported
+  report_share: {report_share}          # prompts held out for the scores that are reported
   datasets:
 {datasets}
 packing:
@@ -42,7 +51,7 @@ training:
 
 evaluation:
   max_rows: 200               # report prompts scored for each task
-  min_report_rows: 50         # fewer is an error: such scores mean nothing
+  min_report_rows: {min_report_rows}         # fewer is an error: such scores mean little
   max_new_tokens: 256
 
 runtime:
@@ -64,12 +73,34 @@ def write_recipe(model: str, data: tuple[str, ...], output: Path) -> None:
         datasets += (
             f"    - {key}: {json.dumps(source)}\n      weight: 1.0             # share of the rows; over 1 repeats\n"
         )
+    report_share, min_report_rows = _held_out(data)
     text = _RECIPE.format(
+        report_share=report_share,
+        min_report_rows=min_report_rows,
         output=output,
-        name="".join(c if c.isalnum() or c in "._-" else "-" for c in output.name.removesuffix(".yaml")),
+        name=json.dumps("".join(c if (c.isascii() and c.isalnum()) or c in "._-" else "-" for c in output.stem)),
         model=json.dumps(model),
         template="thinking",
         datasets=datasets,
     )
     parse_recipe(read_yaml(text))  # Before it is written: a faulty file would stand in the way of the next try.
     output.write_text(text, encoding="utf-8")
+
+
+def _held_out(data: tuple[str, ...]) -> tuple[float, int]:
+    """A report share that holds out some 80 prompts of the smallest local source, and how few of them will do."""
+    sizes = []
+    for source in data:
+        if Path(source).is_file() or glob.glob(source):
+            rows = itertools.islice(read_files(list_files([source]), None), ENOUGH_ROWS)
+            sizes.append(len({found for _, raw in rows if (found := _prompt(raw)) is not None}))
+    smallest = min(sizes, default=ENOUGH_ROWS)
+    share = min(0.3, max(0.05, round(80 / max(smallest, 1), 2)))
+    return share, max(1, min(50, int(smallest * share * 0.6)))
+
+
+def _prompt(raw: Any) -> int | None:
+    try:
+        return accept(raw, "auto").prompt_hash
+    except Rejected:
+        return None  # the download counts it

@@ -11,16 +11,25 @@ from sft_core.store import Located, Stage, Store
 from sft_core.train.arguments import check_extra
 from steps.evaluate import check_report_prompts, count_report_prompts
 from steps.report import REPORT
+from steps.train import TRAINED
 
 
 def prepare(recipe: Recipe) -> PinnedRecipe:
     """The recipe with its names resolved. Raises ValueError or OSError for what would fail later and cost more."""
-    check_extra(recipe.training.extra)
     pinned = pin(recipe)
     store = Store(recipe.runtime.store)
-    store.check_writable()
     check_report_prompts(count_report_prompts(store, pinned), pinned)
+    planned = plan(store, pinned)
+    if any(located.status != "hit" for located in planned):
+        store.check_writable()
+    check_training(planned, pinned)
     return pinned
+
+
+def check_training(planned: list[Located], pinned: PinnedRecipe) -> None:
+    """Raises ValueError for a wrong `training.extra`, if there is something to train: TRL takes seconds to import."""
+    if any(located.stage is TRAINED and located.status != "hit" for located in planned):
+        check_extra(pinned.recipe.training.extra)
 
 
 def plan(store: Store, pinned: PinnedRecipe) -> list[Located]:

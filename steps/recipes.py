@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sft_core.recipe import Recipe, override, parse_recipe, read_yaml
+if TYPE_CHECKING:
+    from sft_core.recipe import Recipe
 
 
 def parse_config(text: str) -> dict[str, Any]:
     """Plain data of a recipe that is valid. Raises MetaflowException, which shows without a traceback."""
     from metaflow.exception import MetaflowException
+
+    from sft_core.recipe import parse_recipe, read_yaml
 
     class InvalidRecipe(MetaflowException):
         headline = "The recipe is not valid"
@@ -25,4 +28,7 @@ def parse_config(text: str) -> dict[str, Any]:
 
 def effective(data: Mapping[str, Any], overrides: Iterable[str] | None, limit: int | None) -> Recipe:
     """The typed recipe after `--set` and `--limit`. Raises ValueError."""
+    # Not at the top: the flow file imports this module, and every task and card pays for what that imports.
+    from sft_core.recipe import override, parse_recipe
+
     return parse_recipe(override(dict(data), tuple(overrides or ()), limit))

@@ -21,5 +21,5 @@ RENDERED = Stage(
     section=_section,
     places=lambda pinned, part: {"tokenizer": pinned.tokenizer_loader, "template": pinned.template_arguments},
     needs=lambda pinned, part: {"conversations": (CONVERSATIONS, part)},
-    libraries=("jinja2",),
+    libraries=("jinja2", "tokenizers", "transformers"),
 )

@@ -9,8 +9,11 @@ FLOW = "SFTFlow"
 
 
 def last_attempt() -> str:
-    """The id of the newest run or resume, whatever became of it. Raises ValueError when there is none."""
-    return str(next(iter(_runs())).id)
+    """The id of the newest run or resume, whatever became of it. Raises ValueError when there is none.
+
+    An attempt that was killed before its first step holds nothing to go on from, so the one before it counts.
+    """
+    return str(next((run for run in _runs() if any(True for _ in run)), _runs()[0]).id)
 
 
 def last_finished() -> dict[str, Any]:
@@ -22,7 +25,7 @@ def last_finished() -> dict[str, Any]:
     raise ValueError("no run has finished yet; start one with `python flows/sft_flow.py run`")
 
 
-def _runs() -> Any:
+def _runs() -> list[Any]:
     os.environ.setdefault("METAFLOW_USER", os.environ.get("USER") or "sft")
     from metaflow import Flow, namespace
     from metaflow.exception import MetaflowNotFound

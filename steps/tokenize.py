@@ -13,7 +13,7 @@ TOKENS = Stage(
     section=lambda pinned, part: {"tokenizer": pinned.tokenizer_identity},
     places=lambda pinned, part: {"tokenizer": pinned.tokenizer_loader},
     needs=lambda pinned, part: {"rendered": (RENDERED, part)},
-    libraries=("tokenizers",),
+    libraries=("tokenizers", "transformers"),
 )
 
 

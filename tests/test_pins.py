@@ -95,8 +95,8 @@ def test_identity_holds_what_changes_the_thing(world, override: str, moved: str)
     ("overrides", "expected"),
     [
         (("dataset_mixture.datasets.0.path=none.jsonl",), r"none\.jsonl: no such file \(looked in /"),
-        (("model.model_name_or_path=./none",), r"model\.model_name_or_path: found 'none'; no such folder \(looked"),
-        (("model.tokenizer_name_or_path=./none",), r"model\.tokenizer_name_or_path: found 'none'; no such folder"),
+        (("model.model_name_or_path=./none",), r"model\.model_name_or_path: found '\./none'; no such folder \(looked"),
+        (("model.tokenizer_name_or_path=./none",), r"model\.tokenizer_name_or_path: found '\./none'; no such folder"),
         (("chat_template.template=thinkin",), r"chat_template\.template: found 'thinkin'; it is no file.*: thinking"),
         (("chat_template.template=a/none.jinja",), r"chat_template\.template: found 'a/none\.jinja'; it is no file"),
     ],

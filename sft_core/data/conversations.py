@@ -31,6 +31,8 @@ _ROLE_NAMES = {
     "function_response": "tool",
     "function_call": "function_call",
 }
+_EMPTY_BLOCK = "empty_block"  # set on a message while its conversation is read
+_RESERVED_KWARGS = ("messages", "tools", "add_generation_prompt")  # what the conversation itself gives a template
 _THINKING = re.compile(r"\s*<think>(.*?)</think>\s*(.*)\Z", re.DOTALL)
 
 
@@ -55,7 +57,12 @@ def canonical(row: Any, *, format: str = "auto") -> dict[str, Any]:
     conversation: dict[str, Any] = {"messages": messages}
     if tools := _json_list(row.get("tools"), "tools"):
         conversation["tools"] = tools
-    if kwargs := _template_kwargs(row):
+    kwargs = _template_kwargs(row)
+    num_empty = sum([message.pop(_EMPTY_BLOCK, False) for message in messages])
+    if num_empty and not any("reasoning_content" in message for message in messages):
+        # An empty inline block says that the row does not think; the template would ask it to.
+        kwargs.setdefault("enable_thinking", False)
+    if kwargs:
         conversation["kwargs"] = kwargs
     if (answer := row.get("answer")) is not None:
         conversation["answer"] = str(answer)
@@ -63,12 +70,14 @@ def canonical(row: Any, *, format: str = "auto") -> dict[str, Any]:
 
 
 def to_json(conversation: dict[str, Any]) -> str:
-    return json.dumps(conversation, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    """Keys stay in their order: a template shows a tool's schema and a call's arguments in it."""
+    return json.dumps(conversation, ensure_ascii=False, separators=(",", ":"))
 
 
-def row_id(conversation_json: str) -> str:
-    """16 hex digits over the canonical content: duplicates have the same."""
-    return hashlib.sha256(conversation_json.encode()).hexdigest()[:16]
+def row_id(conversation: dict[str, Any]) -> str:
+    """16 hex digits over the content, whatever the order of its keys: duplicates have the same."""
+    text = json.dumps(conversation, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _detect(row: dict[str, Any]) -> str:
@@ -155,6 +164,8 @@ def _message(raw: Any, index: int) -> dict[str, Any]:
             reasoning, message["content"] = found[1], found[2]
         if reasoning and reasoning.strip():
             message["reasoning_content"] = reasoning.strip("\n")
+        elif reasoning is not None and isinstance(raw.get("content"), str) and _THINKING.match(raw["content"]):
+            message[_EMPTY_BLOCK] = True
         if calls := _tool_calls(raw.get("tool_calls"), where):
             message["tool_calls"] = calls
         if not message["content"] and "tool_calls" not in message and "reasoning_content" not in message:
@@ -202,6 +213,9 @@ def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
             raise Rejected("invalid_kwargs", "chat_template_kwargs is not JSON") from None
     if kwargs is not None and not isinstance(kwargs, dict):
         raise Rejected("invalid_kwargs", f"chat_template_kwargs is an object; found {type(kwargs).__name__}")
+    for name in _RESERVED_KWARGS:
+        if (kwargs or {}).get(name) is not None:
+            raise Rejected("invalid_kwargs", f"chat_template_kwargs.{name} belongs to the conversation itself")
     # Arrow gives every row every key of the column: None means that this row did not set it.
     return {key: value for key, value in (kwargs or {}).items() if value is not None}
 

@@ -113,7 +113,11 @@ class Renderer:
             )
         stops = [match for match in self.control.finditer(text, len(prompt)) if not text[match.end() :].strip()]
         if not stops:
-            raise Rejected("no_stop_token", f"messages[{turn}]: the rendered turn ends without a stop token")
+            raise Rejected(
+                "no_stop_token",
+                f"messages[{turn}]: the rendered turn ends without a stop token of the vocabulary; set "
+                "model.eos_token to the one that the template writes, and add it with model.add_special_tokens",
+            )
         if stops[0][0] != self.eos_token:
             raise ValueError(
                 f"the template ends an assistant turn with {stops[0][0]!r} but the end token is {self.eos_token!r}: "
@@ -175,7 +179,10 @@ def chat_template(
             "set chat_template.template to thinking or to a .jinja file"
         )
     if isinstance(source, dict):
-        source = source["default"]
+        raise ValueError(
+            f"chat_template.template: {tokenizer.name_or_path} has several templates ({', '.join(source)}); "
+            "write the one to train with into a .jinja file and name it"
+        )
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     return ChatTemplate(source, special, datetime.date.fromisoformat(date), kwargs)
 
@@ -211,10 +218,10 @@ def build_rendered(
                 try:
                     rendered = renderer.render(conversation)
                 except TemplateError as error:
-                    rejects.add(row["row_id"], Rejected("template_error", str(error)))
+                    rejects.add(row["where"], Rejected("template_error", str(error)))
                     continue
                 except Rejected as fault:
-                    rejects.add(row["row_id"], fault)
+                    rejects.add(row["where"], fault)
                     continue
                 rows += [_record(row, conversation, one) for one in rendered]
             num_rows += len(rows)

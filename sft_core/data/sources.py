@@ -12,7 +12,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from sft_core.store import Build
 
 ROWS_A_GROUP = 10_000
-CONVERSATIONS = pa.schema([("row_id", pa.string()), ("prompt_hash", pa.uint64()), ("conversation", pa.string())])
+CONVERSATIONS = pa.schema(
+    [
+        ("where", pa.string()),  # file and line, or the row's number
+        ("row_id", pa.string()),
+        ("prompt_hash", pa.uint64()),
+        ("conversation", pa.string()),
+    ]
+)
 RawRow = tuple[str, Any]  # where it stands, and its data or the Rejected that says why there is none
 
 
@@ -47,7 +54,10 @@ def build_conversations(
     if paths:
         files = list_files(paths)
         if (found := digest_files(files)) != pin:
-            raise ValueError(f"{paths[0]}: the files changed since this run began ({pin[:12]} then, {found[:12]} now)")
+            raise ValueError(
+                f"{paths[0]}: the files changed since this run began ({pin[:12]} then, {found[:12]} now); "
+                "start a new run"
+            )
         rows = read_files(files, columns)
     else:
         rows = read_hub(str(id), config, split, pin, columns)
@@ -56,11 +66,11 @@ def build_conversations(
         pq.ParquetWriter(build.out / "conversations.parquet", CONVERSATIONS, compression="zstd") as writer,
         Rejects(build.out / "rejects.jsonl") as rejects,
     ):
-        group: list[tuple[str, int, str]] = []
+        group: list[tuple[str, str, int, str]] = []
         for where, raw in tqdm(itertools.islice(rows, limit), unit=" rows", disable=None, desc=source):
             num_rows += 1
             try:
-                group.append(_accept(raw, format))
+                group.append((where, *accept(raw, format)))
             except Rejected as fault:
                 rejects.add(where, fault)
             if len(group) == ROWS_A_GROUP:
@@ -70,7 +80,14 @@ def build_conversations(
     return {"rows": num_rows, "conversations": num_rows - sum(rejects.counts.values()), "rejected": rejects.counts}
 
 
-def _accept(raw: Any, format: str) -> tuple[str, int, str]:
+class Accepted(NamedTuple):
+    row_id: str
+    prompt_hash: int
+    conversation: str
+
+
+def accept(raw: Any, format: str) -> Accepted:
+    """The canonical conversation of a raw row. Raises Rejected."""
     if isinstance(raw, Rejected):
         raise raw
     conversation = canonical(raw, format=format)
@@ -79,10 +96,10 @@ def _accept(raw: Any, format: str) -> tuple[str, int, str]:
         text.encode()
     except UnicodeEncodeError:
         raise Rejected("invalid_unicode", "the row holds a lone surrogate, which is no character") from None
-    return row_id(text), prompt_hash(conversation), text
+    return Accepted(row_id(conversation), prompt_hash(conversation), text)
 
 
-def _write(writer: pq.ParquetWriter, group: list[tuple[str, int, str]]) -> None:
+def _write(writer: pq.ParquetWriter, group: list[tuple[str, str, int, str]]) -> None:
     if group:
         writer.write_table(pa.table(list(map(list, zip(*group, strict=True))), schema=CONVERSATIONS))
         group.clear()
@@ -132,7 +149,7 @@ def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[RawRow]:
         start = 0
         for batch in file.iter_batches(batch_size=1000, columns=columns):
             for index, row in enumerate(batch.to_pylist()):
-                yield f"{path}: row {start + index}", _without_nulls(row)
+                yield f"{path.name}: row {start + index}", _without_nulls(row)
             start += batch.num_rows
 
 
@@ -149,7 +166,7 @@ def _read_json_lines(path: Path, columns: list[str] | None) -> Iterator[RawRow]:
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
-        where = f"{path}:{number}"
+        where = f"{path.name}:{number}"
         try:
             row = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:

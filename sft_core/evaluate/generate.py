@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 
 @torch.inference_mode()
@@ -17,6 +18,10 @@ def generate_answers(
 
     prompts: int32, shape (tokens,) each. Prompts of like length share a batch, padded on the left.
     """
+    # Its own settings, not the model's: a repetition penalty would make a copied word a wrong answer.
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_ids, pad_token_id=pad_id, use_cache=True
+    )
     answers: list[np.ndarray] = [np.empty(0, np.int64)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     for start in tqdm(range(0, len(order), batch_size), unit=" batches", disable=None, desc="generate"):
@@ -31,14 +36,7 @@ def generate_answers(
         generated = model.generate(
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=stop_ids,
-            pad_token_id=pad_id,
-            use_cache=True,
+            generation_config=settings,
         )
         for row, index in enumerate(indices):
             answers[index] = _until_stop(generated[row, length:].cpu().numpy(), stop_ids)

@@ -25,7 +25,7 @@ TOKENS_A_FORWARD = 2048
 TASKS_AT_A_TIME = 2  # as many share a machine's cores where the flow runs locally
 
 
-def report_rows(index: pa.Table, *, selection_share: float, report_share: float, max_rows: int) -> np.ndarray:
+def report_rows(index: pa.Table, *, selection_share: float, report_share: float) -> np.ndarray:
     """Row numbers of the report split: one for each unique prompt, in the order of prompt hashes.
 
     The order is the same for every source, so two sources with the same prompts are scored on the same ones.
@@ -37,7 +37,7 @@ def report_rows(index: pa.Table, *, selection_share: float, report_share: float,
     unanswered = index["answer"].is_null().to_numpy()[candidates]
     candidates = candidates[np.argsort(unanswered, kind="stable")]
     _, first = np.unique(hashes[candidates], return_index=True)
-    return candidates[first][:max_rows]
+    return candidates[first]
 
 
 def build_evaluated(
@@ -51,11 +51,15 @@ def build_evaluated(
     selection_share: float,
     report_share: float,
     max_rows: int,
+    max_length: int,
     max_new_tokens: int,
+    smoke: bool,
 ) -> dict[str, Any]:
     """Writes scores.json, and rows.parquet with each row's loss, generated answer and whether that is right.
 
-    model: how to load the start model; None scores the trained one. Raises ValueError for a task without rows.
+    model: how to load the start model; None scores the trained one. Rows over `max_length` are left out and
+    counted, as in training. smoke: a task without report rows is scored on what it has. Raises ValueError for a
+    task without rows.
     """
     import torch
 
@@ -63,9 +67,17 @@ def build_evaluated(
 
     torch.set_num_threads(build.runtime.num_threads or max(1, (os.cpu_count() or 1) // TASKS_AT_A_TIME))
     index = read_index(build.inputs["tokens"])
-    rows = report_rows(index, selection_share=selection_share, report_share=report_share, max_rows=max_rows)
+    found = report_rows(index, selection_share=selection_share, report_share=report_share)
+    if smoke and len(found) == 0:
+        log.warning("no report row among the first rows: this smoke run scores training rows")
+        found = np.flatnonzero(index["num_trained"].to_numpy() > 0)
+    fits = found[index["num_tokens"].to_numpy()[found] <= max_length]
+    rows = fits[:max_rows]
     if len(rows) == 0:
-        raise ValueError("the task has no report rows; raise dataset_mixture.report_share or add data")
+        raise ValueError(
+            f"the task has no report rows of at most {max_length} tokens; raise "
+            "dataset_mixture.report_share or add data"
+        )
     if model is None:
         folder = str(build.inputs["trained"] / "model")
         loader: dict[str, Any] = {"path": folder, "revision": None, "config": None}
@@ -103,9 +115,9 @@ def build_evaluated(
         schema=ROWS,
     )
     pq.write_table(table, build.out / "rows.parquet", compression="zstd")
-    found = [dataclasses.asdict(score) for score in scores(table)]
-    (build.out / "scores.json").write_text(json.dumps(found, indent=1) + "\n")
-    return {"rows": len(rows), "scores": found}
+    scored = [dataclasses.asdict(score) for score in scores(table)]
+    (build.out / "scores.json").write_text(json.dumps(scored, indent=1) + "\n")
+    return {"rows": len(rows), "over_long": len(found) - len(fits), "scores": scored}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,18 +14,19 @@ if TYPE_CHECKING:
 # Set from the recipe or by what the pipeline guarantees; anything else of SFTConfig is free.
 OWNED = frozenset(
     {
-        "activation_checkpointing", "assistant_only_loss", "average_tokens_across_devices", "bf16",
-        "chat_template_path", "completion_only_loss", "data_seed", "dataset_kwargs", "dataset_num_proc",
-        "dataset_text_field", "ddp_backend", "ddp_find_unused_parameters", "disable_tqdm", "eos_token",
-        "eval_packing", "eval_strategy", "fp16", "gradient_accumulation_steps", "gradient_checkpointing",
-        "label_smoothing_factor", "learning_rate", "load_best_model_at_end", "logging_steps",
-        "logging_strategy", "loss_type", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm",
-        "max_length", "max_steps", "model_init_kwargs", "num_train_epochs", "output_dir", "packing",
-        "packing_strategy", "pad_token", "padding_free", "per_device_train_batch_size", "push_to_hub",
-        "remove_unused_columns", "report_to", "resume_from_checkpoint", "save_only_model", "save_steps",
-        "save_strategy", "save_total_limit", "seed", "shuffle_dataset", "train_sampling_strategy",
-        "truncation_mode", "trust_remote_code", "use_cpu", "use_liger_kernel", "warmup_ratio", "warmup_steps",
-        "weight_decay",
+        "accelerator_config", "activation_checkpointing", "assistant_only_loss", "auto_find_batch_size",
+        "average_tokens_across_devices", "bf16", "chat_template_path", "completion_only_loss", "data_seed",
+        "dataloader_pin_memory", "dataset_kwargs", "dataset_num_proc", "dataset_text_field", "ddp_backend",
+        "ddp_find_unused_parameters", "deepspeed", "disable_tqdm", "eos_token", "eval_packing", "eval_strategy",
+        "fp16", "fsdp", "fsdp_config", "gradient_accumulation_steps", "gradient_checkpointing", "ignore_data_skip",
+        "label_smoothing_factor", "learning_rate", "load_best_model_at_end", "logging_first_step", "logging_steps",
+        "logging_strategy", "loss_type", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_length",
+        "max_steps", "model_init_kwargs", "num_train_epochs", "output_dir", "packing", "packing_strategy",
+        "pad_to_multiple_of", "pad_token", "padding_free", "parallelism_config", "per_device_eval_batch_size",
+        "per_device_train_batch_size", "push_to_hub", "remove_unused_columns", "report_to",
+        "resume_from_checkpoint", "router_aux_loss_coef", "save_only_model", "save_steps", "save_strategy",
+        "save_total_limit", "seed", "shuffle_dataset", "train_sampling_strategy", "truncation_mode",
+        "trust_remote_code", "use_cpu", "use_liger_kernel", "warmup_ratio", "warmup_steps", "weight_decay",
     }
 )  # fmt: skip
 

@@ -34,6 +34,10 @@ class PackCollator:
     def num_packs(self) -> int:
         return len(self._plan)
 
+    @property
+    def longest_document(self) -> int:
+        return int(self._plan.num_tokens.max())
+
     def __call__(self, slots: list[dict[str, int]]) -> dict[str, torch.Tensor]:
         """input_ids, position_ids, labels, source: int64 tensors of shape (1, tokens)."""
         documents: list[tuple[TokenRow, int]] = []

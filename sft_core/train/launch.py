@@ -46,6 +46,7 @@ def run_ranks(job: Path, *, num_processes: int, num_threads: int, out: Path) -> 
     """Runs the ranks under torchrun; their output goes to logs/train.log and to this process's own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     environment = {
+        "TENSORBOARD_LOGGING_DIR": str((out / "logs" / "tensorboard").resolve()),
         **os.environ,
         "OMP_NUM_THREADS": str(num_threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait cost a shared machine most of its speed

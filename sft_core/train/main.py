@@ -68,6 +68,12 @@ def train(job: dict[str, Any], out: Path) -> None:
     model, tokenizer = load_model(**job["model"], tokenizer=job["tokenizer"], seed=training["seed"])
     model.config.use_cache = False
     collator = PackCollator.open(Path(job["packs"]), [Path(folder) for folder in job["tokens"]])
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and collator.longest_document > context:
+        raise ValueError(
+            f"packing.max_length: a row has {collator.longest_document} tokens, and the model was made for {context} "
+            "(max_position_embeddings); lower packing.max_length"
+        )
     schedule = step_packs(
         collator.num_packs,
         global_batch_size=training["global_batch_size"],

@@ -66,6 +66,9 @@ def agree_on_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     stops = [tokenizer.eos_token_id, *(token for token in others if token != tokenizer.eos_token_id)]
     generation.eos_token_id = stops[0] if len(stops) == 1 else stops
     generation.pad_token_id = tokenizer.pad_token_id
+    if not generation.do_sample:
+        # Sampling values without sampling: transformers loads such a file and refuses to save it once it changed.
+        generation.temperature = generation.top_p = generation.top_k = generation.min_p = generation.typical_p = None
     generation.bos_token_id = model.config.bos_token_id
     model.generation_config = generation
 
@@ -77,6 +80,7 @@ def save_checkpoint(model: Any, tokenizer: PreTrainedTokenizerFast, chat_templat
     """
     if hasattr(model, "merge_and_unload"):
         model.save_pretrained(folder / "adapter")
+        tokenizer.save_pretrained(folder / "adapter")
         model = model.merge_and_unload()
     model.config.use_cache = True
     model.save_pretrained(folder)

@@ -29,6 +29,9 @@ class PackTrainer(SFTTrainer):
 
     def __init__(self, *, sources: list[str], folder: Path, **kwargs: Any):
         super().__init__(**kwargs)
+        if self.aux_loss_enabled:
+            raise ValueError("the model wants a router loss (MoE), which is not trained here; set its coefficient to 0")
+        self.model_accepts_loss_kwargs = True  # the count comes to compute_loss, whatever the model's forward takes
         self._sources = sources
         self._folder = folder
         self._loss_by_source = LossBySource(len(sources))

@@ -276,3 +276,36 @@ def test_user_turn_without_content_is_rejected() -> None:
     with pytest.raises(Rejected, match="without content") as fault:
         canonical(row)
     assert fault.value.reason == "invalid_content"
+
+
+def test_keys_of_tools_and_arguments_keep_their_order() -> None:
+    call = {"name": "weather", "arguments": {"unit": "c", "city": "Paris"}}
+    row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    kept = json.loads(to_json(canonical(row)))["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    assert list(kept) == ["unit", "city"]
+    call["arguments"] = {"city": "Paris", "unit": "c"}
+    other = canonical({"messages": [row["messages"][0], {"role": "assistant", "content": "", "tool_calls": [call]}]})
+    assert row_id(other) == row_id(canonical(row)), "the same content"
+
+
+def test_inline_empty_block_says_that_the_row_does_not_think() -> None:
+    def conversation(*contents: str, **row: object) -> dict:
+        messages = [{"role": "user", "content": "a"}]
+        for content in contents:
+            messages.append({"role": "assistant", "content": content})
+        return canonical({"messages": messages, **row})
+
+    assert conversation("<think>\n\n</think>\n\nb")["kwargs"] == {"enable_thinking": False}
+    assert conversation("<think>\n\n</think>\n\nb")["messages"][1] == {"role": "assistant", "content": "b"}
+    asked = {"chat_template_kwargs": {"enable_thinking": True}}
+    assert conversation("<think>\n\n</think>\n\nb", **asked)["kwargs"] == {"enable_thinking": True}
+    assert "kwargs" not in conversation("<think>\n\n</think>\n\nb", "<think>\nr\n</think>\n\nc")
+    assert "kwargs" not in conversation("b")
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt"])
+def test_kwargs_that_the_conversation_itself_gives_are_rejected(name: str) -> None:
+    row = {"messages": [{"role": "assistant", "content": "x"}], "chat_template_kwargs": {name: []}}
+    with pytest.raises(Rejected, match=name) as fault:
+        canonical(row)
+    assert fault.value.reason == "invalid_kwargs"

@@ -69,7 +69,7 @@ def test_evaluated_scores_follow_from_the_rows(scored: Path, store: Store) -> No
     match = mean_score("exact_match", np.array(rows["correct"], float))
     assert found == [vars(loss), vars(match)]
     manifest = json.loads((scored / "manifest.json").read_text())
-    assert manifest["counts"] == {"rows": 12, "scores": found}
+    assert manifest["counts"] == {"rows": 12, "over_long": 0, "scores": found}
 
 
 def evaluate_checkpoint(pinned: PinnedRecipe, tokens: Path, trained: Path, out: Path, **changes: Any) -> Any:
@@ -125,8 +125,28 @@ def test_evaluated_answer_without_room_to_stop_is_cut_off(
 def test_evaluated_without_report_rows_is_an_error(tokens: Path, pinned: PinnedRecipe, tmp_path: Path) -> None:
     section = EVALUATED.section(pinned, {"model": "base", "task": TASK})
     arguments = section | EVALUATED.places(pinned, {"model": "base", "task": TASK}) | {"report_share": 0.0}
-    with pytest.raises(ValueError, match=r"no report rows; raise dataset_mixture\.report_share"):
-        build_evaluated(Build(tmp_path, {"tokens": tokens}, pinned.recipe.runtime), **arguments)
+    arguments["smoke"] = False
+    build = Build(tmp_path, {"tokens": tokens}, pinned.recipe.runtime)
+    with pytest.raises(ValueError, match=r"no report rows of at most \d+ tokens; raise dataset_mixture\.report_share"):
+        build_evaluated(build, **arguments)
+    assert build_evaluated(build, **arguments | {"smoke": True})["rows"] == 12, "a smoke run scores what it has"
+
+
+def test_evaluated_rows_over_max_length_are_left_out_and_counted(
+    tokens: Path, pinned: PinnedRecipe, tmp_path: Path
+) -> None:
+    part = {"model": "base", "task": TASK}
+    arguments = EVALUATED.section(pinned, part) | EVALUATED.places(pinned, part) | {"max_rows": 1000}
+    lengths = read_index(tokens)["num_tokens"].to_numpy()
+    bound = int(np.median(lengths)) - 1
+    assert lengths.min() <= bound < lengths.max()
+    counts = []
+    for number, max_length in enumerate((int(lengths.max()), bound)):
+        (tmp_path / str(number)).mkdir()
+        build = Build(tmp_path / str(number), {"tokens": tokens}, pinned.recipe.runtime)
+        counts.append(build_evaluated(build, **arguments | {"max_length": max_length}))
+    assert counts[0]["over_long"] == 0 < counts[1]["over_long"]
+    assert counts[1]["rows"] + counts[1]["over_long"] == counts[0]["rows"]
 
 
 def test_evaluated_checkpoint_of_the_start_model_scores_as_the_start_model(

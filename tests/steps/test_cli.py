@@ -113,7 +113,7 @@ def test_explain_recipes_names_the_keys_that_differ(sft, save_recipe, small_reci
     changes = ("training.learning_rate=1e-3", "packing.max_length=384")
     second = save_recipe(override(small_recipe, changes), "b.yaml")
     lines = sft("explain", first, second).stdout.splitlines()
-    assert lines == [
+    assert lines[: lines.index("evaluated base,copy_no_think")] == [
         "packed -",
         "  section.max_length: 2048 -> 384",
         "trained 0",
@@ -249,3 +249,15 @@ def test_init_then_plan_of_local_data_shows_what_is_to_build(sft, tmp_path: Path
     sft("init", "--model", model, "--data", data, "--output", output)
     told = sft("plan", output, "--set", f"runtime.store={tmp_path / 'store'}").stdout
     assert "conversations  copy_no_think" in told and "1 to build" in told
+
+
+def test_init_holds_out_enough_prompts_of_small_data_for_its_own_plan(sft, tmp_path: Path, small_recipe):
+    rows = (ROOT / "configs" / "quickstart" / "copy_no_think.jsonl").read_text().splitlines(keepends=True)
+    for number in (40, 500):
+        data, output = tmp_path / f"{number}.jsonl", tmp_path / f"{number}.yaml"
+        data.write_text("".join(rows[:number]))
+        model = small_recipe["model"]["tokenizer_name_or_path"]
+        sft("init", "--model", model, "--data", data, "--output", output)
+        settings = ("model.model_name_or_path=null", "model.config={model_type: llama}", f"runtime.store={tmp_path}")
+        overrides = [part for one in settings for part in ("--set", one)]
+        assert "0 are there" in sft("plan", output, "--set", f"model.tokenizer_name_or_path={model}", *overrides).stdout

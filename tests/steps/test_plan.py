@@ -128,7 +128,7 @@ def own_identities(data: dict[str, Any], *overrides: str) -> dict[str, list[Any]
         ("dataset_mixture.datasets.0.format=messages", {"conversations"}),
         ("dataset_mixture.datasets.0.columns=[messages]", {"conversations"}),
         ("limit=50", {"conversations"}),
-        ("packing.max_length=384", {"packed"}),
+        ("packing.max_length=384", {"packed", "evaluated"}),
         ("packing.over_long=truncate", {"packed"}),
         ("packing.packing_strategy=none", {"packed"}),
         ("chat_template.date=2024-01-01", {"rendered"}),
@@ -195,11 +195,11 @@ def test_count_report_prompts_a_row_that_is_no_unicode_is_left_to_the_download(s
 def test_plan_too_few_report_prompts_is_refused(source: str, request, sft, save_recipe):
     data = request.getfixturevalue(source)
     data["dataset_mixture"]["report_share"] = 0.0
-    message = sft("plan", save_recipe(data), code=1).output
+    message = sft("plan", save_recipe(data), "--set", "limit=null", code=1).output
     assert "evaluation.min_report_rows: found too few unique report prompts (copy_no_think has 0" in message
     data["dataset_mixture"]["report_share"] = 0.15
     path = save_recipe(data)
-    sft("plan", path)  # a smoke run needs one
+    sft("plan", path)  # a smoke run scores what it has
     message = sft("plan", path, "--set", "limit=null", "--set", "evaluation.min_report_rows=1000", code=1).output
     assert "at least 1000 are needed" in message
 
@@ -210,7 +210,7 @@ def test_prepare_refuses_what_would_fail_later(small_recipe, tmp_path: Path):
     with pytest.raises(OSError, match="cannot be written"):
         prepare(parse_recipe(override(small_recipe, (f"runtime.store={tmp_path}/file/store",))))
     with pytest.raises(ValueError, match="too few unique report prompts"):
-        prepare(parse_recipe(override(small_recipe, ("dataset_mixture.report_share=0",))))
+        prepare(parse_recipe(override(small_recipe, ("dataset_mixture.report_share=0", "limit=null"))))
 
 
 # training.extra
