@@ -14,14 +14,11 @@ from typing import Any
 
 from sft_core.data.sources import digest_files, list_files
 from sft_core.recipe import Recipe
+from sft_core.store import Unresolved
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "configs" / "templates"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
-
-
-class Unresolved(ValueError):
-    """A hub name that could not be resolved to a commit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +28,10 @@ class PinnedRecipe:
     recipe: Recipe
     pins: dict[str, Any]
 
+    def source_pin(self, source: str) -> str:
+        """Raises Unresolved."""
+        return _known(self.pins["sources"][source], source)
+
     # Of each thing that is loaded, the identity is what it holds, and the loader says where it is. A loader is
     # asked when something is built, perhaps long after the run began, so it looks again at what is local.
 
@@ -38,7 +39,7 @@ class PinnedRecipe:
     def tokenizer_identity(self) -> dict[str, Any]:
         model = self.recipe.model
         tokens = {"add_special_tokens": list(model.add_special_tokens), "eos_token": model.eos_token}
-        return {"pin": self.pins["tokenizer"], **tokens}
+        return {"pin": _known(self.pins["tokenizer"], model.tokenizer), **tokens}
 
     @property
     def tokenizer_loader(self) -> dict[str, Any]:
@@ -57,7 +58,7 @@ class PinnedRecipe:
     def model_identity(self) -> dict[str, Any]:
         model = self.recipe.model
         return {
-            "pin": self.pins["model"],
+            "pin": None if model.config is not None else _known(self.pins["model"], str(model.model_name_or_path)),
             "config": model.config,
             "dtype": model.dtype,
             "attn_implementation": model.attn_implementation,
@@ -95,6 +96,12 @@ class PinnedRecipe:
     def template_arguments(self) -> dict[str, Any]:
         template = self.recipe.chat_template
         return {"source": self.template_text, "kwargs": template.kwargs, "date": template.date.isoformat()}
+
+
+def _known(pin: str | None, name: str) -> str:
+    if pin is None:
+        raise Unresolved(f"{name}: not resolved to a commit")
+    return pin
 
 
 def pin(recipe: Recipe, *, allow_unresolved: bool = False) -> PinnedRecipe:

@@ -85,7 +85,8 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """Where an output is or would be. `depends`: the key hangs on an input that is not built yet."""
+    """Where an output is or would be. `depends`: the key hangs on an input that is not built yet, or on a name
+    that could not be resolved."""
 
     stage: Stage
     part: Part
@@ -100,6 +101,10 @@ class Located:
 
 def part_name(part: Part) -> str:
     return ",".join(str(value) for value in part.values()) or "-"
+
+
+class Unresolved(ValueError):
+    """A name whose content is not known now: what is made from it has no key yet."""
 
 
 class CorruptOutput(ValueError):
@@ -127,13 +132,11 @@ class Store:
         for name, (needed, needed_part) in stage.needs(pinned, part).items():
             found = self.locate(needed, pinned, needed_part, seen)
             inputs[name] = self.manifest(found.ref)["content"] if found.status == "hit" and found.ref else None
-        identity = {
-            "stage": stage.name,
-            "part": part,
-            "section": stage.section(pinned, part),
-            "inputs": inputs,
-            "code": stage.code,
-        }
+        identity = {"stage": stage.name, "part": part, "inputs": inputs, "code": stage.code}
+        try:
+            identity["section"] = stage.section(pinned, part)
+        except Unresolved:
+            return Located(stage, part, "depends", None, identity)
         if None in inputs.values():
             return Located(stage, part, "depends", None, identity)
         ref = Ref(stage.name, _sha256(identity)[:KEY_HEX])

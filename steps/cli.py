@@ -75,6 +75,8 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
         pipeline.check_training(found, pinned)
         return
     click.echo(text_table(("stage", "name", "key", "status"), [tuple(row.values()) for row in rows]))
+    for name in [name for name, commit in pinned.pins["sources"].items() if commit is None]:
+        click.echo(f"{name}: its revision cannot be resolved now, so what hangs on it has no key yet", err=True)
     counts = {status: sum(row["status"] == status for row in rows) for status in ("hit", "build", "depends")}
     click.echo(f"\n{counts['hit']} are there, {counts['build']} to build, {counts['depends']} depend on one to build")
     known = [count for count in prompts.values() if count is not None]

@@ -13,7 +13,7 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict:
         "split": dataset.split,
         "columns": list(dataset.columns) if dataset.columns else None,
         "format": dataset.format,
-        "pin": pinned.pins["sources"][part["source"]],
+        "pin": pinned.source_pin(part["source"]),
         "limit": pinned.recipe.limit,
         "max_rejected_share": pinned.recipe.dataset_mixture.max_rejected_share,
     }

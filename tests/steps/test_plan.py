@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sft_core.pins import pin
+from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import override, parse_recipe
 from sft_core.store import Store
 from steps.evaluate import MODELS, count_report_prompts
@@ -245,3 +245,12 @@ def test_quickstart_extra_is_accepted():
     extra = load_recipe(ROOT / "configs" / "quickstart.yaml").training.extra
     assert extra
     check_extra(extra)
+
+
+def test_plan_of_an_unresolved_source_has_no_key_yet(small_recipe):
+    pinned = pin(parse_recipe(small_recipe))
+    sources = pinned.pins["sources"]
+    unknown = PinnedRecipe(pinned.recipe, {**pinned.pins, "sources": {**sources, "copy_no_think": None}})
+    found = {f"{one.stage.name} {one.name}": one for one in plan(Store("none"), unknown)}
+    assert found["conversations copy_no_think"].status == "depends" and found["conversations copy_no_think"].ref is None
+    assert found["conversations checksum_think"].status == "build"
