@@ -86,6 +86,7 @@ def test_killed_trainer_and_killed_flow_resume_from_the_last_checkpoint(tmp_path
 def test_two_runs_on_one_store_both_finish_and_build_each_output_once(tmp_path: Path) -> None:
     project = Project(tmp_path)
     project.write(RECIPE)
+    (tmp_path / ".metaflow").mkdir()  # Metaflow's own folder: its first two runs race to make it
     runs = [project.start(project.command("run"), log=f"log{number}.txt") for number in (1, 2)]
     try:
         codes = [run.wait(TIMEOUT_S) for run in runs]

@@ -56,7 +56,8 @@ def train_here(
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         with pytest.MonkeyPatch.context() as environment:
-            # What torchrun gives a rank that is alone.
+            # What torchrun gives a rank that is alone, and the launcher: without it accelerate takes all cores.
+            environment.setenv("OMP_NUM_THREADS", "1")
             group = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             for name, value in group.items():
                 environment.setenv(name, str(value))
