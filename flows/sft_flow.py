@@ -74,7 +74,7 @@ class SFTFlow(FlowSpec):
     @card(type="blank")
     @step
     def mix(self, inputs):
-        """Which rows of which source are trained on."""
+        """Which rows of which source are trained on, without duplicates and report prompts where the recipe says so."""
         from steps import evaluate, mix
 
         self.merge_artifacts(inputs, include=["pins", "recipe_name", "sources", "tasks"])
@@ -99,8 +99,8 @@ class SFTFlow(FlowSpec):
     @step
     def train(self):
         """One round of training. A search asks for more of them, plain SFT for one."""
+        from sft_core.lifetime import die_with_parent
         from sft_core.search.sft import propose
-        from sft_core.train.lifetime import die_with_parent
         from steps import train
 
         die_with_parent()  # a killed scheduler must not leave a trainer behind

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sft_core.data.hub_token import check_token
 from sft_core.data.sources import digest_files, list_files
 from sft_core.recipe import Recipe
 from sft_core.store import Unresolved
@@ -27,6 +28,7 @@ class PinnedRecipe:
 
     recipe: Recipe
     pins: dict[str, Any]
+    unresolved: tuple[str, ...] = ()  # why pins are None, a line for each reason
 
     def source_pin(self, source: str) -> str:
         """Raises Unresolved."""
@@ -62,6 +64,7 @@ class PinnedRecipe:
             "config": model.config,
             "dtype": model.dtype,
             "attn_implementation": model.attn_implementation,
+            "stop_tokens": list(model.stop_tokens),
         }
 
     @property
@@ -76,6 +79,7 @@ class PinnedRecipe:
             "config": model.config,
             "dtype": model.dtype,
             "attn_implementation": model.attn_implementation,
+            "stop_tokens": list(model.stop_tokens),
             "trust_remote_code": model.trust_remote_code,
         }
 
@@ -83,6 +87,12 @@ class PinnedRecipe:
     def template_identity(self) -> dict[str, Any]:
         template = self.recipe.chat_template
         return {"pin": self.pins["template"], "kwargs": template.kwargs, "date": template.date.isoformat()}
+
+    @property
+    def row_policy(self) -> dict[str, str]:
+        template = self.recipe.chat_template
+        choices = {name: getattr(template, name) for name in ("thinking", "empty_thinking", "served_prefix")}
+        return {"loss_scope": self.recipe.training.loss_scope, **choices}
 
     @property
     def template_text(self) -> str | None:
@@ -110,34 +120,70 @@ def pin(recipe: Recipe, *, allow_unresolved: bool = False) -> PinnedRecipe:
     allow_unresolved: a hub name out of reach becomes the pin None, for planning without a network.
     """
 
-    def resolve(kind: str, id: str, revision: str) -> str | None:
-        try:
-            return resolve_commit(kind, id, revision)
-        except Unresolved:
-            if allow_unresolved:
-                return None
-            raise
-
+    hub = _Hub(allow_unresolved)
     sources = {
         dataset.source: digest_files(list_files(dataset.paths))
         if dataset.paths
-        else resolve("dataset", str(dataset.id), dataset.revision)
+        else hub.resolve("dataset", str(dataset.id), dataset.revision)
         for dataset in recipe.dataset_mixture.datasets
     }
     model, name = recipe.model, recipe.model.model_name_or_path
     pins: dict[str, Any] = {"sources": sources, "tokenizer": None, "model": None, "template": None}
     if name is not None:
-        pins["model"] = _digest_model(recipe) if is_local(name) else resolve("model", name, model.model_revision)
+        pins["model"] = _digest_model(recipe) if is_local(name) else hub.resolve("model", name, model.model_revision)
     pins["tokenizer"] = (
         _digest_tokenizer(recipe)
         if is_local(model.tokenizer)
         else pins["model"]
         if model.tokenizer == name
-        else resolve("model", model.tokenizer, "main")
+        else hub.resolve("model", model.tokenizer, "main")
     )
     if (template := template_path(recipe)) is not None:
         pins["template"] = hashlib.sha256(template.read_bytes()).hexdigest()
-    return PinnedRecipe(recipe, pins)
+    return PinnedRecipe(recipe, pins, hub.problems)
+
+
+class HubUnreachable(Unresolved):
+    """Nobody answered: the next name would fare no better."""
+
+
+class _Hub:
+    """Resolves each name once: the sources of a mixture are often splits of one data set."""
+
+    def __init__(self, allow_unresolved: bool):
+        self._allow_unresolved = allow_unresolved
+        self._known: dict[tuple[str, str, str], str | None] = {}
+        self._refused: list[str] = []
+        self._unasked: list[str] = []
+        self._unreachable = ""
+
+    def resolve(self, kind: str, id: str, revision: str) -> str | None:
+        """The commit; None where it cannot be had and that is allowed. Raises Unresolved where it is not."""
+        name = (kind, id, revision)
+        if name not in self._known:
+            self._known[name] = self._ask(*name)
+        return self._known[name]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        unasked = [f"{', '.join(self._unasked)}: {self._unreachable}"] if self._unasked else []
+        return (*self._refused, *unasked)
+
+    def _ask(self, kind: str, id: str, revision: str) -> str | None:
+        if not self._allow_unresolved:
+            return resolve_commit(kind, id, revision)
+        if self._unreachable and not _COMMIT.fullmatch(revision):
+            self._unasked.append(f"{kind} {id} at {revision}")
+            return None
+        try:
+            # A plan is looked at by a person who waits, and can do without.
+            return resolve_commit(kind, id, revision, timeout_s=3)
+        except HubUnreachable as error:
+            self._unasked.append(f"{kind} {id} at {revision}")
+            self._unreachable = str(error).partition(": ")[2]
+        except Unresolved as error:
+            self._refused.append(str(error))
+        return None
 
 
 def is_local(name: str) -> bool:
@@ -145,20 +191,23 @@ def is_local(name: str) -> bool:
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def resolve_commit(kind: str, id: str, revision: str) -> str:
+def resolve_commit(kind: str, id: str, revision: str, *, timeout_s: float = 10) -> str:
     """The 40-digit commit of a hub dataset's or model's branch or tag. A commit is returned without asking.
 
-    Raises Unresolved, saying whether the name is wrong or the hub is out of reach.
+    A token for what is private comes from the environment (HF_TOKEN) and goes to the hub alone.
+    timeout_s: unless HF_HUB_ETAG_TIMEOUT says another.
+    Raises Unresolved, saying whether the name is wrong or (HubUnreachable) the hub is out of reach.
     """
     if _COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+    check_token()
     api = HfApi()
     ask = api.dataset_info if kind == "dataset" else api.model_info
     try:
-        commit = ask(id, revision=revision, timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT", "10"))).sha
+        commit = ask(id, revision=revision, timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or timeout_s)).sha
     except RevisionNotFoundError:
         raise Unresolved(f"{kind} {id}: has no revision {revision!r}") from None
     except GatedRepoError:
@@ -167,9 +216,10 @@ def resolve_commit(kind: str, id: str, revision: str) -> str:
         hint = "if it is a local folder, it does not exist" if kind == "model" else "for local files use path"
         raise Unresolved(f"{kind} {id}: the hub knows no such {kind} (private ones need HF_TOKEN); {hint}") from None
     except (HTTPError, OSError, ValueError) as error:  # HTTPError: the hub client's library's, no OSError
-        raise Unresolved(
-            f"{kind} {id}: the hub cannot be reached to resolve revision {revision!r} "
-            f"({type(error).__name__}: {error}); write a full commit as the revision to work without asking"
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise HubUnreachable(
+            f"{kind} {id} at {revision}: the hub cannot be reached ({reason}); "
+            "write a full commit as the revision to work without asking"
         ) from None
     return str(commit)
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 LossScope = Literal["assistant", "completion", "all"]
-RESERVED = ("mixture", "packs")  # stages read these beside the sources, by name
+RESERVED = ("mixture", "packs", "duplicates")  # stages read these beside the sources, by name
+SECRETS = ("hub_token", "push_to_hub_token", "token", "use_auth_token")
 Scheduler = Literal[
     "linear",
     "cosine",
@@ -56,6 +57,7 @@ class Model(_Section):
     trust_remote_code: bool = False
     add_special_tokens: tuple[str, ...] = Field((), description="tokens to add; the embedding grows with them")
     eos_token: str | None = Field(None, description="the token that ends a turn; default: the tokenizer's")
+    stop_tokens: tuple[str, ...] = Field((), description="further tokens at which serving stops, as <|call|>")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:
@@ -78,6 +80,15 @@ class ChatTemplate(_Section):
     template: str | None = Field(None, description="thinking, a path to a .jinja file, or null: the tokenizer's own")
     kwargs: dict[str, Any] = Field({}, description="template variables; a row's chat_template_kwargs win over them")
     date: datetime.date = Field(datetime.date(2026, 1, 1), description="what the template sees as today")
+    thinking: Literal["keep", "drop", "only_last"] = Field(
+        "keep", description="only_last: trained in its turn, gone from the history of turns after the next user turn"
+    )
+    empty_thinking: Literal["as_served", "trained", "masked"] = Field(
+        "as_served", description="an empty think block: trained where the model writes it, or always, or never"
+    )
+    served_prefix: Literal["tokens", "text"] = Field(
+        "tokens", description="turns share a row where a served prompt has the same tokens, or only the same text"
+    )
 
 
 class Dataset(_Section):
@@ -97,13 +108,17 @@ class Dataset(_Section):
         None, description="share of the rows kept; over 1 repeats rows"
     )
     num_rows: PositiveInt | None = Field(None, description="rows kept, instead of a weight")
+    trained_token_share: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="share of the mixture's trained tokens, in proportion to the other datasets'; for all or none"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Dataset:
         if (self.id is None) == (self.path is None):
             raise ValueError("give either id (a hub dataset) or path (local files)")
-        if self.weight is not None and self.num_rows is not None:
-            raise ValueError("give either weight or num_rows")
+        amounts = [key for key in ("weight", "num_rows", "trained_token_share") if getattr(self, key) is not None]
+        if len(amounts) > 1:
+            raise ValueError(f"give either {' or '.join(amounts)}")
         return self
 
     @property
@@ -121,6 +136,29 @@ class Dataset(_Section):
         return "".join(c if c.isalnum() or c in "._-" else "_" for c in stem) or "files"
 
 
+class Deduplication(_Section):
+    """Training rows that say what an earlier one says are left out; the first in the order of datasets is kept."""
+
+    near: bool = Field(True, description="also rows that are nearly the same; false: the same but for white space")
+    threshold: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="shared word n-grams (Jaccard) of prompt and of answer from which on rows are near duplicates"
+    )
+    ngram: PositiveInt = 5
+    num_permutations: Annotated[int, Field(ge=16, le=4096)] = Field(128, description="of a MinHash signature")
+
+
+class Decontamination(_Section):
+    """Training rows that hold a prompt of the report split of an evaluation task are left out."""
+
+    ngram: PositiveInt = 8
+    threshold: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="share of a prompt's words in n-grams that the row holds as well, from which on it is left out"
+    )
+    common_share: Share = Field(
+        0.02, description="n-grams in more of a task's prompts are its wording, not a question; 1: all count"
+    )
+
+
 class DatasetMixture(_Section):
     """The sources, how much of each is trained on, and how prompts are held out."""
 
@@ -129,6 +167,14 @@ class DatasetMixture(_Section):
     selection_share: Share = Field(0.02, description="share of prompts for decisions during training")
     report_share: Share = Field(0.05, description="share of prompts for the scores that are reported")
     max_rejected_share: Share = Field(0.05, description="a source with more bad rows than this fails")
+    num_trained_tokens: PositiveInt | None = Field(
+        None, description="with trained_token_share: of an epoch; default: what the datasets with a share hold once"
+    )
+    max_repeats: Annotated[float, Field(gt=0)] = Field(
+        4.0, description="with trained_token_share: how often a row is repeated in an epoch, at most"
+    )
+    deduplication: Deduplication | None = None
+    decontamination: Decontamination | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> DatasetMixture:
@@ -140,7 +186,21 @@ class DatasetMixture(_Section):
             raise ValueError(f"a dataset is called {reserved[0]!r}, as an output of the flow is; give it another name")
         if self.selection_share + self.report_share >= 1:
             raise ValueError("selection_share + report_share leave nothing to train on; their sum must be under 1")
+        without = [dataset.source for dataset in self.datasets if dataset.trained_token_share is None]
+        if 0 < len(without) < len(names):
+            raise ValueError(
+                f"trained_token_share is missing for {', '.join(without)}; give it to every dataset (0 leaves one out)"
+            )
+        if not without and not any(dataset.trained_token_share for dataset in self.datasets):
+            raise ValueError("every trained_token_share is 0; give one of them more")
+        if without and self.num_trained_tokens is not None:
+            raise ValueError("num_trained_tokens needs a trained_token_share for every dataset")
         return self
+
+    @property
+    def trained_sources(self) -> list[str]:
+        """The names of the datasets that are not left out by a weight or a share of 0."""
+        return [one.source for one in self.datasets if one.weight != 0 and one.trained_token_share != 0]
 
 
 class Packing(_Section):
@@ -148,7 +208,9 @@ class Packing(_Section):
 
     packing_strategy: Literal["ffd", "none"] = "ffd"
     max_length: PositiveInt = 2048
-    over_long: Literal["drop", "truncate", "error"] = Field("drop", description="what happens to rows over max_length")
+    over_long: Literal["drop", "truncate", "split", "error"] = Field(
+        "drop", description="rows over max_length: gone, cut after a whole turn, cut into several at turns, or an error"
+    )
 
 
 class Lora(_Section):
@@ -180,6 +242,12 @@ class Training(_Section):
     seed: int = 42
     extra: dict[str, Any] = Field({}, description="any other field of trl.SFTConfig")
 
+    @model_validator(mode="after")
+    def _no_secret(self) -> Training:
+        for key in sorted({*self.extra}.intersection(SECRETS)):
+            raise ValueError(f"extra.{key}: a recipe is stored with what it makes; set HF_TOKEN in the environment")
+        return self
+
 
 class Evaluation(_Section):
     """What is scored: base and tuned model on the report split of each task."""
@@ -201,6 +269,7 @@ class Runtime(_Section):
     store: str = "store"
     num_processes: PositiveInt = Field(1, description="training ranks on this machine")
     num_threads: PositiveInt | None = Field(None, description="CPU threads a rank; default: cores / ranks")
+    num_workers: PositiveInt | None = Field(None, description="processes that render and tokenize; default: cores")
     eval_batch_size: PositiveInt = 32
     save_steps: PositiveInt = Field(50, description="optimizer steps between checkpoints")
     logging_steps: PositiveInt = 5
@@ -231,6 +300,8 @@ class Recipe(_Section):
                 f"training.global_batch_size: found {self.training.global_batch_size}; it is a multiple of "
                 f"runtime.num_processes ({self.runtime.num_processes}), so that every rank gets as many packs"
             )
+        if self.packing.over_long == "split" and self.training.loss_scope == "all":
+            raise ValueError("packing.over_long: found 'split'; training.loss_scope all knows no turns to cut at")
         if self.packing.max_length < 2:
             raise ValueError("packing.max_length: found 1; a pack holds at least 2 tokens")
         return self

@@ -7,7 +7,10 @@ import html
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
+
+from sft_core.data.sharding import shard_folders
 
 MAX_CELL = 300
 
@@ -45,8 +48,12 @@ def sample_row(rendered: Path) -> list[Any]:
     """The first rendered row, its trained part bold and blue."""
     from metaflow.cards import Markdown
 
-    with pq.ParquetFile(rendered / "rendered.parquet") as file:
-        row = next(file.iter_batches(batch_size=1)).to_pylist()[0]
+    row: dict[str, Any] = {"text": "", "spans": []}
+    for shard in shard_folders(rendered):
+        with pq.ParquetFile(shard / "rendered.parquet") as file:
+            if found := next(file.iter_batches(batch_size=1), pa.record_batch({})).to_pylist():
+                row = found[0]
+                break
     text, spans, pieces, start = row["text"], row["spans"], [], 0
     for begin, end in zip(spans[::2], spans[1::2], strict=True):
         pieces += [_escaped(text[start:begin]), f"<b style='color:#1f6feb'>{_escaped(text[begin:end])}</b>"]

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from steps.painted import print_fault
+
 if TYPE_CHECKING:
     from sft_core.store import Store
 
@@ -28,6 +30,8 @@ class Commands(click.Group):
             if os.environ.get("SFT_TRACEBACK"):
                 raise
             notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
+            if hasattr(error, "pieces") and print_fault(error):
+                ctx.exit(1)
             raise click.ClickException(f"{error}{notes}") from None
 
 
@@ -60,6 +64,7 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
     from sft_core.store import Store
     from steps import pipeline
     from steps.evaluate import check_report_prompts, count_report_prompts
+    from steps.mix import SHARES_HEADER, planned_shares
 
     loaded = load_recipe(recipe, overrides=overrides, limit=limit)
     pinned, store = pin(loaded, allow_unresolved=True), Store(loaded.runtime.store)
@@ -75,13 +80,17 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
         pipeline.check_training(found, pinned)
         return
     click.echo(text_table(("stage", "name", "key", "status"), [tuple(row.values()) for row in rows]))
-    for name in [name for name, commit in pinned.pins["sources"].items() if commit is None]:
-        click.echo(f"{name}: its revision cannot be resolved now, so what hangs on it has no key yet", err=True)
+    for problem in pinned.unresolved:
+        click.echo(f"no key yet for what hangs on {problem}", err=True)
     counts = {status: sum(row["status"] == status for row in rows) for status in ("hit", "build", "depends")}
     click.echo(f"\n{counts['hit']} are there, {counts['build']} to build, {counts['depends']} depend on one to build")
     known = [count for count in prompts.values() if count is not None]
     if known:
         click.echo(f"unique report prompts a task: {min(known)} to {max(known)}")
+    shares, problems = planned_shares(store, pinned)
+    click.echo("\n" + text_table(SHARES_HEADER, shares))
+    for problem in problems:
+        click.echo(problem, err=True)
     pipeline.check_training(found, pinned)
 
 
@@ -154,6 +163,30 @@ def show(recipe: str, source: str, row: int, overrides: tuple[str, ...], limit: 
 
 
 @main.command()
+@click.argument("recipe")
+@_overridable
+@click.option("--json", "as_json", is_flag=True, help="A JSON list, an object for each source.")
+def check(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bool) -> None:
+    """Hold every row's mask against its conversation, and print what was checked.
+
+    Builds the sources' tokens when they are not there, which proves them; of those that are, the shards are compared
+    with their digests. A row that trains anything else than what its assistant says ends it, with the row in colour.
+
+    \b
+    Example: sft check configs/quickstart.yaml --limit 200
+    """
+    from sft_core.pins import pin
+    from sft_core.recipe import load_recipe
+    from sft_core.store import Store
+    from steps.check import check_text, checked
+
+    loaded = load_recipe(recipe, overrides=overrides, limit=limit)
+    pinned, store = pin(loaded), Store(loaded.runtime.store)
+    rows = [checked(store, pinned, source) for source in loaded.sources]
+    click.echo(json.dumps(rows, indent=1) if as_json else check_text(rows))
+
+
+@main.command()
 @click.argument("ref", required=False)
 @click.option("--store", "root", default="store", show_default=True, help="The store.")
 def verify(ref: str | None, root: str) -> None:
@@ -221,6 +254,32 @@ def init(model: str, data: tuple[str, ...], output: str) -> None:
 
     write_recipe(model, data, Path(output))
     click.echo(f"wrote {output}\n\n  sft plan {output}\n  python flows/sft_flow.py --config recipe {output} run")
+
+
+@main.command("import")
+@click.argument("recipe")
+@click.option("--output", default="recipe.yaml", show_default=True, help="Where to write the recipe.")
+@click.option(
+    "--num-processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Ranks that the other recipe was run with; its batch is for each.",
+)
+def import_recipe(recipe: str, output: str, num_processes: int) -> None:
+    """Turn a recipe of the alignment-handbook or TRL (`trl sft --config`) into one of ours.
+
+    Says for each of its keys whether it is carried, carried with a change, or not, and why.
+
+    \b
+    Example: sft import sft.yaml --output mine.yaml --num-processes 64
+    """
+    from steps.import_recipe import write_imported
+    from steps.import_text import account_text
+
+    found = write_imported(Path(recipe), Path(output), num_processes)
+    beside = f" and {Path(output).with_suffix('.jinja')}" if found.template is not None else ""
+    click.echo(f"{account_text(found)}\n\nwrote {output}{beside}\n\n  sft plan {output}")
 
 
 @main.group()

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from sft_core.data.over_long import windows_of
 from sft_core.data.packing import build_packs
 from sft_core.pins import PinnedRecipe
 from sft_core.store import Needs, Part, Ref, Stage, Store
 from steps.cards import facts, table
 from steps.mix import MIXTURE
 from steps.tokenize import TOKENS
+from steps.windows import WINDOWS
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict:
@@ -21,9 +23,16 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict:
     }
 
 
+def rows_to_pack(pinned: PinnedRecipe) -> Needs:
+    """The outputs that hold the rows of a plan: each source's tokens, and its windows where rows are split."""
+    needs: Needs = {source: (TOKENS, {"source": source}) for source in pinned.recipe.sources}
+    if pinned.recipe.packing.over_long == "split":
+        needs |= {windows_of(source): (WINDOWS, {"source": source}) for source in pinned.recipe.sources}
+    return needs
+
+
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
-    tokens: Needs = {source: (TOKENS, {"source": source}) for source in pinned.recipe.sources}
-    return {"mixture": (MIXTURE, {}), **tokens}
+    return {"mixture": (MIXTURE, {}), **rows_to_pack(pinned)}
 
 
 PACKED = Stage("packed", build_packs, section=_section, needs=_needs)
@@ -31,7 +40,7 @@ PACKED = Stage("packed", build_packs, section=_section, needs=_needs)
 
 def card(store: Store, ref: Ref) -> list[Any]:
     counts = store.manifest(ref)["counts"]
-    dropped, truncated = counts["dropped"], counts["truncated"]
+    changed = {name: counts[name] for name in ("dropped", "truncated", "split", "windows")}
     shown = {
         "packs": counts["packs"],
         "documents": counts["documents"],
@@ -39,8 +48,8 @@ def card(store: Store, ref: Ref) -> list[Any]:
         "tokens": counts["tokens"],
         "max_length": counts["max_length"],
         "fill": f"{counts['fill']:.2%}",
-        "over-long rows dropped": sum(dropped.values()),
-        "over-long rows truncated": sum(truncated.values()),
+        **{f"over-long rows {name}": sum(changed[name].values()) for name in ("dropped", "truncated", "split")},
     }
-    lost = [(name, dropped.get(name, 0), truncated.get(name, 0)) for name in sorted({*dropped, *truncated})]
-    return [*facts("Packs", shown), *([table(("source", "dropped", "truncated"), lost)] if lost else [])]
+    sources = sorted({source for by_source in changed.values() for source in by_source})
+    rows = [(source, *(by_source.get(source, 0) for by_source in changed.values())) for source in sources]
+    return [*facts("Packs", shown), *([table(("source", *changed), rows)] if rows else [])]

@@ -47,7 +47,11 @@ def plan(store: Store, pinned: PinnedRecipe) -> list[Located]:
     return sorted(found.values(), key=lambda located: ORDER.index(located.stage.name))
 
 
-ORDER = ["conversations", "rendered", "tokens", "mixture", "packed", "trained", "evaluated", "report"]
+ORDER = [
+    *("conversations", "rendered", "tokens"),
+    *("signatures", "duplicates", "report_prompts", "contamination"),  # where the recipe asks for them
+    *("mixture", "windows", "packed", "trained", "evaluated", "report"),
+]
 
 
 def differences(before: Any, after: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:

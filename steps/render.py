@@ -6,11 +6,23 @@ from sft_core.store import Part, Stage
 from steps.download import CONVERSATIONS
 
 
-def _section(pinned: PinnedRecipe, part: Part) -> dict:
+def how_rendered(pinned: PinnedRecipe, part: Part) -> dict:
+    """What decides how a conversation becomes text and what of it is trained."""
     return {
         "tokenizer": pinned.tokenizer_identity,
         "template": pinned.template_identity,
-        "loss_scope": pinned.recipe.training.loss_scope,
+        "stop_tokens": list(pinned.recipe.model.stop_tokens),
+        "policy": pinned.row_policy,
+    }
+
+
+def loaders(pinned: PinnedRecipe, part: Part) -> dict:
+    return {"tokenizer": pinned.tokenizer_loader, "template": pinned.template_arguments}
+
+
+def _section(pinned: PinnedRecipe, part: Part) -> dict:
+    return {
+        **how_rendered(pinned, part),
         "max_rejected_share": pinned.recipe.dataset_mixture.max_rejected_share,
     }
 
@@ -19,7 +31,8 @@ RENDERED = Stage(
     "rendered",
     build_rendered,
     section=_section,
-    places=lambda pinned, part: {"tokenizer": pinned.tokenizer_loader, "template": pinned.template_arguments},
+    places=loaders,
     needs=lambda pinned, part: {"conversations": (CONVERSATIONS, part)},
     libraries=("jinja2", "tokenizers", "transformers"),
+    resumable=True,
 )

@@ -15,8 +15,7 @@ from sft_core.report.plots import loss_curve
 from sft_core.store import Needs, Part, Stage, Store
 from sft_core.train.launch import build_trained
 from steps.cards import chart, facts
-from steps.pack import PACKED
-from steps.tokenize import TOKENS
+from steps.pack import PACKED, rows_to_pack
 
 REFRESH_S = 3.0
 
@@ -41,8 +40,7 @@ def _places(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
-    tokens: Needs = {source: (TOKENS, {"source": source}) for source in pinned.recipe.sources}
-    return {"packs": (PACKED, {}), **tokens}
+    return {"packs": (PACKED, {}), **rows_to_pack(pinned)}
 
 
 # The version stands for sft_core/train: raise it when a change there changes what is trained.
@@ -52,7 +50,7 @@ TRAINED = Stage(
     section=_section,
     places=_places,
     needs=_needs,
-    version=1,
+    version=2,
     resumable=True,
     verify_inputs=True,
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sft_core import code
+from sft_core.store import Stage
 from steps.pipeline import ORDER
 
 FILES = {
@@ -32,7 +33,12 @@ def build(rows: T):
     "sft_core/types_only.py": "class T: ...\n",
     "sft_core/unrelated.py": "THREE = 3\n",
 }
-DATA_BUILDERS = ("sources", "rendering", "tokens", "mixture", "packing")
+DATA_BUILDERS = (
+    *("sources", "rendering", "tokens"),
+    *("signatures", "deduplication", "report_prompts", "decontamination"),
+    *("mixture", "windows", "packing"),
+)
+SHAPE_BYTES = {"jinja2", "tokenizers", "datasketch", "xxhash"}
 
 
 @pytest.fixture
@@ -147,30 +153,37 @@ def test_digest_library_names_and_versions_count(project: Path, monkeypatch: pyt
 def test_data_builder_closure_holds_no_training_and_no_evaluation(name: str):
     closure = code.closure(f"sft_core.data.{name}")
     assert f"sft_core.data.{name}" in closure and len(closure) > 3
-    assert {module.split(".")[1] for module in closure if "." in module} == {"data"}
+    assert {module.split(".")[1] for module in closure if "." in module} <= {"data", "lifetime"}
     assert len(code.code_digest(f"sft_core.data.{name}")) == 64
 
 
-def test_data_builders_are_those_of_the_stages():
-    from steps import download, mix, pack, render, tokenize
+def data_stages() -> tuple[Stage, ...]:
+    from steps import decontaminate, deduplicate, download, mix, pack, render, tokenize, windows
 
-    stages = (download.CONVERSATIONS, render.RENDERED, tokenize.TOKENS, mix.MIXTURE, pack.PACKED)
+    return (
+        *(download.CONVERSATIONS, render.RENDERED, tokenize.TOKENS),
+        *(deduplicate.SIGNATURES, deduplicate.DUPLICATES),
+        *(decontaminate.REPORT_PROMPTS, decontaminate.CONTAMINATION),
+        *(mix.MIXTURE, windows.WINDOWS, pack.PACKED),
+    )
+
+
+def test_data_builders_are_those_of_the_stages():
+    stages = data_stages()
     assert tuple(stage.build.__module__ for stage in stages) == tuple(f"sft_core.data.{n}" for n in DATA_BUILDERS)
     assert [stage.name for stage in stages] == ORDER[: len(stages)]
     assert all(stage.version is None and isinstance(stage.code, str) for stage in stages)
 
 
 def test_data_builder_libraries_that_shape_bytes_are_counted():
-    """A stage whose code imports jinja2 or tokenizers, at the top or late, states it."""
-    from steps import download, mix, pack, render, tokenize
-
+    """A stage whose code imports one of them, at the top or late, states it."""
     found = {}
-    for stage in (download.CONVERSATIONS, render.RENDERED, tokenize.TOKENS, mix.MIXTURE, pack.PACKED):
+    for stage in data_stages():
         trees = [ast.parse(path.read_text()) for m in code.closure(stage.build.__module__) if (path := code._path(m))]
         nodes = [node for tree in trees for node in ast.walk(tree)]
         imported = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         imported |= {str(node.module).split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-        found[stage.name] = (imported & {"jinja2", "tokenizers"}, set(stage.libraries))
-    assert found["rendered"][0] and found["tokens"][0]
+        found[stage.name] = (imported & SHAPE_BYTES, set(stage.libraries))
+    assert found["rendered"][0] and found["tokens"][0] and found["signatures"][0] == {"datasketch", "xxhash"}
     assert found["conversations"] == found["mixture"] == found["packed"] == (set(), set())
-    assert "jinja2" in found["rendered"][1] and "tokenizers" in found["tokens"][1]
+    assert [name for name, (imported, stated) in found.items() if not imported <= stated] == []

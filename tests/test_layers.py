@@ -12,6 +12,7 @@ FILES = sorted(path for package in ("flows", "steps", "sft_core") for path in (R
 RANKS = {
     "sft_core.recipe": 0,
     "sft_core.code": 0,
+    "sft_core.lifetime": 0,
     "sft_core.store": 0,
     "sft_core.report": 0,
     "sft_core.data": 1,

@@ -1,10 +1,13 @@
 """Pins: what a name points to now. They move with contents, never with where a folder stands."""
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -188,7 +191,9 @@ result["names"] = [
 print(json.dumps(result), flush=True)
 input()
 result = {{"gone": message(lambda: pinned(data))}}
-result["allowed"] = pinned(data, allow_unresolved=True).pins
+allowed = pinned(data, allow_unresolved=True)
+result["allowed"] = allowed.pins
+result["unresolved"] = allowed.unresolved
 commits = (f"dataset_mixture.datasets.0.revision={{COMMIT}}", f"model.model_revision={{COMMIT}}")
 result["commits"] = pinned(data, *commits).pins
 print(json.dumps(result))
@@ -221,11 +226,108 @@ print(json.dumps(result))
     assert no_revision == "dataset org/chat: has no revision 'none'"
     assert "HF_TOKEN" in private
 
-    assert "the hub cannot be reached to resolve revision" in gone["gone"] and "write a full commit" in gone["gone"]
+    assert gone["gone"].startswith("dataset org/chat at main: the hub cannot be reached (")
+    assert "write a full commit" in gone["gone"] and "\n" not in gone["gone"]
+    (line,) = gone["unresolved"]
+    assert line.startswith("dataset org/chat at main, model org/tiny at v1: the hub cannot be reached (")
     assert gone["allowed"]["sources"] == {"chat": None}
     assert gone["allowed"]["model"] is gone["allowed"]["tokenizer"] is None
     assert gone["commits"]["sources"] == {"chat": COMMIT}
     assert gone["commits"]["model"] == gone["commits"]["tokenizer"] == COMMIT
+
+
+MANY = """
+import json, sys
+sys.path.insert(0, {root!r})
+from tests.test_pins import pinned
+
+for allow_unresolved in (False, True):
+    found = pinned(json.loads(sys.argv[1]), allow_unresolved=allow_unresolved)
+    print(json.dumps([found.pins, found.unresolved]))
+"""
+
+
+def test_pin_sources_of_one_hub_dataset_ask_for_its_commit_once_and_each_unknown_name_is_told_once(
+    small_recipe, tmp_path: Path
+):
+    splits = [{"id": "org/chat", "split": f"s{number}"} for number in range(25)]
+    small_recipe["dataset_mixture"]["datasets"] = splits
+    with HubServer() as server:
+        chat = server.publish("datasets", "org/chat", {"README.md": b"new"})
+        old = server.publish("datasets", "org/chat", {"README.md": b"old"}, revision="v1")
+
+        def run(data: dict[str, Any]) -> list[Any]:
+            command = [sys.executable, "-c", MANY.format(root=str(ROOT)), json.dumps(data)]
+            done = subprocess.run(
+                command, env=server.environment(tmp_path), capture_output=True, text=True, timeout=60, check=False
+            )
+            return [json.loads(line) for line in done.stdout.splitlines()] or [done.stderr]
+
+        found = run(small_recipe)
+        first_calls = [request.path for request in server.requests]
+        splits[3]["revision"] = "v1"
+        for dataset in splits[5:10]:
+            dataset["id"] = "org/none"
+        (refused,) = run(small_recipe)
+        small_recipe["dataset_mixture"]["datasets"] = [*splits[:5], *splits[10:]]
+        mixed = run(small_recipe)
+    assert found == [[{**found[0][0], "sources": {f"s{number}": chat for number in range(25)}}, []]] * 2
+    assert len(first_calls) == 2 and all("org/chat" in path for path in first_calls)
+    assert "dataset org/none: the hub knows no such dataset" in refused
+    assert mixed[0][0]["sources"]["s3"] == old and mixed[0][0]["sources"]["s4"] == chat
+
+
+def test_pin_names_that_the_hub_refuses_are_a_line_each_in_a_plan(small_recipe, tmp_path: Path):
+    names = ["org/none", "org/none", "org/chat", "org/other"]
+    small_recipe["dataset_mixture"]["datasets"] = [
+        {"id": name, "split": f"s{number}"} for number, name in enumerate(names)
+    ]
+    code = MANY.format(root=str(ROOT)).replace("(False, True)", "(True,)")
+    with HubServer() as server:
+        chat = server.publish("datasets", "org/chat", {"README.md": b"new"})
+        done = subprocess.run(
+            [sys.executable, "-c", code, json.dumps(small_recipe)],
+            env=server.environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    pins, unresolved = json.loads(done.stdout)
+    assert pins["sources"] == {"s0": None, "s1": None, "s2": chat, "s3": None}
+    assert [line.split(":")[0] for line in unresolved] == ["dataset org/none", "dataset org/other"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [(b"", "Timeout"), (b"HTTP/1.1 500 Oh\r\nConnection: close\r\nContent-Length: 0\r\n\r\n", "500")],
+)
+def test_pin_in_a_plan_asks_a_hub_that_does_not_work_once_and_says_so_in_a_line(
+    small_recipe, tmp_path: Path, answer: bytes, expected: str
+):
+    small_recipe["dataset_mixture"]["datasets"] = [{"id": f"org/chat{number}"} for number in range(5)]
+    small_recipe["model"] = {"model_name_or_path": "org/tiny"}
+    code = MANY.format(root=str(ROOT)).replace("(False, True)", "(True,)")
+    connections = []
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+
+        def answer_each() -> None:
+            while True:
+                connections.append(hub.accept()[0])  # kept, or its end would be an answer
+                if answer:
+                    connections[-1].recv(10_000)
+                    connections[-1].sendall(answer)
+
+        Thread(target=answer_each, daemon=True).start()
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}", "HF_HUB_ETAG_TIMEOUT": "1"}
+        command = [sys.executable, "-c", code, json.dumps(small_recipe)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    pins, (line,) = json.loads(done.stdout)
+    assert set(pins["sources"].values()) == {None} and pins["model"] is pins["tokenizer"] is None
+    names = [*(f"dataset org/chat{number} at main" for number in range(5)), "model org/tiny at main"]
+    assert line.startswith(f"{', '.join(names)}: the hub cannot be reached (") and expected in line
+    assert "\n" not in line
+    assert len(connections) == 1
 
 
 def test_unresolved_is_an_error_of_the_user():

@@ -198,6 +198,26 @@ def test_load_recipe_limit_and_overrides_are_applied(small_recipe, save_recipe):
             ("dataset_mixture.datasets.0.weight=1", "dataset_mixture.datasets.0.num_rows=1"),
             "dataset_mixture.datasets[0]: give either weight or num_rows",
         ),
+        (
+            ("dataset_mixture.datasets.0.weight=1", "dataset_mixture.datasets.0.trained_token_share=1"),
+            "dataset_mixture.datasets[0]: give either weight or trained_token_share",
+        ),
+        (
+            ("dataset_mixture.datasets.0.trained_token_share=1",),
+            "dataset_mixture: trained_token_share is missing for checksum_think; give it to every dataset",
+        ),
+        (
+            tuple(f"dataset_mixture.datasets.{n}.trained_token_share=0" for n in (0, 1)),
+            "dataset_mixture: every trained_token_share is 0",
+        ),
+        (("dataset_mixture.num_trained_tokens=9",), "num_trained_tokens needs a trained_token_share for every dataset"),
+        (("dataset_mixture.max_repeats=0",), "dataset_mixture.max_repeats: found 0; input should be greater than 0"),
+        (
+            ("dataset_mixture.deduplication.ngrams=4",),
+            "dataset_mixture.deduplication.ngrams: unknown key; did you mean",
+        ),
+        (("dataset_mixture.deduplication={threshold: 1.5}",), "dataset_mixture.deduplication.threshold: found 1.5"),
+        (("dataset_mixture.decontamination={ngram: 0}",), "dataset_mixture.decontamination.ngram: found 0"),
         (("dataset_mixture.datasets.0.id=a/b",), "dataset_mixture.datasets[0]: give either id"),
         (("dataset_mixture.datasets.0.path=null",), "dataset_mixture.datasets[0]: give either id"),
         (("dataset_mixture.datasets.0.name=checksum_think",), "two datasets are called 'checksum_think'"),

@@ -43,6 +43,16 @@ class Rejects:
         if len(self._examples) < 3:
             self._examples.append(f"  {where}: {fault.reason}: {detail}")
 
+    @classmethod
+    def join(cls, folders: list[Path], path: Path) -> Rejects:
+        """The rejects files of several folders as one, in their order."""
+        with cls(path) as joined:
+            for folder in folders:
+                with (folder / path.name).open(encoding="utf-8") as part:
+                    for entry in map(json.loads, part):
+                        joined.add(entry["where"], Rejected(entry["reason"], entry["detail"]))
+        return joined
+
     @property
     def counts(self) -> dict[str, int]:
         return dict(sorted(self._counts.items()))

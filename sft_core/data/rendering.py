@@ -1,24 +1,22 @@
-"""Conversations as text with the character spans that are trained. Masks are born here and nowhere else.
-
-An assistant turn is trained from the end of its generation prompt to its stop token: exactly what the model
-writes when it is served. Both ends come out of rendering the conversation up to the turn, with and without it.
-"""
+"""The render stage: a source's conversations as training rows of text, with what of it is trained."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
+import functools
 import json
-import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
+from sft_core.data.policy import RowPolicy
 from sft_core.data.rejects import Rejected, Rejects
+from sft_core.data.sharding import Shard, build_shards, plan_shards, shard_folders, total
+from sft_core.data.spans import RenderedRow, Renderer
 from sft_core.data.templates import ChatTemplate, TemplateError
-from sft_core.data.tokenizer import control_pattern, control_tokens, load_tokenizer
+from sft_core.data.tokenizer import PieceEncoder, control_tokens, load_tokenizer, stop_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,143 +27,29 @@ RENDERED = pa.schema(
     [
         ("row_id", pa.string()),
         ("prompt_hash", pa.uint64()),
+        ("conversation", pa.int32()),  # which of its row group's conversations; row groups go with those of the input
         ("answer", pa.string()),
         ("text", pa.string()),
         ("spans", pa.list_(pa.int32())),  # start, end, start, end, ... of what is trained, in characters
-        ("literals", pa.list_(pa.int32())),  # likewise, of control tokens that somebody typed
+        ("cuts", pa.list_(pa.int32())),  # where it is cut for tokenizing besides
+        ("weights", pa.list_(pa.float32())),  # of each span; empty: all are 1
+        ("literals", pa.list_(pa.int32())),  # as spans, of control tokens that somebody typed
     ]
 )
-# Noncharacters of Unicode, free for a program's own use; one marks control tokens that somebody typed.
-_SENTINELS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
 
 
-@dataclasses.dataclass(frozen=True)
-class RenderedRow:
-    """One training row: its text, what of it is trained, and which control tokens in it are plain text."""
-
-    text: str
-    spans: list[tuple[int, int]]
-    literals: list[tuple[int, int]]
-    is_last: bool  # whether the conversation's last turn is trained in it
-
-
-@dataclasses.dataclass(frozen=True)
-class Renderer:
-    """Renders conversations by one template for one vocabulary.
-
-    loss_scope: assistant (every assistant turn), completion (the last one) or all (every token).
-    """
-
-    template: ChatTemplate
-    control: re.Pattern[str]
-    eos_token: str
-    loss_scope: str
-
-    def render(self, conversation: dict[str, Any]) -> list[RenderedRow]:
-        """The training rows of a conversation; each trained turn is in exactly one of them.
-
-        More than one only where the template rewrites history (drops old thinking): a turn is trained in a row
-        that holds it as it is served. Raises Rejected, TemplateError.
-        """
-        sentinel = _unused(json.dumps(conversation, ensure_ascii=False))
-        guarded = self._guard(conversation, sentinel)
-        if "text" in guarded:
-            if self.loss_scope != "all":
-                raise Rejected("no_assistant_turn", "a raw-text row needs training.loss_scope: all")
-            text = guarded["text"] + self.eos_token
-            return [self._row(text, [(0, len(text))], sentinel, is_last=True)]
-        if self.loss_scope == "all":
-            text = self._text(guarded, len(guarded["messages"]))
-            return [self._row(text, [(0, len(text))], sentinel, is_last=True)]
-        return self._rows_by_turn(guarded, sentinel)
-
-    def _rows_by_turn(self, guarded: dict[str, Any], sentinel: str) -> list[RenderedRow]:
-        turns = [index for index, message in enumerate(guarded["messages"]) if message["role"] == "assistant"]
-        if self.loss_scope == "completion":
-            turns = turns[-1:]
-        texts = {turn: self._text(guarded, turn + 1) for turn in turns}
-        spans = {turn: self._span(guarded, turn, texts[turn]) for turn in turns}
-        rows: list[RenderedRow] = []
-        last = turns[-1]
-        while turns:
-            text = texts[turns[-1]]
-            inside = [turn for turn in turns if text.startswith(texts[turn][: spans[turn][1]])]
-            rows.append(self._row(text, [spans[turn] for turn in inside], sentinel, is_last=last in inside))
-            turns = [turn for turn in turns if turn not in inside]
-        return rows[::-1]
-
-    def _text(self, guarded: dict[str, Any], num_messages: int, add_generation_prompt: bool = False) -> str:
-        return self.template.render(
-            guarded["messages"][:num_messages],
-            tools=guarded.get("tools"),
-            kwargs=guarded.get("kwargs", {}),
-            add_generation_prompt=add_generation_prompt,
-        )
-
-    def _span(self, guarded: dict[str, Any], turn: int, text: str) -> tuple[int, int]:
-        """Where the turn stands in the text of the conversation up to it."""
-        prompt = self._text(guarded, turn, add_generation_prompt=True)
-        if not text.startswith(prompt):
-            raise Rejected(
-                "generation_prompt_mismatch",
-                f"messages[{turn}]: the served prompt is not a prefix of the rendered turn: "
-                f"prompt ends {prompt[-60:]!r}, turn starts {text[max(0, len(prompt) - 60) :][:120]!r}",
-            )
-        stops = [match for match in self.control.finditer(text, len(prompt)) if not text[match.end() :].strip()]
-        if not stops:
-            raise Rejected(
-                "no_stop_token",
-                f"messages[{turn}]: the rendered turn ends without a stop token of the vocabulary; set "
-                "model.eos_token to the one that the template writes, and add it with model.add_special_tokens",
-            )
-        if stops[0][0] != self.eos_token:
-            raise ValueError(
-                f"the template ends an assistant turn with {stops[0][0]!r} but the end token is {self.eos_token!r}: "
-                f"a served model would not stop there; set model.eos_token: {stops[0][0]!r}"
-            )
-        reasoning = guarded["messages"][turn].get("reasoning_content", "").strip()
-        if reasoning not in text[len(prompt) :]:
-            raise Rejected(
-                "template_drops_thinking",
-                f"messages[{turn}]: the template leaves out the turn's reasoning_content; "
-                "set chat_template.template: thinking, or train on data without thinking",
-            )
-        return len(prompt), stops[0].end()
-
-    def _guard(self, value: Any, sentinel: str) -> Any:
-        """A copy in which each control token in a string is broken by a sentinel after its first character."""
-        if isinstance(value, str):
-            return self.control.sub(lambda match: match[0][0] + sentinel + match[0][1:], value)
-        if isinstance(value, list):
-            return [self._guard(element, sentinel) for element in value]
-        if isinstance(value, dict):
-            return {self._guard(key, sentinel): self._guard(element, sentinel) for key, element in value.items()}
-        return value
-
-    def _row(self, guarded: str, spans: list[tuple[int, int]], sentinel: str, *, is_last: bool) -> RenderedRow:
-        """The row without sentinels, its offsets moved to the clean text."""
-        parts = guarded.split(sentinel)
-        if len(parts) == 1:
-            return RenderedRow(guarded, spans, [], is_last)
-        text = "".join(parts)
-        literals, position = [], 0
-        for part in parts[:-1]:
-            position += len(part)  # the sentinel's place: one character into the token
-            found = self.control.match(text, position - 1)
-            if found:
-                literals.append(found.span())
-
-        def moved(offset: int) -> int:
-            return offset - guarded.count(sentinel, 0, offset)
-
-        return RenderedRow(text, [(moved(start), moved(end)) for start, end in spans], literals, is_last)
-
-
-def _unused(text: str) -> str:
-    for sentinel in _SENTINELS:
-        if sentinel not in text:
-            return sentinel
-    raise Rejected("reserved_characters", "the row holds every noncharacter from U+FDD0 to U+FDEF")
+def make_renderer(
+    vocabulary: PreTrainedTokenizerFast, template: ChatTemplate, policy: RowPolicy, extra_stop_tokens: list[str]
+) -> Renderer:
+    """The renderer of a recipe. Raises ValueError for a tokenizer whose pieces do not add up."""
+    is_boundary = PieceEncoder(vocabulary).is_boundary
+    return Renderer(
+        template,
+        tuple(control_tokens(vocabulary)),
+        stop_tokens(vocabulary, extra_stop_tokens),
+        policy,
+        is_boundary=is_boundary if policy.served_prefix == "tokens" else None,
+    )
 
 
 def chat_template(
@@ -183,7 +67,7 @@ def chat_template(
             f"chat_template.template: {tokenizer.name_or_path} has several templates ({', '.join(source)}); "
             "write the one to train with into a .jinja file and name it"
         )
-    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     return ChatTemplate(source, special, datetime.date.fromisoformat(date), kwargs)
 
 
@@ -192,58 +76,72 @@ def build_rendered(
     *,
     tokenizer: dict[str, Any],
     template: dict[str, Any],
-    loss_scope: str,
+    stop_tokens: list[str],
+    policy: dict[str, str],
     max_rejected_share: float,
 ) -> dict[str, Any]:
-    """Writes rendered.parquet and rejects.jsonl from conversations. Raises ValueError for a template that fails."""
+    """Writes shards of rendered.parquet, and rejects.jsonl. Raises ValueError for a template that fails."""
+    source = build.inputs["conversations"] / "conversations.parquet"
+    with pq.ParquetFile(source) as file:
+        num_groups, num_conversations = file.num_row_groups, file.metadata.num_rows
+    work = functools.partial(_start, source, tokenizer, template, stop_tokens, policy)
+    counted = build_shards(build.out, plan_shards(num_groups), work, runtime=build.runtime, desc="render")
+    rejects = Rejects.join(shard_folders(build.out), build.out / "rejects.jsonl")
+    rejects.check(num_rows=num_conversations, max_share=max_rejected_share, source="render")
+    return {"conversations": num_conversations, **total(counted), "rejected": rejects.counts}
+
+
+def _start(
+    source: Path, tokenizer: dict[str, Any], template: dict[str, Any], stop_tokens: list[str], policy: dict[str, str]
+) -> Any:
     vocabulary = load_tokenizer(**tokenizer)
-    renderer = Renderer(
-        chat_template(vocabulary, **template),
-        control_pattern(control_tokens(vocabulary)),
-        str(vocabulary.eos_token),
-        loss_scope,
-    )
-    source = pq.ParquetFile(build.inputs["conversations"] / "conversations.parquet")
-    num_rows = num_literals = 0
+    renderer = make_renderer(vocabulary, chat_template(vocabulary, **template), RowPolicy(**policy), stop_tokens)
+    return functools.partial(_render_shard, source, renderer)
+
+
+def _render_shard(source: Path, renderer: Renderer, shard: Shard, out: Path) -> dict[str, Any]:
+    counts = {"rows": 0, "conversations_split": 0, "control_tokens_kept_as_text": 0}
     with (
-        source,
-        pq.ParquetWriter(build.out / "rendered.parquet", RENDERED, compression="zstd") as writer,
-        Rejects(build.out / "rejects.jsonl") as rejects,
-        tqdm(total=source.metadata.num_rows, unit=" rows", disable=None, desc="render") as progress,
+        pq.ParquetFile(source) as file,
+        pq.ParquetWriter(out / "rendered.parquet", RENDERED, compression="zstd") as writer,
+        Rejects(out / "rejects.jsonl") as rejects,
     ):
-        for batch in source.iter_batches(batch_size=2000):
-            rows = []
-            for row in batch.to_pylist():
-                conversation = json.loads(row["conversation"])
+        for group in range(shard.first_group, shard.end_group):
+            columns: dict[str, list[Any]] = {name: [] for name in RENDERED.names}
+            for number, row in enumerate(file.read_row_group(group, use_threads=False).to_pylist()):
                 try:
-                    rendered = renderer.render(conversation)
+                    conversation = json.loads(row["conversation"])
+                    rendered = renderer.render(conversation, row["conversation"])
                 except TemplateError as error:
                     rejects.add(row["where"], Rejected("template_error", str(error)))
                     continue
                 except Rejected as fault:
                     rejects.add(row["where"], fault)
                     continue
-                rows += [_record(row, conversation, one) for one in rendered]
-            num_rows += len(rows)
-            num_literals += sum(len(row["literals"]) // 2 for row in rows)
-            writer.write_table(pa.Table.from_pylist(rows, schema=RENDERED))
-            progress.update(batch.num_rows)
-        num_conversations = source.metadata.num_rows
-    rejects.check(num_rows=num_conversations, max_share=max_rejected_share, source="render")
-    return {
-        "conversations": num_conversations,
-        "rows": num_rows,
-        "control_tokens_kept_as_text": num_literals,
-        "rejected": rejects.counts,
-    }
+                for one in rendered:
+                    add_row(columns, row, number, conversation.get("answer"), one)
+                    counts["control_tokens_kept_as_text"] += len(one.literals)
+                counts["rows"] += len(rendered)
+                counts["conversations_split"] += len(rendered) > 1
+            # One row group for each of the input's, even an empty one: they are read side by side.
+            writer.write_table(pa.table(columns, schema=RENDERED), row_group_size=max(1, len(columns["text"])))
+    return counts
 
 
-def _record(row: dict[str, Any], conversation: dict[str, Any], rendered: RenderedRow) -> dict[str, Any]:
-    return {
-        "row_id": row["row_id"],
-        "prompt_hash": row["prompt_hash"],
-        "answer": conversation.get("answer") if rendered.is_last else None,
-        "text": rendered.text,
-        "spans": [offset for span in rendered.spans for offset in span],
-        "literals": [offset for span in rendered.literals for offset in span],
-    }
+def add_row(
+    columns: dict[str, list[Any]], row: dict[str, Any], number: int, answer: str | None, rendered: RenderedRow
+) -> None:
+    """Adds a rendered row to the columns of RENDERED. row: the conversation's row_id and prompt_hash."""
+    values = (
+        row["row_id"],
+        row["prompt_hash"],
+        number,
+        answer if rendered.is_last else None,
+        rendered.text,
+        [offset for span in rendered.spans for offset in span],
+        rendered.cuts,
+        rendered.weights,
+        [offset for span in rendered.literals for offset in span],
+    )
+    for column, value in zip(columns.values(), values, strict=True):
+        column.append(value)

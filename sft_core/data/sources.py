@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
-import io
 import itertools
-import json
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,13 +15,16 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from sft_core.data.conversations import canonical, row_id, to_json
+from sft_core.data.hub_token import check_token
+from sft_core.data.json_files import RawRow, read_json
 from sft_core.data.rejects import Rejected, Rejects
 from sft_core.data.splits import prompt_hash
 
 if TYPE_CHECKING:
     from sft_core.store import Build
 
-ROWS_A_GROUP = 10_000
+ROWS_A_GROUP = 500  # rendering and tokenizing work on row groups, several at a time
+ROWS_A_BATCH = 100  # read at once from Parquet: a row can be a book, and a row group of the hub's a thousand of them
 CONVERSATIONS = pa.schema(
     [
         ("where", pa.string()),  # file and line, or the row's number
@@ -34,7 +33,6 @@ CONVERSATIONS = pa.schema(
         ("conversation", pa.string()),
     ]
 )
-RawRow = tuple[str, Any]  # where it stands, and its data or the Rejected that says why there is none
 
 
 def build_conversations(
@@ -115,7 +113,7 @@ def list_files(paths: list[str] | tuple[str, ...]) -> list[Path]:
             raise FileNotFoundError(f"{path}: no such file (looked in {Path.cwd()})")
         unknown = [file for file in found if not _is_known(file)]
         if unknown:
-            raise ValueError(f"{unknown[0]}: a source is .jsonl or .json lines (also .gz, .zst) or .parquet")
+            raise ValueError(f"{unknown[0]}: a source is .jsonl or .json (also .gz, .zst) or .parquet")
         files += found
     return list(dict.fromkeys(files))  # a file that two globs name is read once
 
@@ -134,7 +132,7 @@ def read_files(files: list[Path], columns: list[str] | None) -> Iterator[RawRow]
         if path.suffix == ".parquet":
             yield from _read_parquet(path, columns)
         else:
-            yield from _read_json_lines(path, columns)
+            yield from read_json(path, columns)
 
 
 def _is_known(path: Path) -> bool:
@@ -147,7 +145,7 @@ def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[RawRow]:
         if missing:
             raise ValueError(f"{path}: no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}")
         start = 0
-        for batch in file.iter_batches(batch_size=1000, columns=columns):
+        for batch in file.iter_batches(batch_size=ROWS_A_BATCH, columns=columns):
             for index, row in enumerate(batch.to_pylist()):
                 yield f"{path.name}: row {start + index}", _without_nulls(row)
             start += batch.num_rows
@@ -162,48 +160,21 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _read_json_lines(path: Path, columns: list[str] | None) -> Iterator[RawRow]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path.name}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            yield where, Rejected("invalid_utf8", f"byte {error.start} of the line is not UTF-8")
-            continue
-        except ValueError as error:
-            yield where, Rejected("invalid_json", str(error))
-            continue
-        if columns is not None and isinstance(row, dict):
-            row = {name: row[name] for name in columns if name in row}
-        yield where, row
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a plain or compressed file. Raises ValueError for a compressed one that is cut off or damaged."""
-    if path.suffix not in (".gz", ".zst"):
-        with path.open("rb") as file:
-            yield from file
-        return
-    try:
-        # Arrow's reader, not zstandard's: that one takes a file that is cut off for its end.
-        with gzip.open(path) if path.suffix == ".gz" else pa.input_stream(path, compression="zstd") as compressed:
-            yield from io.BufferedReader(compressed)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be decompressed to its end ({error}); copy it again") from error
-
-
 def read_hub(id: str, config: str | None, split: str, commit: str, columns: list[str] | None) -> Iterator[RawRow]:
     """Rows of one split at a commit, streamed in their stored order; other splits are not touched.
 
-    Raises ValueError for an unknown config, split or column, ConnectionError when the hub cannot be reached.
+    What is gated or private needs a token in the environment (HF_TOKEN). Raises ValueError for an unknown config,
+    split or column and for a data set without access, ConnectionError when the hub cannot be reached.
     """
     import datasets
 
     # The defaults wait for minutes on a hub that is down; the client below retries by itself.
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
-    builder = datasets.load_dataset_builder(id, config, revision=commit)
+    check_token()
+    try:
+        builder = datasets.load_dataset_builder(id, config, revision=commit)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise ValueError(f"{error} Where it is gated or private, ask for access and set HF_TOKEN.") from None
     if builder.hash != commit:
         # Out of reach, datasets falls back to whatever commit its cache holds, with only a warning.
         raise ConnectionError(f"{id}: asked for commit {commit}; the hub cannot be reached and the cache has another")
@@ -211,12 +182,13 @@ def read_hub(id: str, config: str | None, split: str, commit: str, columns: list
     if split not in files:
         raise ValueError(f"{id} (config {builder.config.name}): no split {split!r}; it has {', '.join(sorted(files))}")
     # By its own files: asked for a split by name, datasets casts it to the features of the first split.
-    narrow = {"columns": columns} if columns and builder.name == "parquet" else {}
+    is_parquet = builder.name == "parquet"
+    options: dict[str, Any] = {"batch_size": ROWS_A_BATCH, "columns": columns or None} if is_parquet else {}
     try:
         rows = datasets.load_dataset(
-            builder.name, data_files={split: list(files[split])}, split=split, streaming=True, **narrow
+            builder.name, data_files={split: list(files[split])}, split=split, streaming=True, **options
         )
-        rows = rows.select_columns(columns) if columns and not narrow else rows
+        rows = rows.select_columns(columns) if columns and not is_parquet else rows
         for index, row in enumerate(rows):
             yield f"{id} {split}: row {index}", _without_nulls(row)
     except (pa.ArrowInvalid, ValueError) as error:

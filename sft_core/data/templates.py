@@ -4,6 +4,8 @@ Invariant: a rendering is a pure function of (source, special tokens, date, kwar
 text is that of `tokenizer.apply_chat_template(..., tokenize=False)` on that date.
 """
 
+from __future__ import annotations
+
 import datetime
 import functools
 import json
@@ -22,6 +24,9 @@ RESERVED = ("messages", "tools", "add_generation_prompt")
 
 # Names that data sets use for a turn's thinking, the standard one first.
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+
+# What a message says to training alone.
+TRAINING_KEYS = ("train", "weight")
 
 # What a template can raise on a conversation: its own raise_exception, an undefined name, or Python's errors.
 RENDER_FAILURES = (
@@ -63,6 +68,13 @@ class ChatTemplate:
         An empty `messages` is left to the template: the prompt before a first assistant turn is a rendering.
         Raises TemplateError when the template refuses the conversation, ValueError for a reserved kwarg.
         """
+        prepared = self.prepare(messages, tools=tools, kwargs=kwargs)
+        return prepared.text(len(messages), add_generation_prompt=add_generation_prompt)
+
+    def prepare(
+        self, messages: list[dict], *, tools: list[dict] | None = None, kwargs: Mapping[str, Any] = {}
+    ) -> PreparedConversation:
+        """The conversation ready to be rendered up to any turn. Raises as `render` does for tools and kwargs."""
         _refuse_reserved(kwargs)
         if not_dicts := [tool for tool in tools or () if not isinstance(tool, Mapping)]:
             raise TemplateError(f"tools: found {not_dicts[0]!r}; a tool is a JSON-schema dict.")
@@ -72,14 +84,29 @@ class ChatTemplate:
             **_given(self.special_tokens),
             **_given(self.kwargs),
             **_given(kwargs),
-            "messages": [_as_served(message) for message in messages],
             "tools": tools,
+        }
+        return PreparedConversation(compile_template(self.source), variables, [_as_served(m) for m in messages])
+
+
+@dataclass(frozen=True)
+class PreparedConversation:
+    """A conversation with the template's variables: what the texts up to each of its turns share."""
+
+    template: jinja2.Template
+    variables: dict[str, Any]
+    messages: list[dict[str, Any]]
+
+    def text(self, num_messages: int, *, add_generation_prompt: bool = False) -> str:
+        """The first messages as text. Raises TemplateError when the template refuses them."""
+        given = {
+            **self.variables,
+            "messages": self.messages[:num_messages],
             "add_generation_prompt": add_generation_prompt,
         }
-        template = compile_template(self.source)
         try:
             # A dict, not keywords: a variable named `self` must not clash with render's own argument.
-            return template.render(variables)
+            return self.template.render(given)
         except RENDER_FAILURES as error:
             raise _refusal(error) from error
 
@@ -117,6 +144,15 @@ class SandboxedNamespace(jinja2.utils.Namespace):
             _refuse_underscore(name)
         super().__init__(attributes)
 
+    # Jinja's own does each look-up in Python. Its namespaces have no public attribute but those that are set.
+    __getattribute__ = object.__getattribute__
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self._Namespace__attrs[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
     def __setitem__(self, name: str, value: Any) -> None:
         _refuse_underscore(name)
         super().__setitem__(name, value)
@@ -132,11 +168,26 @@ class SandboxedDict:
         return dict.fromkeys(*args)
 
 
+class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which decides by an object's type and an attribute's name: each such pair once.
+
+    Asked anew for every look-up, as in Jinja, it costs most of a rendering.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self._is_safe: dict[tuple[type, str], bool] = {}
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        asked = (type(obj), attr)
+        if asked not in self._is_safe:
+            self._is_safe[asked] = super().is_safe_attribute(obj, attr, value)
+        return self._is_safe[asked]
+
+
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     """The environment of transformers/utils/chat_template_utils.py, `_compile_jinja_template` (5.23)."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
-    )
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals |= {
         "raise_exception": _raise_exception,
@@ -175,7 +226,7 @@ def _given(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_served(message: Mapping[str, Any]) -> dict[str, Any]:
     """The message as `apply_chat_template` hands it on: no None, the reasoning under both names in use."""
-    message = _given(message)
+    message = {name: value for name, value in message.items() if value is not None and name not in TRAINING_KEYS}
     reasoning = next((message[key] for key in REASONING_KEYS if key in message), None)
     if reasoning is None:
         return message

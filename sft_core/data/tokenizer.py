@@ -6,13 +6,21 @@ Invariant: a control token's id comes from the template alone, never from what a
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from sft_core.data.pre_tokens import PreTokenEncoder, pack
+
 if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+_WORD_START = "\u2581"  # what SentencePiece writes for a space
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_TEXTS_A_CALL = 256  # their encodings are held at a time, with all that a tokenizer keeps of each token
 Literals = list[tuple[int, int]]  # character ranges of a piece that look like control tokens and are text
 
 
@@ -45,8 +53,18 @@ def control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return {token.content: index for index, token in added if token.content.strip()}
 
 
-def control_pattern(tokens: dict[str, int]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
+def stop_tokens(tokenizer: PreTrainedTokenizerFast, extra: list[str]) -> tuple[str, ...]:
+    """Where serving stops: the end token first, then the recipe's others. Raises ValueError for an unknown one."""
+    known = control_tokens(tokenizer)
+    for token in extra:
+        if token not in known:
+            raise ValueError(f"model.stop_tokens: found {token!r}; it is no control token of {tokenizer.name_or_path}")
+    return tuple(dict.fromkeys([str(tokenizer.eos_token), *extra]))
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds any of the texts, the longest first; of none of them it finds nothing."""
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
 
 
 class PieceEncoder:
@@ -56,54 +74,119 @@ class PieceEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        from tokenizers import Tokenizer
-
+        self._backend = tokenizer.backend_tokenizer
         self._control = control_tokens(tokenizer)
-        self._pattern = control_pattern(self._control)
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state.update(truncation=None, padding=None)
-        self._encoder = Tokenizer.from_str(json.dumps(state))
-        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in self._control]
-        self._state_without_control = state
-        if len(self._encoder.decode(self._encoder.encode("a", add_special_tokens=False).ids)) != 1 or (
-            self._encoder.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
-        ):
+        self._pattern = any_of(self._control)
+        self._whole = _TextEncoder(self._backend, self._backend.get_added_tokens_decoder())
+        if self._whole.writes_word_starts():
             raise ValueError(
                 f"{tokenizer.name_or_path}: puts a space in front of every piece of text (add_prefix_space or a "
                 "SentencePiece prefix), so what is trained would differ from what is served; use a tokenizer without it"
             )
 
     @functools.cached_property
-    def _text_only(self) -> Any:
-        from tokenizers import Tokenizer
+    def _text_only(self) -> _TextEncoder:
+        added = self._backend.get_added_tokens_decoder().items()
+        return _TextEncoder(
+            self._backend, {index: token for index, token in added if token.content not in self._control}
+        )
 
-        return Tokenizer.from_str(json.dumps(self._state_without_control))
+    def is_boundary(self, before: str, after: str) -> bool:
+        """Whether both texts, tokenized as one, have the first one's own tokens and then others.
 
-    @functools.cached_property
-    def _true_ids(self) -> dict[int, int]:
-        # Without the control tokens, those added after them move up, onto the control tokens' own ids.
-        added = self._state_without_control["added_tokens"]
-        return {self._text_only.token_to_id(token["content"]): token["id"] for token in added}
+        before, after: without control tokens, which are borders in any case.
+        """
+        alone, both = self._text_only.encode([before, before + after])
+        return both.startswith(alone)
 
-    def _encode_text(self, text: str) -> list[int]:
-        ids = self._text_only.encode(text, add_special_tokens=False).ids
-        return [self._true_ids.get(token, token) for token in ids]
+    def encode(self, pieces: list[str], literals: Mapping[int, Literals]) -> list[bytes]:
+        """Ids of each piece as int32; the ranges in `literals`, by the piece's number, are encoded as text even
+        where they look like control tokens."""
+        encoded = self._whole.encode(pieces)
+        for number, ranges in literals.items():
+            encoded[number] = self._with_literals(pieces[number], ranges)
+        return encoded
 
-    def encode(self, pieces: list[str], literals: list[Literals]) -> list[list[int]]:
-        """Ids of each piece; the ranges in `literals` are encoded as text even where they look like control tokens."""
-        encodings = self._encoder.encode_batch_fast(pieces, add_special_tokens=False)
-        return [
-            self._with_literals(piece, ranges) if ranges else encoding.ids
-            for piece, ranges, encoding in zip(pieces, literals, encodings, strict=True)
-        ]
-
-    def _with_literals(self, piece: str, literals: Literals) -> list[int]:
-        ids: list[int] = []
+    def _with_literals(self, piece: str, literals: Literals) -> bytes:
+        texts, control = [], []
         start = 0
         for match in self._pattern.finditer(piece):
             if any(match.start() < end and begin < match.end() for begin, end in literals):
                 continue
-            ids += self._encode_text(piece[start : match.start()])
-            ids.append(self._control[match[0]])
+            texts.append(piece[start : match.start()])
+            control.append(pack([self._control[match[0]]]))
             start = match.end()
-        return ids + self._encode_text(piece[start:])
+        texts.append(piece[start:])
+        encoded = self._text_only.encode(texts)
+        return b"".join(itertools.chain.from_iterable(itertools.zip_longest(encoded, control, fillvalue=b"")))
+
+
+class _TextEncoder:
+    """Ids of texts by a tokenizer that knows these added tokens; the others are text like any other."""
+
+    def __init__(self, tokenizer: Tokenizer, added: dict[int, AddedToken]):
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer(tokenizer.model)  # shared: a vocabulary takes a while to build
+        for part in ("normalizer", "pre_tokenizer", "decoder"):
+            setattr(self._tokenizer, part, getattr(tokenizer, part))
+        self._tokenizer.add_tokens([token for _, token in sorted(added.items())])
+        self._pre_tokens = PreTokenEncoder.of(tokenizer, added)
+        # Without the control tokens, those added after them move up, onto the control tokens' own ids.
+        ids = {self._tokenizer.token_to_id(token.content): index for index, token in added.items()}
+        self._true_ids = {found: index for found, index in ids.items() if found != index}
+
+    def encode(self, texts: list[str]) -> list[bytes]:
+        """Ids of each text, as int32."""
+        if self._pre_tokens is None:
+            return self._encode_whole(texts)
+        found = list(map(self._pre_tokens.encode, texts))
+        whole = iter(self._encode_whole([text for text, ids in zip(texts, found, strict=True) if ids is None]))
+        return [next(whole) if ids is None else ids for ids in found]
+
+    def _encode_whole(self, texts: list[str]) -> list[bytes]:
+        encoded = []
+        for start in range(0, len(texts), _TEXTS_A_CALL):
+            part = texts[start : start + _TEXTS_A_CALL]
+            for encoding in self._tokenizer.encode_batch_fast(part, add_special_tokens=False):
+                ids = encoding.ids
+                encoded.append(pack([self._true_ids.get(token, token) for token in ids] if self._true_ids else ids))
+        return encoded
+
+    def writes_word_starts(self) -> bool:
+        encoding = self._tokenizer.encode("a", add_special_tokens=False)
+        return len(self._tokenizer.decode(encoding.ids)) != 1 or encoding.tokens[0].startswith(_WORD_START)
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+    """What each id stands for in UTF-8, so that the text of ids is their bytes one after another.
+
+    Raises ValueError for a vocabulary that cannot be read that way.
+    """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    kinds = _decoders(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {})
+    read: Callable[[str], bytes]
+    if "ByteLevel" in kinds:
+        read = functools.partial(_byte_level, {character: byte for byte, character in bytes_to_unicode().items()})
+    elif kinds & {"Metaspace", "ByteFallback"}:
+        read = _word_start
+    else:
+        raise ValueError(f"{tokenizer.name_or_path}: its tokens are neither bytes nor pieces of text")
+    added = {index: token.content.encode() for index, token in tokenizer.added_tokens_decoder.items()}
+    texts = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return [added[index] if index in added else read(text or "") for index, text in enumerate(texts)]
+
+
+def _decoders(state: dict[str, Any]) -> set[str]:
+    return {state.get("type", ""), *(kind for part in state.get("decoders", []) for kind in _decoders(part))}
+
+
+def _byte_level(alphabet: dict[str, int], token: str) -> bytes:
+    return bytes(alphabet[character] for character in token)
+
+
+def _word_start(token: str) -> bytes:
+    if _BYTE_TOKEN.fullmatch(token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace(_WORD_START, " ").encode()

@@ -1,4 +1,4 @@
-"""Rendered rows as token shards.
+"""The tokenize stage: rendered rows as token shards, proved row by row against what the conversation says.
 
 Invariant: a mask changes only where a piece ends, and pieces are encoded one by one, so no token straddles
 the border between what is trained and what is not.
@@ -6,120 +6,184 @@ the border between what is trained and what is not.
 
 from __future__ import annotations
 
-import bisect
-import itertools
-from collections.abc import Iterator
+import dataclasses
+import functools
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
+from sft_core.data.policy import RowPolicy
+from sft_core.data.proof import MaskProof
+from sft_core.data.rendering import chat_template
+from sft_core.data.sharding import Shard, build_shards, plan_shards, shard_folder, total
 from sft_core.data.shards import INDEX, TOKENS, TokenRow
 from sft_core.data.tokenizer import Literals, PieceEncoder, load_tokenizer
+from sft_core.data.tokenizer import stop_tokens as all_stop_tokens
 
 if TYPE_CHECKING:
     from sft_core.store import Build
 
-ROWS_A_SHARD = 20_000
+
+def build_tokens(
+    build: Build,
+    *,
+    tokenizer: dict[str, Any],
+    template: dict[str, Any],
+    stop_tokens: list[str],
+    policy: dict[str, str],
+) -> dict[str, Any]:
+    """Writes shards of tokens.arrow and index.parquet: one row for each rendered row, in the same order.
+
+    Raises MaskProofFailed when a row does not train exactly what its conversation says, with that row.
+    """
+    conversations = build.inputs["conversations"] / "conversations.parquet"
+    with pq.ParquetFile(conversations) as file:
+        shards = plan_shards(file.num_row_groups)
+    work = functools.partial(
+        _start, conversations, build.inputs["rendered"], tokenizer, template, stop_tokens, RowPolicy(**policy)
+    )
+    return total(build_shards(build.out, shards, work, runtime=build.runtime, desc="tokenize"))
 
 
-def build_tokens(build: Build, *, tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """Writes tokens-*.arrow and index.parquet, one row for each rendered row, in the same order."""
-    encoder = PieceEncoder(load_tokenizer(**tokenizer))
-    source = pq.ParquetFile(build.inputs["rendered"] / "rendered.parquet")
-    num_tokens = num_trained = 0
+def _start(
+    conversations: Path,
+    rendered: Path,
+    tokenizer: dict[str, Any],
+    template: dict[str, Any],
+    stop_tokens: list[str],
+    policy: RowPolicy,
+) -> Any:
+    vocabulary = load_tokenizer(**tokenizer)
+    proof = MaskProof(
+        vocabulary, chat_template(vocabulary, **template), all_stop_tokens(vocabulary, stop_tokens), policy
+    )
+    return functools.partial(_tokenize_shard, conversations, rendered, PieceEncoder(vocabulary), proof)
+
+
+def _tokenize_shard(
+    conversations: Path, rendered: Path, encoder: PieceEncoder, proof: MaskProof, shard: Shard, out: Path
+) -> dict[str, Any]:
+    counts = dict.fromkeys(("rows", "tokens", "trained_tokens", "duplicated_tokens"), 0)
+    proved = []
     with (
-        source,
-        pq.ParquetWriter(build.out / "index.parquet", INDEX, compression="zstd") as index,
-        tqdm(total=source.metadata.num_rows, unit=" rows", disable=None, desc="tokenize") as progress,
+        pq.ParquetFile(conversations) as said,
+        pq.ParquetFile(shard_folder(rendered, shard) / "rendered.parquet") as source,
+        pq.ParquetWriter(out / "index.parquet", INDEX, compression="zstd") as index,
+        pa.OSFile(str(out / "tokens.arrow"), "wb") as file,
+        pa.ipc.new_file(file, TOKENS) as tokens,
     ):
-        batches = source.iter_batches(batch_size=2000)
-        for number, group in enumerate(_grouped(batches, ROWS_A_SHARD)):
-            with (
-                pa.OSFile(str(build.out / f"tokens-{number:05}.arrow"), "wb") as file,
-                pa.ipc.new_file(file, TOKENS) as shard,
-            ):
-                for batch in group:
-                    rows = batch.to_pylist()
-                    encoded = encode_rows(encoder, rows)
-                    shard.write_batch(_as_batch(encoded))
-                    index.write_table(_as_index(rows, encoded))
-                    num_tokens += sum(len(row.input_ids) for row in encoded)
-                    num_trained += sum(int(row.trained.sum()) for row in encoded)
-                    progress.update(len(rows))
-        num_rows = source.metadata.num_rows
-    return {"rows": num_rows, "tokens": num_tokens, "trained_tokens": num_trained}
+        for number, group in enumerate(range(shard.first_group, shard.end_group)):
+            rows = source.read_row_group(number, use_threads=False)
+            if rows.num_rows == 0:
+                continue
+            columns = rows.to_pydict()
+            encoded = encode_rows(encoder, columns)
+            talks = said.read_row_group(group, columns=["conversation"], use_threads=False)["conversation"].to_pylist()
+            proved.append(proof.check([json.loads(talk) for talk in talks], columns, encoded))
+            tokens.write_batch(encoded.as_batch(rows["weights"].combine_chunks()))
+            table = _as_index(rows, encoded)
+            index.write_table(table)
+            counts["rows"] += rows.num_rows
+            counts["tokens"] += len(encoded.ids)
+            counts["trained_tokens"] += int(encoded.trained.sum())
+            counts["duplicated_tokens"] += _duplicated(rows["conversation"].to_numpy(), table)
+    return {**counts, "proof": total(proved)}
 
 
-def encode_rows(encoder: PieceEncoder, rows: list[dict[str, Any]]) -> list[TokenRow]:
-    """Token rows of rendered rows: the pieces of all rows go to the tokenizer in one call."""
+@dataclasses.dataclass(frozen=True)
+class EncodedRows:
+    """Rows of tokens, one after another: row r is ids[offsets[r]:offsets[r + 1]]."""
+
+    ids: np.ndarray  # int32, shape (tokens,)
+    trained: np.ndarray  # uint8, shape (tokens,)
+    offsets: np.ndarray  # int32, shape (rows + 1,)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> TokenRow:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        here = slice(self.offsets[row], self.offsets[row + 1])
+        return TokenRow(self.ids[here], self.trained[here])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row: int32, shape (rows,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def num_trained(self) -> np.ndarray:
+        """Trained tokens of each row: int32, shape (rows,)."""
+        return np.add.reduceat(self.trained.astype(np.int32), self.offsets[:-1])
+
+    def as_batch(self, weights: pa.Array) -> pa.RecordBatch:
+        """The rows as they are stored. weights: lists, of each row's spans."""
+        offsets = pa.array(self.offsets)
+        columns = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (self.ids, self.trained)]
+        return pa.record_batch([*columns, weights], schema=TOKENS)
+
+
+def encode_rows(encoder: PieceEncoder, rows: dict[str, list[Any]]) -> EncodedRows:
+    """Tokens of rendered rows (columns text, spans, cuts, literals): their pieces go to the tokenizer in one call."""
     pieces: list[str] = []
-    literals: list[Literals] = []
     trained: list[bool] = []
-    counts = []
-    for row in rows:
-        cut = list(_cut(row["text"], row["spans"], row["literals"]))
-        counts.append(len(cut))
-        for piece, ranges, is_trained in cut:
-            pieces.append(piece)
-            literals.append(ranges)
-            trained.append(is_trained)
+    literals: dict[int, Literals] = {}
+    first_piece = [0]
+    for text, spans, cuts, ranges in zip(rows["text"], rows["spans"], rows["cuts"], rows["literals"], strict=True):
+        _cut(text, spans, cuts, ranges, pieces, trained, literals)
+        first_piece.append(len(pieces))
     encoded = encoder.encode(pieces, literals)
-    result, start = [], 0
-    for count in counts:
-        parts = encoded[start : start + count]
-        ids = np.fromiter((token for part in parts for token in part), dtype=np.int32)
-        mask = np.repeat(np.array(trained[start : start + count], dtype=np.uint8), [len(part) for part in parts])
-        result.append(TokenRow(ids, mask))
-        start += count
-    return result
+    ids = np.frombuffer(b"".join(encoded), dtype=np.int32)
+    lengths = np.array(list(map(len, encoded)), dtype=np.int64) // ids.itemsize
+    ends = np.zeros(len(pieces) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=ends[1:])
+    mask = np.repeat(np.array(trained, dtype=np.uint8), lengths)
+    return EncodedRows(ids, mask, ends[first_piece])
 
 
-def _cut(text: str, spans: list[int], literals: list[int]) -> Iterator[tuple[str, Literals, bool]]:
-    """The text's pieces in order, with the literals inside each and whether it is trained."""
-    starts, ends = spans[::2], spans[1::2]
-    borders = sorted({0, len(text), *spans})
-    for start, end in itertools.pairwise(borders):
-        inside = [
-            (begin - start, stop - start)
-            for begin, stop in zip(literals[::2], literals[1::2], strict=True)
-            if start <= begin < end
-        ]
-        span = bisect.bisect_right(starts, start) - 1
-        yield text[start:end], inside, span >= 0 and end <= ends[span]
+def _cut(
+    text: str,
+    spans: list[int],
+    cuts: list[int],
+    ranges: list[int],
+    pieces: list[str],
+    trained: list[bool],
+    literals: dict[int, Literals],
+) -> None:
+    """Adds the text's pieces in order, whether each is trained, and the literals inside it."""
+    inside, start = False, 0
+    cuts = [cut for cut in cuts if cut not in spans]
+    for end in sorted([*spans, *cuts, len(text)]) if cuts else [*spans, len(text)]:
+        if end > start:
+            if ranges:
+                typed = [
+                    (begin - start, stop - start)
+                    for begin, stop in zip(ranges[::2], ranges[1::2], strict=True)
+                    if start <= begin < end
+                ]
+                if typed:
+                    literals[len(pieces)] = typed
+            pieces.append(text[start:end])
+            trained.append(inside)
+            start = end
+        if end not in cuts:
+            inside = not inside
 
 
-def _grouped(batches: Iterator[pa.RecordBatch], num_rows: int) -> Iterator[list[pa.RecordBatch]]:
-    group: list[pa.RecordBatch] = []
-    for batch in batches:
-        group.append(batch)
-        if sum(member.num_rows for member in group) >= num_rows:
-            yield group
-            group = []
-    if group:
-        yield group
+def _as_index(rows: pa.Table, encoded: EncodedRows) -> pa.Table:
+    kept = rows.select(["row_id", "prompt_hash", "answer"])
+    counted = kept.append_column("num_tokens", pa.array(encoded.lengths))
+    return counted.append_column("num_trained", pa.array(encoded.num_trained)).cast(INDEX)
 
 
-def _as_batch(rows: list[TokenRow]) -> pa.RecordBatch:
-    offsets = np.zeros(len(rows) + 1, dtype=np.int32)
-    np.cumsum([len(row.input_ids) for row in rows], out=offsets[1:])
-    ids = np.concatenate([row.input_ids for row in rows])
-    trained = np.concatenate([row.trained for row in rows])
-    return pa.record_batch(
-        [pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)) for values in (ids, trained)], schema=TOKENS
-    )
-
-
-def _as_index(rows: list[dict[str, Any]], encoded: list[TokenRow]) -> pa.Table:
-    return pa.table(
-        {
-            "row_id": [row["row_id"] for row in rows],
-            "prompt_hash": [row["prompt_hash"] for row in rows],
-            "answer": [row["answer"] for row in rows],
-            "num_tokens": [len(row.input_ids) for row in encoded],
-            "num_trained": [int(row.trained.sum()) for row in encoded],
-        },
-        schema=INDEX,
-    )
+def _duplicated(conversation: np.ndarray, index: pa.Table) -> int:
+    """Context that stands in more than one row: the untrained tokens of all rows of a conversation but its longest."""
+    untrained = index["num_tokens"].to_numpy() - index["num_trained"].to_numpy()
+    longest = np.zeros(int(conversation.max()) + 1, dtype=np.int64)
+    np.maximum.at(longest, conversation, untrained)
+    return int(untrained.sum() - longest.sum())

@@ -86,6 +86,7 @@ def build_evaluated(
             **loader,
             "dtype": "auto",
             "attn_implementation": attn_implementation,
+            "stop_tokens": [],  # in the checkpoint's generation config
             "trust_remote_code": tokenizer["trust_remote_code"],
         }
     network: Any

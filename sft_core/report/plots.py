@@ -81,3 +81,27 @@ def bars(values: dict[str, float], *, x_title: str) -> dict[str, Any]:
             "x": {"field": "value", "type": "quantitative", "title": x_title},
         },
     }
+
+
+def requested_and_achieved(rows: list[dict[str, Any]], *, x_title: str) -> dict[str, Any]:
+    """Two horizontal bars a name: what was asked for in grey, what came in blue. rows: {name, requested, achieved}."""
+    kinds = ("requested", "achieved")
+    values = [{"name": row["name"], "kind": kind, "share": row[kind]} for row in rows for kind in kinds]
+    return {
+        "$schema": _SCHEMA,
+        "width": 520,
+        "height": {"step": 12},
+        "data": {"values": values},
+        "mark": {"type": "bar", "tooltip": True},
+        "encoding": {
+            "y": {"field": "name", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 300}},
+            "yOffset": {"field": "kind", "type": "nominal", "sort": list(kinds)},
+            "x": {"field": "share", "type": "quantitative", "title": x_title, "axis": {"format": ".0%"}},
+            "color": {
+                "field": "kind",
+                "type": "nominal",
+                "title": None,
+                "scale": {"domain": list(kinds), "range": [BASE_COLOUR, TUNED_COLOUR]},
+            },
+        },
+    }

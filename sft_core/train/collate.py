@@ -23,23 +23,20 @@ class PackCollator:
     """
 
     def __init__(self, plan: PackPlan, shards: Sequence[TokenShards]):
-        self._plan = plan
+        self.plan = plan
         self._shards = shards
 
     @classmethod
-    def open(cls, packs: Path, tokens: Sequence[Path]) -> PackCollator:
-        return cls(PackPlan.read(packs), [TokenShards(folder) for folder in tokens])
-
-    @property
-    def num_packs(self) -> int:
-        return len(self._plan)
+    def open(cls, packs: Path, tokens: Sequence[Sequence[Path]]) -> PackCollator:
+        """tokens: each source's folders, in the order in which the plan numbers their rows."""
+        return cls(PackPlan.read(packs), [TokenShards(*folders) for folders in tokens])
 
     @property
     def longest_document(self) -> int:
-        return int(self._plan.num_tokens.max())
+        return int(self.plan.num_tokens.max())
 
     def __call__(self, slots: list[dict[str, int]]) -> dict[str, torch.Tensor]:
-        """input_ids, position_ids, labels, source: int64 tensors of shape (1, tokens)."""
+        """input_ids, position_ids, labels, source: int64 tensors of shape (1, tokens); weights: float32."""
         documents: list[tuple[TokenRow, int]] = []
         for slot in slots:
             if slot["pack"] != EMPTY:
@@ -47,11 +44,11 @@ class PackCollator:
         return collate(documents)
 
     def _documents(self, pack: int) -> list[tuple[TokenRow, int]]:
-        plan, documents = self._plan, []
+        plan, documents = self.plan, []
         for entry in range(plan.offsets[pack], plan.offsets[pack + 1]):
             source, length = int(plan.source[entry]), int(plan.num_tokens[entry])
             row = self._shards[source][int(plan.row[entry])]
-            documents.append((TokenRow(row.input_ids[:length], row.trained[:length]), source))
+            documents.append((row.first(length), source))
         return documents
 
 
@@ -68,4 +65,6 @@ def collate(documents: list[tuple[TokenRow, int]]) -> dict[str, torch.Tensor]:
         "labels": np.where(trained == 1, ids, IGNORED),
         "source": np.repeat([source for _, source in documents], lengths),
     }
-    return {name: torch.from_numpy(values.astype(np.int64))[None] for name, values in columns.items()}
+    weights = np.concatenate([row.weights for row, _ in documents])
+    batch = {name: torch.from_numpy(values.astype(np.int64))[None] for name, values in columns.items()}
+    return {**batch, "weights": torch.from_numpy(np.where(trained == 1, weights, np.float32(0)))[None]}

@@ -9,10 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft_core.train.lifetime import die_with_parent
+from sft_core.data.over_long import windows_of
+from sft_core.lifetime import die_with_parent
 
 if TYPE_CHECKING:
     from sft_core.store import Build
@@ -29,7 +31,7 @@ def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str,
         **job,
         "out": str(build.out.resolve()),
         "packs": str(build.inputs["packs"].resolve()),
-        "tokens": [str(build.inputs[source].resolve()) for source in job["sources"]],
+        "tokens": [token_folders(build.inputs, source) for source in job["sources"]],
         "runtime": {**runtime.model_dump(mode="json"), "num_threads": num_threads},
     }
     path = build.out / "logs" / "job.json"
@@ -40,6 +42,11 @@ def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str,
     (build.out / "trainer.lock").unlink(missing_ok=True)
     events = [json.loads(line) for line in (build.out / "logs" / "log.jsonl").read_text().splitlines()]
     return {"round": round, "steps": events[-1]["of"], "first_loss": events[0]["loss"], "last_loss": events[-1]["loss"]}
+
+
+def token_folders(inputs: Mapping[str, Path], source: str) -> list[str]:
+    """Where the source's rows are, in the order in which a plan numbers them: its tokens, and its windows if any."""
+    return [str(inputs[name].resolve()) for name in (source, windows_of(source)) if name in inputs]
 
 
 def run_ranks(job: Path, *, num_processes: int, num_threads: int, out: Path) -> None:

@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from sft_core.train.lifetime import die_with_parent
+from sft_core.lifetime import die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,12 @@ def train(job: dict[str, Any], out: Path) -> None:
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
 
+    from sft_core.data.balance import pack_costs
     from sft_core.train.arguments import training_arguments
     from sft_core.train.checkpoints import latest
     from sft_core.train.collate import PackCollator
     from sft_core.train.model import load_model, save_checkpoint
-    from sft_core.train.schedule import step_packs
+    from sft_core.train.schedule import step_packs, training_flops
     from sft_core.train.trainer import LogFile, PackTrainer, discard_staged
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -67,15 +68,16 @@ def train(job: dict[str, Any], out: Path) -> None:
     training = job["training"]
     model, tokenizer = load_model(**job["model"], tokenizer=job["tokenizer"], seed=training["seed"])
     model.config.use_cache = False
-    collator = PackCollator.open(Path(job["packs"]), [Path(folder) for folder in job["tokens"]])
+    collator = PackCollator.open(Path(job["packs"]), [list(map(Path, folders)) for folders in job["tokens"]])
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and collator.longest_document > context:
         raise ValueError(
             f"packing.max_length: a row has {collator.longest_document} tokens, and the model was made for {context} "
             "(max_position_embeddings); lower packing.max_length"
         )
+    linear, quadratic = training_flops(model)
     schedule = step_packs(
-        collator.num_packs,
+        pack_costs(collator.plan.num_tokens, collator.plan.offsets, linear=linear, quadratic=quadratic),
         global_batch_size=training["global_batch_size"],
         num_epochs=training["num_train_epochs"],
         max_steps=training["max_steps"],

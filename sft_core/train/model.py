@@ -24,6 +24,7 @@ def load_model(
     config: dict[str, Any] | None,
     dtype: str,
     attn_implementation: str,
+    stop_tokens: list[str],
     trust_remote_code: bool,
     tokenizer: dict[str, Any],
     seed: int,
@@ -50,11 +51,11 @@ def load_model(
     if len(vocabulary) > rows:
         log.info("embedding grows from %d to %d rows", rows, len(vocabulary))
         model.resize_token_embeddings(len(vocabulary), mean_resizing=config is None)
-    agree_on_special_tokens(model, vocabulary)
+    agree_on_special_tokens(model, vocabulary, stop_tokens)
     return model, vocabulary
 
 
-def agree_on_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def agree_on_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stop_tokens: list[str]) -> None:
     """The tokenizer's end token is the one at which the model stops, in its config and when it generates."""
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -63,7 +64,7 @@ def agree_on_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     generation = model.generation_config or GenerationConfig()
     known = generation.eos_token_id
     others = [] if known is None else [known] if isinstance(known, int) else list(known)
-    stops = [tokenizer.eos_token_id, *(token for token in others if token != tokenizer.eos_token_id)]
+    stops = list(dict.fromkeys([tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, stop_tokens), *others]))
     generation.eos_token_id = stops[0] if len(stops) == 1 else stops
     generation.pad_token_id = tokenizer.pad_token_id
     if not generation.do_sample:

@@ -21,8 +21,9 @@ KEEP_CHECKPOINTS = 2  # the newest, and one more in case that one is damaged
 
 
 class PackTrainer(SFTTrainer):
-    """The objective is L = -1/T * sum of log p over the T trained tokens of the global batch (all ranks, all
-    accumulated micro-batches), so that neither ranks nor accumulation change the result.
+    """The objective is L = -1/W * sum of w * log p over the trained tokens of the global batch (all ranks, all
+    accumulated micro-batches), where W is the sum of their weights w, so that neither ranks nor accumulation change
+    the result. A token's weight is its turn's, 1 unless the data says otherwise: then W is the number of tokens.
 
     args.output_dir is where checkpoints are staged; whole ones are in `folder`.
     """
@@ -50,9 +51,14 @@ class PackTrainer(SFTTrainer):
         nll_N, targets_N = trained_token_nll(model, inputs, fused_lm_head=fused)
         self._loss_by_source.add(nll_N, inputs["source"][0, targets_N])
         self._tokens_seen += inputs["input_ids"].numel()
-        # DDP averages over ranks, and num_items_in_batch counts all of them: the product restores the sum.
-        num_trained = torch.as_tensor(num_items_in_batch, device=nll_N.device).clamp(min=1)
-        return nll_N.sum() / num_trained * self.accelerator.num_processes
+        # DDP averages over ranks, and num_items_in_batch sums over all of them: the product restores the sum.
+        return (nll_N * inputs["weights"][0, targets_N]).sum() / num_items_in_batch * self.accelerator.num_processes
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: Any) -> torch.Tensor:
+        """The sum of the trained tokens' weights over the global batch: what the Trainer counts, with weights."""
+        weights = torch.stack([batch["weights"].sum(dtype=torch.float64) for batch in batch_samples]).sum().to(device)
+        total = self.accelerator.gather(weights).sum().float()
+        return torch.where(total == 0, 1.0, total)  # a batch that trains nothing has loss 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -1,7 +1,7 @@
 """What the tests of the data path share: recipes of local files, stages built for real, two tokenizers."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sft_core.data.rendering import Renderer, chat_template
-from sft_core.data.tokenizer import control_pattern, control_tokens, load_tokenizer
+from sft_core.data.policy import RowPolicy
+from sft_core.data.rendering import chat_template, make_renderer
+from sft_core.data.spans import Renderer
+from sft_core.data.tokenizer import load_tokenizer
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Stage, Store
@@ -109,13 +111,11 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerF
 def renderer() -> Callable[..., Renderer]:
     """A renderer for a tokenizer: by the thinking template without its header unless told otherwise."""
 
-    def make(tokenizer: PreTrainedTokenizerFast, template: str = THINKING, loss_scope: str = "assistant") -> Renderer:
+    def make(
+        tokenizer: PreTrainedTokenizerFast, template: str = THINKING, stop_tokens: Sequence[str] = (), **policy: str
+    ) -> Renderer:
         kwargs = {"header": False} if template is THINKING else {}
-        return Renderer(
-            chat_template(tokenizer, source=template, kwargs=kwargs, date="2026-01-01"),
-            control_pattern(control_tokens(tokenizer)),
-            str(tokenizer.eos_token),
-            loss_scope,
-        )
+        made = chat_template(tokenizer, source=template, kwargs=kwargs, date="2026-01-01")
+        return make_renderer(tokenizer, made, RowPolicy(**policy), list(stop_tokens))
 
     return make

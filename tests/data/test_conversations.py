@@ -110,6 +110,13 @@ def test_prompt_completion_strings_and_message_lists_are_the_same():
     assert canonical({"prompt": [USER], "completion": [ANSWER]}) == {"messages": [USER, ANSWER]}
 
 
+def test_prompt_completion_an_answer_in_the_prompt_is_context_unless_it_chooses_itself():
+    row = {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}
+    assert canonical(row)["messages"] == [USER, {**ANSWER, "train": False}, USER, ANSWER]
+    chosen = {"prompt": [USER, {**ANSWER, "train": True}, USER], "completion": [ANSWER]}
+    assert canonical(chosen)["messages"] == [USER, ANSWER, USER, ANSWER]
+
+
 def test_text_is_kept_as_it_is():
     assert canonical({"text": " a <think>b</think> "}) == {"text": " a <think>b</think> "}
     assert canonical({"text": "a", "messages": [USER, ANSWER]}, format="text") == {"text": "a"}
@@ -232,7 +239,7 @@ def with_answer(**fields: Any) -> dict[str, Any]:
         (with_answer(content=""), "empty_assistant_turn", "messages[1]"),
         (with_answer(content=[{"text": ""}]), "empty_assistant_turn", "messages[1]"),
         (with_answer(content=5), "invalid_content", "messages[1].content"),
-        (with_answer(content=[{"type": "image"}]), "invalid_content", "list of text parts"),
+        (with_answer(content=["Hi."]), "invalid_content", "list of text parts"),
         (with_answer(thinking=["x"]), "invalid_message", "reasoning_content"),
         (with_answer(tool_calls=[{"id": "x"}]), "invalid_tool_calls", "names no function"),
         (with_answer(tool_calls=[{"name": "a", "arguments": "{"}]), "invalid_tool_calls", "[0].arguments is not JSON"),

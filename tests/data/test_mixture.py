@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_core.data.mixture import build_mixture, sample_rows
+from sft_core.data.mixture import AMOUNTS, build_mixture, sample_rows
 from sft_core.data.shards import INDEX, read_index
+from sft_core.data.shares import draw_tokens, fill
 from sft_core.data.splits import TRAIN, assign
 from sft_core.recipe import Runtime
 from sft_core.store import Build
@@ -23,8 +24,12 @@ from steps.tokenize import TOKENS
 Mix = Callable[..., tuple[pa.Table, dict[str, Any]]]
 
 
-def source(rows: int, weight: float | None = None, num_rows: int | None = None, untrained: int = 0) -> dict[str, Any]:
-    return {"rows": rows, "weight": weight, "num_rows": num_rows, "untrained": untrained}
+ASKED = ("weight", "num_rows", "trained_token_share")
+
+
+def source(rows: int, untrained: int = 0, trained: Any = 4, **asked: float) -> dict[str, Any]:
+    """trained: how many tokens each row trains, or each of them."""
+    return {"rows": rows, "untrained": untrained, "trained": trained, **{key: asked.get(key) for key in ASKED}}
 
 
 def hashes(num_rows: int) -> np.ndarray:
@@ -35,7 +40,13 @@ def hashes(num_rows: int) -> np.ndarray:
 def mix(tmp_path: Path) -> Mix:
     """The mixture of sources made of so many rows, and its counts: of a row, only its index entry matters here."""
 
-    def make(seed: int = 0, report_share: float = 0.0, **sources: dict[str, Any]) -> tuple[pa.Table, dict[str, Any]]:
+    def make(
+        seed: int = 0,
+        report_share: float = 0.0,
+        num_trained_tokens: int | None = None,
+        max_repeats: float | None = None,
+        **sources: dict[str, Any],
+    ) -> tuple[pa.Table, dict[str, Any]]:
         inputs = {}
         for name, options in sources.items():
             num_rows = options["rows"]
@@ -44,14 +55,20 @@ def mix(tmp_path: Path) -> Mix:
                 "prompt_hash": hashes(num_rows),
                 "answer": [None] * num_rows,
                 "num_tokens": np.arange(num_rows) + 10,
-                "num_trained": np.where(np.arange(num_rows) < options["untrained"], 0, 4),
+                "num_trained": np.where(np.arange(num_rows) < options["untrained"], 0, options["trained"]),
             }
             inputs[name] = tmp_path / name
-            inputs[name].mkdir(exist_ok=True)
-            pq.write_table(pa.table(columns, schema=INDEX), inputs[name] / "index.parquet")
-        listed = [{"name": name, **{key: o[key] for key in ("weight", "num_rows")}} for name, o in sources.items()]
-        build = Build(tmp_path, inputs, Runtime())
-        counts = build_mixture(build, sources=listed, selection_share=0.0, report_share=report_share, seed=seed)
+            (inputs[name] / "shard-00000").mkdir(exist_ok=True, parents=True)
+            pq.write_table(pa.table(columns, schema=INDEX), inputs[name] / "shard-00000" / "index.parquet")
+        counts = build_mixture(
+            Build(tmp_path, inputs, Runtime()),
+            sources=[{"name": name, **{key: options[key] for key in ASKED}} for name, options in sources.items()],
+            selection_share=0.0,
+            report_share=report_share,
+            seed=seed,
+            num_trained_tokens=num_trained_tokens,
+            max_repeats=max_repeats,
+        )
         return pq.read_table(tmp_path / "mixture.parquet"), counts
 
     return make
@@ -119,6 +136,7 @@ def test_held_out_rows_are_never_in_the_mixture_and_the_counts_add_up(mix: Mix):
     in_train = assign(hashes(500), selection_share=0.0, report_share=0.3) == TRAIN
     found = counts["sources"]["a"]
     assert found["train"] + found["selection"] + found["report"] == found["rows"] == 500
+    assert found["available"] == found["train"] == len(np.flatnonzero(in_train))
     assert found["report"] > 100
     assert set(rows_of(mixture, 0)) == set(np.flatnonzero(in_train))
     assert found["kept"] == 2 * found["train"]
@@ -181,6 +199,136 @@ def test_sample_any_count_is_exact_and_a_larger_one_only_adds(num_available: int
     added = np.bincount(more, minlength=num_available) - np.bincount(fewer, minlength=num_available)
     assert added.min() >= 0
     assert added.sum() == 1
+
+
+# Shares of trained tokens
+
+
+def shared(rows: int, share: float, **options: Any) -> dict[str, Any]:
+    return source(rows, trained_token_share=share, **options)
+
+
+def test_shares_are_of_trained_tokens_not_of_rows(mix: Mix):
+    _, counts = mix(max_repeats=4.0, a=shared(100, 1, trained=40), b=shared(1000, 3, trained=8))
+    a, b = counts["sources"].values()
+    assert counts["budget"]["num_trained_tokens"] == 100 * 40 + 1000 * 8, "default: what they hold once"
+    assert a["trained_tokens"] == 3000 and b["trained_tokens"] == 9000
+    assert a["kept"] == 75 and b["kept"] == 1125
+    assert a["requested"]["trained_tokens"] == a["achieved"]["trained_tokens"] == 0.25
+    assert a["repeats"] == 0.75 and b["repeats"] == 1.125
+    assert counts["budget"]["held_at_max_repeats"] == []
+
+
+def test_share_budget_given_is_met_and_a_share_of_zero_leaves_out(mix: Mix, caplog: pytest.LogCaptureFixture):
+    sources = {"a": shared(100, 0.5), "b": shared(100, 0), "c": shared(100, 0.5)}
+    mixture, counts = mix(max_repeats=4.0, num_trained_tokens=200, **sources)
+    assert [one["kept"] for one in counts["sources"].values()] == [25, 0, 25]
+    assert counts["trained_tokens"] == 200 == mixture["num_trained"].to_numpy().sum()
+    assert mix(max_repeats=4.0, **sources)[1]["trained_tokens"] == 800, "b is no part of the default budget"
+    assert caplog.records == []
+
+
+def test_share_over_the_cap_is_held_there_and_the_others_have_the_rest(mix: Mix, caplog: pytest.LogCaptureFixture):
+    sources = {"small": shared(10, 8), "b": shared(1000, 1), "c": shared(1000, 1)}
+    mixture, counts = mix(max_repeats=4.0, **sources)
+    small, b, c = counts["sources"].values()
+    assert small["repeats"] == 4.0 and np.bincount(rows_of(mixture, 0)).tolist() == [4] * 10
+    assert b["trained_tokens"] == c["trained_tokens"] == (8040 - 160) / 2
+    assert small["requested"]["trained_tokens"] == 0.8 and small["achieved"]["trained_tokens"] == 160 / 8040
+    assert counts["budget"]["held_at_max_repeats"] == ["small"]
+    assert caplog.messages == ["source=small is held at max_repeats 4: 2.0% of trained tokens instead of 80.0%"]
+
+
+def test_share_budget_out_of_reach_is_told_loudly(mix: Mix, caplog: pytest.LogCaptureFixture):
+    _, counts = mix(max_repeats=2.0, num_trained_tokens=10_000, a=shared(100, 1), b=shared(200, 1))
+    assert counts["trained_tokens"] == counts["budget"]["within_reach"] == 2 * 300 * 4
+    assert counts["budget"]["num_trained_tokens"] == 10_000
+    assert caplog.messages[-1] == (
+        "dataset_mixture.num_trained_tokens: found 10000; at max_repeats 2 the sources give 2400; "
+        "add data or raise max_repeats"
+    )
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+
+
+def test_share_of_a_source_without_rows_goes_to_the_others(mix: Mix, caplog: pytest.LogCaptureFixture):
+    _, counts = mix(max_repeats=4.0, num_trained_tokens=80, a=shared(5, 1, untrained=5), b=shared(50, 1))
+    assert [one["trained_tokens"] for one in counts["sources"].values()] == [0, 80]
+    assert "source=a keeps 0 of 0 training rows; add data" in caplog.text
+
+
+def test_max_repeats_does_not_touch_a_weight(mix: Mix):
+    assert mix(a=source(10, weight=9.0))[1]["sources"]["a"]["repeats"] == 9.0
+
+
+def test_requested_and_achieved_are_told_of_rows_tokens_and_trained_tokens(mix: Mix):
+    _, counts = mix(a=source(100, weight=0.5, trained=10), b=source(100, trained=2), c=source(40, num_rows=20))
+    a, b, c = counts["sources"].values()
+    assert [one["requested"]["rows"] for one in (a, b, c)] == [50 / 170, 100 / 170, 20 / 170]
+    assert [one["requested"]["trained_tokens"] for one in (a, b, c)] == [500 / 780, 200 / 780, 80 / 780]
+    for kind in ("requested", "achieved"):
+        for amount in AMOUNTS:
+            assert sum(one[kind][amount] for one in (a, b, c)) == pytest.approx(1)
+    assert a["achieved"]["rows"] == 50 / 170
+    assert a["achieved"]["tokens"] == a["tokens"] / counts["tokens"]
+
+
+def test_one_more_source_with_a_share_only_cuts_the_others_shorter(mix: Mix):
+    trained = np.random.default_rng(1).integers(1, 50, 300)
+    a = shared(300, 1, trained=trained)
+    before, _ = mix(max_repeats=4.0, num_trained_tokens=4000, a=a, b=shared(500, 1))
+    after, _ = mix(max_repeats=4.0, num_trained_tokens=4000, new=shared(500, 1), a=a, b=shared(500, 1))
+    assert 50 < len(rows_of(after, 1)) < len(rows_of(before, 0))
+    assert set(rows_of(after, 1)) < set(rows_of(before, 0))
+
+
+sizes = st.lists(st.integers(1, 2000), min_size=1, max_size=40)
+
+
+@given(sizes, st.floats(0, 5), st.sampled_from([0.5, 1.0, 2.5, 4.0]), st.integers(0, 3))
+def test_draw_any_target_is_met_within_a_row_and_the_cap_holds(
+    trained: list[int], times: float, max_repeats: float, seed: int
+):
+    num_trained, total = np.array(trained), sum(trained)
+    target = min(times, max_repeats) * total
+    rows = draw_tokens(num_trained, target, max_repeats=max_repeats, rng=np.random.default_rng(seed))
+    drawn = int(num_trained[rows].sum())
+    assert drawn <= max_repeats * total
+    assert abs(drawn - target) <= num_trained.max()
+    if target + num_trained.max() <= max_repeats * total:
+        assert abs(drawn - target) <= num_trained.max() / 2, "the nearest number of rows"
+    repeats = np.bincount(rows, minlength=len(trained))
+    assert repeats.max() - repeats.min() <= 1
+
+
+@given(sizes, st.floats(0, 4), st.floats(0, 4), st.integers(0, 3))
+def test_draw_more_only_adds_rows_and_is_the_same_again(trained: list[int], a: float, b: float, seed: int):
+    def draw(times: float) -> list[int]:
+        rng = np.random.default_rng(seed)
+        return draw_tokens(np.array(trained), times * sum(trained), max_repeats=4.0, rng=rng).tolist()
+
+    fewer, more = draw(min(a, b)), draw(max(a, b))
+    assert more[: len(fewer)] == fewer
+    assert draw(max(a, b)) == more
+
+
+amounts = st.lists(st.tuples(st.integers(0, 10_000), st.floats(0, 10)), min_size=1, max_size=8)
+
+
+@given(amounts, st.floats(0, 100_000), st.sampled_from([0.5, 1.0, 4.0]))
+def test_fill_any_budget_is_spent_by_shares_up_to_the_caps(
+    sources: list[tuple[int, float]], budget: float, max_repeats: float
+):
+    available, shares = np.array(sources).T
+    filled = fill(available, shares, budget, max_repeats)
+    caps = available * max_repeats * (shares > 0)
+    assert (filled <= caps * (1 + 1e-9)).all() and (filled >= 0).all()
+    assert filled.sum() == pytest.approx(min(budget, caps.sum()), abs=1e-6)
+    is_open = (filled < caps * (1 - 1e-9)) & (shares > 0)
+    if is_open.any():  # those below their cap have one level of tokens a share, and none at its cap is above it
+        level = filled[is_open] / shares[is_open]
+        assert level == pytest.approx(level[0])
+        at_cap = ~is_open & (caps > 0)
+        assert (filled[at_cap] <= level[0] * shares[at_cap] * (1 + 1e-9) + 1e-6).all()
 
 
 def test_stage_another_weight_builds_a_mixture_and_no_token(write_rows, pinned, ensure, tmp_path: Path):

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.packing import martello_toth_l2, reasoning_lengths
 from sft_core.data.mixture import MIXTURE
-from sft_core.data.packing import PackPlan, build_packs, first_fit_decreasing, truncated_length
+from sft_core.data.over_long import truncated_length
+from sft_core.data.packing import PackPlan, build_packs, first_fit_decreasing
 from sft_core.data.shards import TOKENS, TokenShards
 from sft_core.recipe import Runtime
 from sft_core.store import Build
@@ -44,6 +46,7 @@ def lengths_and_capacity(draw: st.DrawFn) -> tuple[list[int], int]:
 def test_first_fit_decreasing_is_that_of_its_definition(drawn):
     lengths, capacity = drawn
     pack = first_fit_decreasing(np.array(lengths, dtype=np.int32), capacity)
+    assert pack.dtype == np.int64
     assert pack.tolist() == naive(lengths, capacity)
     filled = np.bincount(pack, weights=lengths)
     assert filled.min() > 0
@@ -52,10 +55,74 @@ def test_first_fit_decreasing_is_that_of_its_definition(drawn):
     assert (filled <= capacity / 2).sum() <= 1
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 40_000), st.integers(0, 400), st.floats(0.05, 1), st.integers(0, 2**32))
+def test_first_fit_decreasing_of_long_rows_is_that_of_its_definition(capacity: int, num: int, most: float, seed: int):
+    lengths = np.random.default_rng(seed).integers(1, max(2, int(capacity * most) + 1), num)
+    assert first_fit_decreasing(lengths, capacity).tolist() == naive(lengths.tolist(), capacity)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "capacity"),
+    [
+        ([], 10),
+        ([10] * 33, 10),  # as many packs as rows
+        ([6] * 33, 10),  # the same, each hardly over half full
+        ([5] * 33, 10),
+        ([4] * 33, 10),
+        ([1] * 33, 10),
+        ([1] * 33, 1),
+        ([6, 1] * 16, 10),
+        ([1] * 33, 2**31 - 1),
+        ([1_000_000, 1, 999_999, 500_000, 500_001, 1], 1_000_000),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32])
+def test_first_fit_decreasing_at_the_edges_is_that_of_its_definition(lengths: list[int], capacity: int, dtype: type):
+    pack = first_fit_decreasing(np.array(lengths, dtype=dtype), capacity)
+    assert pack.tolist() == naive(lengths, capacity)
+
+
+def test_first_fit_decreasing_of_a_column_leaves_it_alone():
+    table = np.arange(1, 31).reshape(10, 3)
+    column = table[:, 1]
+    assert first_fit_decreasing(column, 40).tolist() == naive(column.tolist(), 40)
+    assert (table == np.arange(1, 31).reshape(10, 3)).all()
+
+
+def test_first_fit_decreasing_rows_of_reasoning_leaves_next_to_nothing_empty():
+    lengths = reasoning_lengths(300_000, 65_536, seed=0)
+    num_packs = first_fit_decreasing(lengths, 65_536).max() + 1
+    assert num_packs <= 1.0001 * -(-int(lengths.sum()) // 65_536)
+    short = lengths[lengths <= 8_192]
+    assert len(short) > 200_000
+    num_packs = first_fit_decreasing(short, 8_192).max() + 1
+    assert num_packs <= 1.0005 * martello_toth_l2(short, 8_192)
+
+
+@given(lengths_and_capacity())
+def test_martello_toth_l2_is_that_of_its_definition(drawn):
+    lengths, capacity = drawn
+    bounds = []
+    for k in range(capacity // 2 + 1):
+        alone = [length for length in lengths if length > capacity - k]
+        large = [length for length in lengths if capacity - k >= length > capacity / 2]
+        small = [length for length in lengths if capacity / 2 >= length >= k]
+        further = sum(small) - (len(large) * capacity - sum(large))
+        bounds.append(len(alone) + len(large) + max(0, -(-further // capacity)))
+    assert martello_toth_l2(np.array(lengths), capacity) == max(bounds) <= max(naive(lengths, capacity)) + 1
+
+
 @pytest.mark.parametrize("lengths", [[0], [5, 11], [-1]])
 def test_first_fit_decreasing_refuses_lengths_that_cannot_be_packed(lengths: list[int]):
     with pytest.raises(ValueError, match=r"each is 1 to 10"):
         first_fit_decreasing(np.array(lengths), 10)
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 2**31])
+def test_first_fit_decreasing_refuses_a_capacity_beyond_32_bits(capacity: int):
+    with pytest.raises(ValueError, match=rf"capacity: found {capacity}; it is 1 to 2147483647"):
+        first_fit_decreasing(np.array([1]), capacity)
 
 
 # A cut between turns. P is a prompt's token, T a trained one.
@@ -101,10 +168,13 @@ def pack(tmp_path: Path) -> Callable[..., tuple[PackPlan, dict[str, Any]]]:
         inputs, entries = {"mixture": tmp_path}, []
         for number, (name, rows) in enumerate(options.items()):
             inputs[name] = tmp_path / name
-            inputs[name].mkdir(exist_ok=True)
+            shard = inputs[name] / "shard-00000"
+            shard.mkdir(parents=True, exist_ok=True)
             masks = [[int(token == "T") for token in row] for row in rows]
-            batch = pa.record_batch([pa.array(masks, field.type) for field in TOKENS], schema=TOKENS)
-            with pa.ipc.new_file(str(inputs[name] / "tokens-00000.arrow"), TOKENS) as file:
+            lists = (masks, masks, [[]] * len(masks))
+            columns = [pa.array(values, field.type) for values, field in zip(lists, TOKENS, strict=True)]
+            batch = pa.record_batch(columns, schema=TOKENS)
+            with pa.ipc.new_file(str(shard / "tokens.arrow"), TOKENS) as file:
                 file.write_batch(batch)
             entries += [(number, row, len(mask), sum(mask)) for row, mask in enumerate(masks)]
         columns = [pa.array(column) for column in zip(*entries, strict=True)]
@@ -141,6 +211,8 @@ def test_plan_each_row_is_in_one_pack_of_the_whole_mixture(pack):
         "fill": 0.8,
         "dropped": {},
         "truncated": {},
+        "split": {},
+        "windows": {},
     }
 
 
@@ -155,7 +227,7 @@ def test_over_long_drop_counts_by_source(pack, caplog):
     assert documents(plan) == [(0, 0, 5), (1, 2, 5), (2, 0, 5)]
     assert counts["dropped"] == {"a": 1, "b": 2}
     assert counts["truncated"] == {}
-    assert "over_long=3 dropped=3 truncated=0 max_length=6" in caplog.text
+    assert "over_long=drop rows=3 dropped=3 max_length=6" in caplog.text
 
 
 def test_over_long_truncate_cuts_after_a_whole_turn_and_drops_when_none_fits(pack):
@@ -176,7 +248,7 @@ def test_over_long_error_names_the_worst_row_and_what_to_do(pack):
     with pytest.raises(ValueError, match=r"packing.max_length: found 7; 2 rows are longer") as error:
         pack(7, "error", a=[FITS, HOPELESS], b=[FITS, FITS, LONG])
     assert "the longest has 9 tokens (source b, row 2)" in str(error.value)
-    assert "set packing.over_long to drop or truncate" in str(error.value)
+    assert "set packing.over_long to drop, truncate or split" in str(error.value)
     assert pack(9, "error", a=[FITS, HOPELESS], b=[LONG])[1]["documents"] == 3
 
 

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from sft_core.data.conversations import canonical
 from sft_core.data.rejects import Rejected
-from sft_core.data.rendering import RenderedRow, Renderer
+from sft_core.data.spans import RenderedRow, Renderer
 from sft_core.data.templates import TemplateError
 from sft_core.data.tokenizer import PieceEncoder
 from sft_core.data.tokens import encode_rows
 from steps.render import RENDERED
+from tests.data.rows import columns
 
 STOP = "<|im_end|>"
 EMPTY_BLOCK = "<think>\n\n</think>\n\n"
@@ -286,8 +287,8 @@ def test_stage_rows_spans_answers_and_counts(write_rows, pinned, ensure, tmp_pat
     path = write_rows("a.jsonl", [{"messages": turns, "answer": "B"}, {"messages": [user(STOP), assistant("C")]}])
     recipe = pinned({"name": "s", "path": str(path)}, chat_template={"template": str(tmp_path / "rewrites.jinja")})
     folder, manifest = ensure(RENDERED, recipe, source="s")
-    rows = pq.read_table(folder / "rendered.parquet").to_pylist()
-    counts = {"conversations": 2, "rows": 3, "control_tokens_kept_as_text": 1, "rejected": {}}
+    rows = pq.read_table(folder / "shard-00000" / "rendered.parquet").to_pylist()
+    counts = {"conversations": 2, "rows": 3, "conversations_split": 1, "control_tokens_kept_as_text": 1, "rejected": {}}
     assert manifest["counts"] == counts
     assert [row["answer"] for row in rows] == [None, "B", None]
     assert rows[0]["row_id"] == rows[1]["row_id"] != rows[2]["row_id"]
@@ -366,8 +367,7 @@ def test_any_conversation_the_mask_is_its_answers_and_the_ids_are_its_text(conve
         thinking = f"<think>\n{reasoning}\n</think>\n\n" if reasoning else ""
         assert said == f"{thinking}{answer['content']}{STOP}"
 
-    flat = {name: [offset for span in getattr(row, name) for offset in span] for name in ("spans", "literals")}
-    (encoded,) = encode_rows(encoder, [{"text": row.text, **flat}])
+    (encoded,) = encode_rows(encoder, columns(row))
     assert quickstart.decode(encoded.input_ids) == row.text
     borders = np.flatnonzero(np.diff(encoded.trained.astype(int), prepend=0, append=0)).reshape(-1, 2)
     runs = [encoded.input_ids[start:end] for start, end in borders]

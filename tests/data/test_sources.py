@@ -70,14 +70,23 @@ ROWS = [row(number) for number in range(5)]
     [
         ("a.jsonl", as_lines(ROWS)),
         ("a.json", as_lines(ROWS)),
+        ("a.json", json.dumps(ROWS, indent=1).encode()),
         ("a.jsonl.gz", gzip.compress(as_lines(ROWS[:2])) + gzip.compress(as_lines(ROWS[2:]))),
         ("a.jsonl.zst", zstandard.compress(as_lines(ROWS))),
         ("a.json.zst", zstandard.compress(as_lines(ROWS[:2])) + zstandard.compress(as_lines(ROWS[2:]))),
         ("a.jsonl", b"\xef\xbb\xbf" + as_lines(ROWS).replace(b"\n", b"\r\n\r\n").rstrip()),
     ],
-    ids=["jsonl", "json", "gz of two members", "zst", "zst of two frames", "bom, crlf, blank lines, no last newline"],
+    ids=[
+        "jsonl",
+        "json lines",
+        "json list",
+        "gz of two members",
+        "zst",
+        "zst of two frames",
+        "bom, crlf, blank lines, no last newline",
+    ],
 )
-def test_file_of_json_lines_every_row_is_read_in_order(tmp_path: Path, download, name: str, content: bytes):
+def test_file_of_json_every_row_is_read_in_order(tmp_path: Path, download, name: str, content: bytes):
     (tmp_path / name).write_bytes(content)
     folder, counts = download(tmp_path / name)
     assert conversations(folder) == ROWS
@@ -174,7 +183,7 @@ def test_rejected_rows_over_the_share_fail_with_counts_and_examples(tmp_path: Pa
 
 
 def test_rejected_rows_all_of_them_fail_at_any_share(write_rows, download):
-    path = write_rows("a.json", [[row(0), row(1)]])
+    path = write_rows("a.jsonl", [[row(0), row(1)]])
     with pytest.raises(ValueError, match=r"none of 1 rows can be used:\n.*a row is a JSON object; found list"):
         download(path, mixture={"max_rejected_share": 1.0})
 
@@ -203,7 +212,7 @@ def test_missing_file_is_named_with_the_folder_looked_in(tmp_path: Path, downloa
 
 def test_unknown_suffix_names_the_known_ones(tmp_path: Path, download):
     (tmp_path / "a.csv").write_text("a,b\n")
-    with pytest.raises(ValueError, match=r"a.csv: a source is .jsonl or .json lines \(also .gz, .zst\) or .parquet"):
+    with pytest.raises(ValueError, match=r"a.csv: a source is .jsonl or .json \(also .gz, .zst\) or .parquet"):
         download(tmp_path / "a.*")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -12,14 +13,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sft_core.data import tokens
 from sft_core.data.conversations import canonical
-from sft_core.data.rendering import RenderedRow
 from sft_core.data.shards import TokenRow, TokenShards, read_index
 from sft_core.data.tokenizer import PieceEncoder, control_tokens
 from sft_core.data.tokens import encode_rows
 from steps.render import RENDERED
 from steps.tokenize import TOKENS
+from tests.data.rows import columns
 
 SMOLLM2 = Path(__file__).parents[2] / "data" / "smollm2-135m"
 STOP = "<|im_end|>"
@@ -37,11 +37,6 @@ def tokenizer(request: pytest.FixtureRequest, load: Callable) -> PreTrainedToken
 @pytest.fixture(scope="module")
 def encoder(tokenizer: PreTrainedTokenizerFast) -> PieceEncoder:
     return PieceEncoder(tokenizer)
-
-
-def record(row: RenderedRow) -> dict[str, Any]:
-    flat = {name: [offset for span in getattr(row, name) for offset in span] for name in ("spans", "literals")}
-    return {"text": row.text, **flat}
 
 
 def talk(*contents: str, thinking: str | None = None, **row: Any) -> dict[str, Any]:
@@ -65,8 +60,9 @@ def plain_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def test_rows_are_encoded_piece_by_piece(tokenizer, encoder, renderer):
-    (row,) = renderer(tokenizer).render(talk("Hello there", "\n\nThe answer is\n\n", "user\n\n", " Hi."))
-    (found,) = encode_rows(encoder, [record(row)])
+    conversation = talk("Hello there", "\n\nThe answer is\n\n", "user\n\n", " Hi.")
+    (row,) = renderer(tokenizer, served_prefix="text").render(conversation)
+    (found,) = encode_rows(encoder, columns(row))
     (a, b), (c, d) = row.spans
     pieces = [row.text[:a], row.text[a:b], row.text[b:c], row.text[c:d], row.text[d:]]
     assert found.input_ids.tolist() == [token for piece in pieces for token in plain_ids(tokenizer, piece)]
@@ -77,45 +73,55 @@ def test_rows_are_encoded_piece_by_piece(tokenizer, encoder, renderer):
 
 def test_text_encoded_whole_would_straddle_a_border(byte_level, renderer):
     (row,) = renderer(byte_level).render(talk("Hello", "\n\nThe answer"))
-    (found,) = encode_rows(PieceEncoder(byte_level), [record(row)])
+    (found,) = encode_rows(PieceEncoder(byte_level), columns(row))
     assert plain_ids(byte_level, row.text) != found.input_ids.tolist(), "the tests of pieces would prove nothing"
 
 
 def test_several_rows_in_one_call_are_those_of_single_calls(tokenizer, encoder, renderer):
     one = renderer(tokenizer)
-    rows = [record(one.render(talk(f"question {n} {STOP * n}", f"answer {n}"))[0]) for n in range(3)]
-    for row, found in zip(rows, encode_rows(encoder, rows), strict=True):
-        (alone,) = encode_rows(encoder, [row])
+    rows = [one.render(talk(f"question {n} {STOP * n}", f"answer {n}"))[0] for n in range(3)]
+    for row, found in zip(rows, encode_rows(encoder, columns(*rows)), strict=True):
+        (alone,) = encode_rows(encoder, columns(row))
         assert found.input_ids.tolist() == alone.input_ids.tolist()
         assert found.trained.tolist() == alone.trained.tolist()
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"enable_thinking": False}], ids=["think", "no_think"])
-def test_served_prompt_is_an_exact_prefix_of_the_trained_row(tokenizer, encoder, renderer, kwargs: dict[str, bool]):
+def test_served_prompt_of_each_turn_is_an_exact_prefix_of_its_row(
+    tokenizer, encoder, renderer, kwargs: dict[str, bool]
+):
     one = renderer(tokenizer)
-    conversation = talk("Hello  there", "The answer is\n\n4.", "And now?", "Hi.", chat_template_kwargs=kwargs)
-    (row,) = one.render(conversation)
-    (found,) = encode_rows(encoder, [record(row)])
-    starts = np.flatnonzero(np.diff(found.trained.astype(int), prepend=0) == 1)
-    assert len(starts) == 2
+    conversation = talk("Hello  there", "The answer is\n\n4.", "And now?", "\nHi.", chat_template_kwargs=kwargs)
+    rows = one.render(conversation)
 
-    def served(num_messages: int, tokenize: bool) -> Any:
+    def served(num_messages: int) -> list[int]:
         """By transformers, as a server does it: its own rendering, its own tokenizing of the whole prompt."""
-        options = {"add_generation_prompt": True, "tokenize": tokenize, "return_dict": False, "header": False, **kwargs}
+        options = {"add_generation_prompt": True, "return_dict": False, "header": False, **kwargs}
         messages = conversation["messages"][:num_messages]
         return tokenizer.apply_chat_template(messages, chat_template=one.template.source, **options)
 
-    assert found.input_ids[: starts[0]].tolist() == served(1, tokenize=True)
-    # A later prompt holds an answer as it was generated; tokenized anew, its `The` may merge with what precedes it.
-    assert tokenizer.decode(found.input_ids[: starts[1]]) == served(3, tokenize=False)
-    assert trained_runs(found)[0] == plain_ids(tokenizer, f"The answer is\n\n4.{STOP}")
+    said = ["The answer is\n\n4.", "\nHi."]
+    for row, found in zip(rows, encode_rows(encoder, columns(*rows)), strict=True):
+        starts = np.flatnonzero(np.diff(found.trained.astype(int), prepend=0) == 1)
+        for turn, start, run in zip(row.turns, starts, trained_runs(found), strict=True):
+            assert found.input_ids[:start].tolist() == served(turn)
+            assert run == plain_ids(tokenizer, f"{said.pop(0)}{STOP}")
+    assert said == []
+
+
+def test_turns_share_a_row_where_a_later_prompt_has_the_same_tokens(byte_level, renderer):
+    """In byte_level a newline and the `The` behind it become one token when history is tokenized as a whole."""
+    plain, merging = (talk("Hello", answer, "And now?", "Hi.") for answer in ("4.", "\n\nThe answer"))
+    assert [row.turns for row in renderer(byte_level).render(plain)] == [[1, 3]]
+    assert [row.turns for row in renderer(byte_level).render(merging)] == [[1], [3]]
+    assert [row.turns for row in renderer(byte_level, served_prefix="text").render(merging)] == [[1, 3]]
 
 
 def test_loss_scope_all_and_raw_text_train_every_token(tokenizer, encoder, renderer):
     one = renderer(tokenizer, loss_scope="all")
     for conversation in (talk("Hello", "Hi."), {"text": f"Once {STOP}"}):
         (row,) = one.render(conversation)
-        (found,) = encode_rows(encoder, [record(row)])
+        (found,) = encode_rows(encoder, columns(row))
         assert len(found.trained) == len(found.input_ids) > 5
         assert found.trained.all()
 
@@ -128,7 +134,7 @@ def test_typed_control_tokens_never_give_their_ids(tokenizer, encoder, renderer)
     typed = " ".join(control) + "  x        y" + "".join(control)
     one = renderer(tokenizer)
     (plain,), (row,) = one.render(talk("Hello", "Hi.")), one.render(talk(typed, f"{typed}."))
-    wanted, found = encode_rows(encoder, [record(plain), record(row)])
+    wanted, found = encode_rows(encoder, columns(plain, row))
     assert len(control) >= 3
     assert len(row.literals) == 4 * len(control)
     # As many as in the same conversation without them: those of the template.
@@ -145,7 +151,7 @@ def test_typed_control_token_leaves_the_text_around_it_as_it_is(byte_level, rend
     runs = [byte_level.convert_tokens_to_ids(token) for token in ("  ", "        ")]
     assert min(runs) > max(control_tokens(byte_level).values())
     (row,) = renderer(byte_level).render(talk(f"a  b        c{STOP}", "Hi."))
-    (found,) = encode_rows(PieceEncoder(byte_level), [record(row)])
+    (found,) = encode_rows(PieceEncoder(byte_level), columns(row))
     text = plain_ids(byte_level, "user\na  b        c")
     assert [token for token in text if token in runs] == runs
     assert found.input_ids.tolist()[1 : 1 + len(text)] == text
@@ -153,7 +159,7 @@ def test_typed_control_token_leaves_the_text_around_it_as_it_is(byte_level, rend
 
 def test_added_token_that_is_not_special_is_control_where_the_template_writes_it(byte_level, renderer):
     (row,) = renderer(byte_level).render(talk("Say <think>", "4", thinking="hm </think> hm"))
-    (found,) = encode_rows(PieceEncoder(byte_level), [record(row)])
+    (found,) = encode_rows(PieceEncoder(byte_level), columns(row))
     assert [row.text[start:end] for start, end in row.literals] == ["<think>", "</think>"]
     think, end = (byte_level.convert_tokens_to_ids(token) for token in ("<think>", "</think>"))
     (run,) = trained_runs(found)
@@ -166,7 +172,7 @@ def test_added_tokens_of_the_recipe_become_control_tokens(load, quickstart, rend
     template = "{% for m in messages %}{{ m.role ~ '<|call|>' ~ m.content ~ '<|im_end|>' }}{% endfor %}"
     template += "{% if add_generation_prompt %}assistant<|call|>{% endif %}"
     (row,) = renderer(more, template=template).render(talk("Say <|call|>", "4<|call|>"))
-    (found,) = encode_rows(PieceEncoder(more), [record(row)])
+    (found,) = encode_rows(PieceEncoder(more), columns(row))
     assert more.convert_tokens_to_ids("<|call|>") == len(quickstart)
     assert found.input_ids.tolist().count(len(quickstart)) == len(row.literals) == 2
     assert more.decode(found.input_ids) == row.text
@@ -180,7 +186,7 @@ texts = st.lists(st.sampled_from(PARTS), max_size=8).map("".join)
 @given(question=texts, answer=texts)
 def test_any_text_its_ids_decode_to_it_and_control_ids_are_the_templates(question, answer, byte_level, renderer):
     (row,) = renderer(byte_level).render(talk(question, f"A{answer}"))
-    (found,) = encode_rows(PieceEncoder(byte_level), [record(row)])
+    (found,) = encode_rows(PieceEncoder(byte_level), columns(row))
     assert byte_level.decode(found.input_ids) == row.text
     (run,) = trained_runs(found)
     assert byte_level.decode(run) == f"A{answer}{STOP}"
@@ -217,7 +223,8 @@ def test_tokenizer_that_puts_a_space_in_front_is_refused(parts: dict[str, Any]):
 def test_tokenizer_metaspace_without_prefix_is_accepted():
     metaspace = {"replacement": "▁", "prepend_scheme": "never"}
     parts = {"pre_tokenizer": pre_tokenizers.Metaspace(**metaspace), "decoder": decoders.Metaspace(**metaspace)}
-    assert PieceEncoder(bpe("a▁", **parts)).encode(["a a", "a"], [[], []]) == [[0, 1, 0], [0]]
+    encoded = PieceEncoder(bpe("a▁", **parts)).encode(["a a", "a"], {})
+    assert [np.frombuffer(ids, np.int32).tolist() for ids in encoded] == [[0, 1, 0], [0]]
 
 
 def test_load_tokenizer_says_what_is_missing(load, quickstart, tmp_path: Path):
@@ -260,9 +267,10 @@ def raw_rows(num_rows: int) -> list[dict[str, Any]]:
 
 def test_shards_read_back_are_the_rows_and_the_index_matches(build, quickstart):
     rendered, folder, counts = build(raw_rows(30))
-    rows = pq.read_table(rendered / "rendered.parquet").to_pylist()
+    table = pa.concat_tables(pq.read_table(path) for path in sorted(rendered.glob("*/rendered.parquet")))
+    rows = table.to_pylist()
     shards, index = TokenShards(folder), read_index(folder).to_pylist()
-    expected = encode_rows(PieceEncoder(quickstart), rows)
+    expected = encode_rows(PieceEncoder(quickstart), table.to_pydict())
     assert len(shards) == len(index) == len(rows) == counts["rows"] == 30
     for number, (row, wanted) in enumerate(zip(rows, expected, strict=True)):
         found = shards[number]
@@ -283,16 +291,15 @@ def test_shards_read_back_are_the_rows_and_the_index_matches(build, quickstart):
             shards[outside]
 
 
-def test_shards_several_hold_the_rows_in_order(build, quickstart, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tokens, "ROWS_A_SHARD", 2000)
-    rendered, folder, counts = build(raw_rows(4500))
-    assert [path.name for path in sorted(folder.glob("*.arrow"))] == [f"tokens-{n:05}.arrow" for n in range(3)]
+def test_shards_several_hold_the_rows_in_order_whatever_the_workers(build, quickstart):
+    rendered, folder, counts = build(raw_rows(1200), runtime={"num_workers": 2})
+    assert [path.name for path in sorted(folder.glob("shard-*"))] == [f"shard-{n:05}" for n in range(3)]
     shards = TokenShards(folder)
-    texts = pq.read_table(rendered / "rendered.parquet")["text"]
-    assert len(shards) == counts["rows"] == 4500
-    for number in (0, 1999, 2000, 3999, 4000, 4499):
+    texts = pa.concat_tables(pq.read_table(path) for path in sorted(rendered.glob("*/rendered.parquet")))["text"]
+    assert len(shards) == counts["rows"] == 1200
+    for number in (0, 499, 500, 999, 1000, 1199):
         assert quickstart.decode(shards[number].input_ids) == texts[number].as_py()
-    lengths = [len(shards[number].input_ids) for number in range(4500)]
+    lengths = [len(shards[number].input_ids) for number in range(1200)]
     assert lengths == read_index(folder)["num_tokens"].to_pylist()
 
 
@@ -310,7 +317,7 @@ def test_shards_take_at_most_6_bytes_a_token(build):
         row["messages"][1]["content"] = "The answer of a realistic row has some sentences. " * 8
     _, folder, counts = build(rows)
     assert counts["tokens"] > 50_000
-    num_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.name != "manifest.json")
+    num_bytes = sum(path.stat().st_size for path in folder.glob("shard-*/*"))
     assert num_bytes / counts["tokens"] < 6
 
 

@@ -66,8 +66,9 @@ def test_sample_row_shows_markup_of_the_data_as_text(tmp_path: Path) -> None:
     text = "a <b>x</b>\n\n<script>1</script>answer"
     start = text.index("answer")
     spans = [start, len(text)]
-    row = {"row_id": "1", "prompt_hash": 1, "answer": None, "text": text, "spans": spans, "literals": []}
-    pq.write_table(pa.Table.from_pylist([row], schema=RENDERED), tmp_path / "rendered.parquet")
+    row = dict.fromkeys(RENDERED.names) | {"text": text, "spans": spans}
+    (tmp_path / "shard-00000").mkdir()
+    pq.write_table(pa.Table.from_pylist([row], schema=RENDERED), tmp_path / "shard-00000" / "rendered.parquet")
     shown = sample_row(tmp_path)[1].render()["source"].strip()
     assert "&lt;script&gt;" in shown and "<script>" not in shown and "\n" not in shown
     assert shown.endswith(">answer</b></div>")

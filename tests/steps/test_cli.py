@@ -37,7 +37,7 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_commands_are_those_of_the_readme():
     assert {" ".join(name) for name in COMMANDS} >= {
-        *("plan", "explain", "show", "verify", "scores", "resume", "init", "store list", "store gc")
+        *("plan", "explain", "show", "verify", "scores", "resume", "init", "import", "store list", "store gc")
     }
 
 
@@ -128,7 +128,8 @@ def test_explain_outputs_names_the_keys_that_differ(sft, built_recipe):
     assert len(tokens) == 2
     lines = sft("explain", *tokens, "--store", root).stdout.splitlines()
     assert lines[0] == f"{tokens[0]} and {tokens[1]}"
-    assert [line.split(":")[0].strip() for line in lines[1:]] == ["inputs.rendered", "part.source"]
+    keys = [line.split(":")[0].strip() for line in lines[1:]]
+    assert keys == ["inputs.conversations", "inputs.rendered", "part.source"]
     assert sft("explain", tokens[0], tokens[0], "--store", root).stdout == "no difference\n"
 
 
@@ -139,7 +140,7 @@ def test_verify_whole_store_passes_and_damage_exits_with_1(sft, built_recipe):
     store = Store(built_recipe["runtime"]["store"])
     assert sft("verify", "--store", store.root).stdout == "8 outputs verified, 0 damaged\n"
     tokens, mixture = (next(ref for ref in store.refs() if ref.stage == stage) for stage in ("tokens", "mixture"))
-    path = store.path(tokens) / "index.parquet"
+    path = store.path(tokens) / "shard-00000" / "index.parquet"
     path.write_bytes(b"x" + path.read_bytes()[1:])
     (store.path(mixture) / "manifest.json").write_text("{")
     lines = sft("verify", "--store", store.root, code=1).stdout.splitlines()

@@ -1,6 +1,7 @@
 """What a run will do: which change rebuilds what, and what is refused before anything is built."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import override, parse_recipe
 from sft_core.store import Store
 from steps.evaluate import MODELS, count_report_prompts
+from steps.mix import MIXTURE, SHARES_HEADER
 from steps.pipeline import ORDER, differences, plan, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("copy_no_think", "checksum_think")
 DATA = ("conversations", "rendered", "tokens")
+DEPEND_ON_SPLITS = ("duplicates", "report_prompts", "contamination")
 
 
 @pytest.fixture
@@ -87,7 +90,7 @@ def test_plan_one_more_source_adds_only_its_branch(built_recipe, planned):
     assert after["conversations", "sort_no_think"][1] == "build"
 
 
-RUNTIME = ("num_processes=2", "num_threads=3", "eval_batch_size=5", "save_steps=7", "logging_steps=9")
+RUNTIME = ("num_processes=2", "num_threads=3", "num_workers=1", "eval_batch_size=5", "save_steps=7", "logging_steps=9")
 
 
 def test_plan_runtime_changes_nothing(built_recipe, planned):
@@ -119,22 +122,29 @@ def own_identities(data: dict[str, Any], *overrides: str) -> dict[str, list[Any]
         ("training.global_batch_size=4", {"trained"}),
         ("training.lora={r: 4}", {"trained"}),
         ("training.extra={adam_beta2: 0.9}", {"trained"}),
-        ("training.loss_scope=all", {"rendered", "packed"}),
+        ("training.loss_scope=all", {"rendered", "tokens", "packed"}),
         ("dataset_mixture.seed=1", {"mixture"}),
         ("dataset_mixture.datasets.0.num_rows=5", {"mixture"}),
         ("dataset_mixture.report_share=0.3", {"mixture", "evaluated"}),
         ("dataset_mixture.selection_share=0.3", {"mixture", "evaluated"}),
         ("dataset_mixture.max_rejected_share=0.3", {"conversations", "rendered"}),
+        ("dataset_mixture.deduplication={}", {"mixture"}),
+        ("dataset_mixture.decontamination={}", {"mixture"}),
+        ("dataset_mixture.max_repeats=2", set()),
         ("dataset_mixture.datasets.0.format=messages", {"conversations"}),
         ("dataset_mixture.datasets.0.columns=[messages]", {"conversations"}),
         ("limit=50", {"conversations"}),
         ("packing.max_length=384", {"packed", "evaluated"}),
         ("packing.over_long=truncate", {"packed"}),
         ("packing.packing_strategy=none", {"packed"}),
-        ("chat_template.date=2024-01-01", {"rendered"}),
-        ("chat_template.kwargs={header: false}", {"rendered"}),
-        ("chat_template.template=null", {"rendered", "trained"}),
+        ("chat_template.date=2024-01-01", {"rendered", "tokens"}),
+        ("chat_template.kwargs={header: false}", {"rendered", "tokens"}),
+        ("chat_template.thinking=only_last", {"rendered", "tokens"}),
+        ("chat_template.empty_thinking=masked", {"rendered", "tokens"}),
+        ("chat_template.served_prefix=text", {"rendered", "tokens"}),
+        ("chat_template.template=null", {"rendered", "tokens", "trained"}),
         ("model.add_special_tokens=[<x>]", {"rendered", "tokens", "trained", "evaluated"}),
+        ("model.stop_tokens=[<|endoftext|>]", {"rendered", "tokens", "trained", "evaluated"}),
         ("model.dtype=bfloat16", {"trained", "evaluated"}),
         ("model.config.hidden_size=16", {"trained", "evaluated"}),
         ("evaluation.max_rows=9", {"evaluated"}),
@@ -149,6 +159,133 @@ def own_identities(data: dict[str, Any], *overrides: str) -> dict[str, list[Any]
 def test_identity_a_changed_key_is_in_the_stages_that_read_it(small_recipe, change: str, stages: set[str]):
     before, after = own_identities(small_recipe), own_identities(small_recipe, change)
     assert {stage for stage in before if before[stage] != after[stage]} == stages
+
+
+SHARED = tuple(f"dataset_mixture.datasets.{n}.trained_token_share=1" for n in (0, 1))
+BOTH = ("dataset_mixture.deduplication={}", "dataset_mixture.decontamination={}")
+
+
+@pytest.mark.parametrize(
+    ("before", "change", "stages"),
+    [
+        (BOTH, "dataset_mixture.deduplication.threshold=0.5", {"duplicates"}),
+        (BOTH, "dataset_mixture.deduplication.ngram=3", {"signatures", "duplicates"}),
+        (BOTH, "dataset_mixture.deduplication.num_permutations=64", {"signatures"}),
+        (BOTH, "dataset_mixture.deduplication.near=false", {"signatures", "duplicates"}),
+        (BOTH, "dataset_mixture.decontamination.ngram=5", {"contamination"}),
+        (BOTH, "dataset_mixture.decontamination.threshold=0.9", {"contamination"}),
+        (BOTH, "dataset_mixture.decontamination.common_share=1", {"contamination"}),
+        (BOTH, "evaluation.tasks=[copy_no_think]", {"report_prompts", "contamination", "evaluated", "report"}),
+        (BOTH, "dataset_mixture.report_share=0.3", {*DEPEND_ON_SPLITS, "mixture", "evaluated"}),
+        (BOTH, "dataset_mixture.datasets.0.weight=0.5", {"mixture"}),
+        (BOTH, "dataset_mixture.seed=1", {"mixture"}),
+        (SHARED, "dataset_mixture.datasets.0.trained_token_share=2", {"mixture"}),
+        (SHARED, "dataset_mixture.num_trained_tokens=99", {"mixture"}),
+        (SHARED, "dataset_mixture.max_repeats=2", {"mixture"}),
+    ],
+)
+def test_identity_a_changed_key_of_the_mixture_is_in_the_stages_that_read_it(
+    small_recipe, before: tuple[str, ...], change: str, stages: set[str]
+):
+    first, second = own_identities(small_recipe, *before), own_identities(small_recipe, *before, change)
+    assert {stage for stage in first if first[stage] != second[stage]} == stages
+
+
+def test_plan_lists_the_stages_of_deduplication_and_decontamination_only_when_asked(built_recipe, planned):
+    without = planned(built_recipe)
+    found = planned(built_recipe, *BOTH, "evaluation.tasks=[copy_no_think]")
+    added = {place for place in found if place not in without}
+    assert added == {
+        *{(stage, source) for stage in ("signatures", "contamination") for source in SOURCES},
+        *{("duplicates", "-"), ("report_prompts", "copy_no_think")},
+    }
+    assert found["signatures", "copy_no_think"][1] == "build" and found["duplicates", "-"][1] == "depends"
+    assert [stage for stage, _ in found] == sorted((stage for stage, _ in found), key=ORDER.index)
+
+
+def test_plan_source_without_a_share_is_neither_signed_nor_searched(small_recipe, planned):
+    found = planned(small_recipe, *BOTH, "dataset_mixture.datasets.0.weight=0")
+    assert [name for stage, name in found if stage in ("signatures", "contamination")] == [SOURCES[1]] * 2
+
+
+# Shares
+
+
+@pytest.fixture
+def shares(sft, save_recipe):
+    """The second table of `sft plan`: its cells by source; and the output as a whole."""
+
+    def run(data: dict[str, Any], *overrides: str) -> dict[str, list[str]]:
+        sets = [argument for text in overrides for argument in ("--set", text)]
+        run.output = sft("plan", save_recipe(data), *sets).output
+        header, _, *rows = run.output.split("\n\n")[-1].strip().splitlines()[: 2 + len(SOURCES)]
+        assert re.split("  +", header) == list(SHARES_HEADER)
+        cells = [re.split("  +", row.strip()) for row in rows]
+        return {name: found for name, *found in cells}
+
+    return run
+
+
+def mixed(data: dict[str, Any], *overrides: str) -> dict[str, Any]:
+    pinned = pin(parse_recipe(override(data, overrides)))
+    store = Store(pinned.recipe.runtime.store)
+    return store.manifest(store.ensure(MIXTURE, pinned))["counts"]["sources"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ((), ["all rows", "all rows"]),
+        (
+            ("dataset_mixture.datasets.0.weight=0.5", "dataset_mixture.datasets.1.num_rows=12"),
+            ["weight 0.5", "12 rows"],
+        ),
+        (
+            (*SHARED, "dataset_mixture.datasets.0.trained_token_share=3"),
+            [f"{n}.0% of trained tokens" for n in (75, 25)],
+        ),
+    ],
+)
+def test_plan_shares_before_the_mixture_are_those_that_it_will_have(built_recipe, shares, changes, asked):
+    store = Path(built_recipe["runtime"]["store"])
+    before = (store / "builds.jsonl").read_text()
+    foreseen = shares(built_recipe, *changes)
+    assert (store / "builds.jsonl").read_text() == before, "a plan builds nothing"
+    built = mixed(built_recipe, *changes)
+    assert [row[0] for row in foreseen.values()] == asked
+    for name, (_, available, kept, change) in foreseen.items():
+        one = built[name]
+        assert (int(available), int(kept)) == (one["available"], one["kept"])
+        assert change == " → ".join(f"{one[kind]['trained_tokens']:.1%}" for kind in ("requested", "achieved"))
+    assert shares(built_recipe, *changes) == foreseen, "read from the manifest they are the same"
+
+
+def test_plan_shares_not_known_yet_are_dashes(small_recipe, shares):
+    found = shares(small_recipe, "dataset_mixture.datasets.0.weight=0.5")
+    assert found == {SOURCES[0]: ["weight 0.5", "-", "-", "-"], SOURCES[1]: ["all rows", "-", "-", "-"]}
+
+
+def test_plan_shares_of_a_source_that_is_there_say_what_is_available(built_recipe, shares):
+    built_recipe["dataset_mixture"]["datasets"][1] = {"path": str(ROOT / "configs/quickstart/sort_no_think.jsonl")}
+    found = shares(built_recipe)
+    assert int(found[SOURCES[0]][1]) > 30 and found[SOURCES[0]][2:] == ["-", "-"]
+    assert found["sort_no_think"][1:] == ["-", "-", "-"]
+
+
+def test_plan_shares_wait_for_what_leaves_rows_out(built_recipe, shares):
+    assert {tuple(row[1:]) for row in shares(built_recipe, *BOTH).values()} == {("-", "-", "-")}
+    mixed(built_recipe, *BOTH)
+    again = shares(built_recipe, *BOTH, "dataset_mixture.seed=5")
+    assert all(int(row[1]) > 30 for row in again.values()), "duplicates are there, the mixture is not"
+
+
+def test_plan_tells_of_a_source_that_is_held_at_its_cap(built_recipe, shares):
+    changes = (*SHARED, "dataset_mixture.datasets.0.trained_token_share=20")
+    shares(built_recipe, *changes)
+    assert "source=copy_no_think is held at max_repeats 4: " in shares.output
+    assert "num_trained_tokens" not in shares.output
+    shares(built_recipe, *changes, "dataset_mixture.num_trained_tokens=10000000")
+    assert "dataset_mixture.num_trained_tokens: found 10000000; at max_repeats 4 the sources give" in shares.output
 
 
 def test_plan_source_moved_elsewhere_keeps_every_key(built_recipe, planned, tmp_path: Path):

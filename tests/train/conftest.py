@@ -10,6 +10,7 @@ import pytest
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
+from sft_core.train.launch import token_folders
 from steps.pack import PACKED
 from steps.train import TRAINED
 from tests.train.tiny import Run, tiny_recipe
@@ -34,7 +35,7 @@ def make_job(store: Store) -> Callable[[PinnedRecipe, Path], dict[str, Any]]:
             **job,
             "out": str(out),
             "packs": str(store.path(packs)),
-            "tokens": [str(folders[source]) for source in job["sources"]],
+            "tokens": [token_folders(folders, source) for source in job["sources"]],
             "runtime": pinned.recipe.runtime.model_dump(mode="json"),
         }
 

@@ -37,32 +37,46 @@ def test_collate_first_token_trained_is_ignored() -> None:
     assert batch["labels"].tolist() == [[IGNORED, 6, IGNORED, 8]]
 
 
+def test_weights_each_run_of_trained_tokens_has_its_own_also_in_a_truncated_row() -> None:
+    tokens = [(1, False), (2, True), (3, True), (4, False), (5, True), (6, False), (7, True)]
+    whole = TokenRow(row(tokens).input_ids, row(tokens).trained, np.array([0.25, 2.0, 1.0], np.float32))
+    assert collate([(whole, 0)])["weights"].tolist() == [[0, 0.25, 0.25, 0, 2, 0, 1]]
+    assert collate([(whole.first(5), 0)])["weights"].tolist() == [[0, 0.25, 0.25, 0, 2]]
+    assert collate([(row(tokens), 0)])["weights"].tolist() == [[0, 1, 1, 0, 1, 0, 1]]
+
+
+def test_weights_first_token_of_a_document_counts_nothing() -> None:
+    first = TokenRow(np.array([5, 6], np.int32), np.array([1, 1], np.uint8), np.array([0.5], np.float32))
+    assert collate([(first, 0)])["weights"].tolist() == [[0, 0.5]]
+
+
 @pytest.fixture
 def collator(tmp_path: Path) -> PackCollator:
-    """Two sources; pack 0: rows (0, 0) and (1, 1) cut to 2 tokens; pack 1: row (0, 1)."""
+    """Two sources, their first rows at weight 0.5. Pack 0: rows (0, 0) and (1, 1) cut to 2 tokens; pack 1: (0, 1)."""
     tokens = [
         [[(1, 0), (2, 1), (3, 1)], [(4, 0), (5, 1)]],
         [[(6, 1)], [(7, 0), (8, 1), (9, 1)]],
     ]
     for source, rows in enumerate(tokens):
-        folder = tmp_path / f"tokens{source}"
-        folder.mkdir()
-        columns = [[[pair[part] for pair in one] for one in rows] for part in (0, 1)]
-        with pa.OSFile(str(folder / "tokens-00000.arrow"), "wb") as file, pa.ipc.new_file(file, TOKENS) as shard:
+        folder = tmp_path / f"tokens{source}" / "shard-00000"
+        folder.mkdir(parents=True)
+        columns = [[[pair[part] for pair in one] for one in rows] for part in (0, 1)] + [[[0.5], []]]
+        with pa.OSFile(str(folder / "tokens.arrow"), "wb") as file, pa.ipc.new_file(file, TOKENS) as shard:
             arrays = [pa.array(values, field.type) for values, field in zip(columns, TOKENS, strict=True)]
             shard.write_batch(pa.record_batch(arrays, TOKENS))
     plan = {"pack": [0, 0, 1], "source": [0, 1, 0], "row": [0, 1, 1], "num_tokens": [3, 2, 2]}
     pq.write_table(pa.table(plan, schema=PLAN), tmp_path / "packs.parquet")
-    return PackCollator.open(tmp_path, [tmp_path / "tokens0", tmp_path / "tokens1"])
+    return PackCollator.open(tmp_path, [[tmp_path / "tokens0"], [tmp_path / "tokens1"]])
 
 
 def test_collator_pack_with_truncated_row_takes_its_first_tokens(collator: PackCollator) -> None:
-    assert collator.num_packs == 2
+    assert len(collator.plan) == 2
     batch = collator([{"pack": 0}])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 7, 8]]
     assert batch["labels"].tolist() == [[IGNORED, 2, 3, IGNORED, 8]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert batch["source"].tolist() == [[0, 0, 0, 1, 1]]
+    assert batch["weights"].tolist() == [[0, 0.5, 0.5, 0, 1]]
 
 
 def test_collator_two_packs_are_one_sequence(collator: PackCollator) -> None:

@@ -5,12 +5,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sft_core.data.balance import pack_costs
 from sft_core.data.packing import PLAN, PackPlan
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Build, Store
 from sft_core.train.launch import build_trained
-from sft_core.train.schedule import step_packs
+from sft_core.train.model import load_model
+from sft_core.train.schedule import step_packs, training_flops
 from steps.pack import PACKED
 from steps.tokenize import TOKENS
 from steps.train import TRAINED
@@ -25,14 +27,18 @@ def test_train_second_rank_fails_raises_its_error_and_ends_the_first(store: Stor
     (out / "error-rank0.txt").write_text("of the run before")
     plan = PackPlan.read(packs)
     training = pinned.recipe.training
-    schedule = step_packs(len(plan), global_batch_size=4, num_epochs=3, max_steps=None, seed=training.seed)
+    arguments = TRAINED.section(pinned, {"round": 0}) | TRAINED.places(pinned, {"round": 0})
+    job = arguments["job"]
+    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=training.seed)
+    linear, quadratic = training_flops(model)
+    costs = pack_costs(plan.num_tokens, plan.offsets, linear=linear, quadratic=quadratic)
+    schedule = step_packs(costs, global_batch_size=4, num_epochs=3, max_steps=None, seed=training.seed)
     table = pq.read_table(packs / "packs.parquet")
     rows = table["row"].to_numpy().copy()
     rows[plan.offsets[schedule[0][1]]] = 987654  # the second slot of the first step is the second rank's
     columns = [rows if name == "row" else table[name] for name in PLAN.names]
     pq.write_table(pa.table(columns, schema=PLAN), packs / "packs.parquet")
     inputs = {source: store.path(store.ensure(TOKENS, pinned, source=source)) for source in pinned.recipe.sources}
-    arguments = TRAINED.section(pinned, {"round": 0}) | TRAINED.places(pinned, {"round": 0})
     with pytest.raises(RuntimeError, match=r"training failed \(exit code 1\)") as caught:
         build_trained(Build(out, {**inputs, "packs": packs}, pinned.recipe.runtime), **arguments)
     assert "IndexError: 987654" in str(caught.value)

@@ -1,23 +1,42 @@
 """The trainer against the formula: L = sum of nll over the trained tokens of the global batch / their number."""
 
+import functools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from sft_core.data.balance import pack_costs
 from sft_core.data.packing import PackPlan
 from sft_core.data.shards import TokenShards
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
 from sft_core.train.model import load_model
-from sft_core.train.schedule import EMPTY, step_packs
+from sft_core.train.schedule import EMPTY, step_packs, training_flops
 from steps.train import TRAINED
 from tests.train.tiny import Run, tiny_recipe
+
+
+def costs_of(plan: PackPlan, model: Any) -> np.ndarray:
+    linear, quadratic = training_flops(model)
+    return pack_costs(plan.num_tokens, plan.offsets, linear=linear, quadratic=quadratic)
+
+
+def documents_of(
+    plan: PackPlan, shards: list[TokenShards], packs: np.ndarray
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids, and a mask of those from the second on that are trained, of each document of the packs."""
+    for pack in packs[packs != EMPTY]:
+        for entry in range(plan.offsets[pack], plan.offsets[pack + 1]):
+            row = shards[plan.source[entry]][int(plan.row[entry])]
+            yield torch.tensor(row.input_ids.astype("int64")), torch.tensor(row.trained[1:] == 1)
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +46,15 @@ def reference(
     """Loss and gradient norm of each step, and the last weights, of AdamW over documents one at a time."""
     job = make_job(plain_run.pinned, plain_run.folder)
     training = job["training"]
-    plan, shards = PackPlan.read(Path(job["packs"])), [TokenShards(Path(folder)) for folder in job["tokens"]]
+    plan, shards = PackPlan.read(Path(job["packs"])), [TokenShards(*map(Path, folders)) for folders in job["tokens"]]
     model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=training["seed"])
-    schedule = step_packs(len(plan), global_batch_size=4, num_epochs=3, max_steps=None, seed=training["seed"])
+    schedule = step_packs(
+        costs_of(plan, model), global_batch_size=4, num_epochs=3, max_steps=None, seed=training["seed"]
+    )
     assert len(schedule) == 6
     assert (schedule == EMPTY).sum() == 3, "an epoch's last batch is smaller than the others"
 
-    def documents(packs: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for pack in packs[packs != EMPTY]:
-            for entry in range(plan.offsets[pack], plan.offsets[pack + 1]):
-                row = shards[plan.source[entry]][int(plan.row[entry])]
-                yield torch.tensor(row.input_ids.astype("int64")), torch.tensor(row.trained[1:] == 1)
-
+    documents = functools.partial(documents_of, plan, shards)
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.9), eps=1e-8)
@@ -77,6 +93,59 @@ def test_curve_one_process_equals_the_reference(plain_run: Run, reference: Any) 
     assert len(saved) > 10
     for name, values in saved.items():
         torch.testing.assert_close(values, weights[name], atol=2e-5, rtol=1e-4)
+
+
+def test_batch_first_is_the_one_of_packs_of_like_cost(
+    train_here: Callable[..., Run], make_job: Callable[[PinnedRecipe, Path], dict[str, Any]]
+) -> None:
+    # With this seed the first batch is another one without costs, and another one again when only tokens count.
+    run = train_here(tiny_recipe(training={"global_batch_size": 2, "max_steps": 1, "seed": 8}))
+    job = make_job(run.pinned, run.folder)
+    plan, shards = PackPlan.read(Path(job["packs"])), [TokenShards(*map(Path, folders)) for folders in job["tokens"]]
+    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=8)
+
+    def first_loss(costs: np.ndarray) -> float:
+        (packs,) = step_packs(costs, global_batch_size=2, num_epochs=1, max_steps=1, seed=8)
+        with torch.no_grad():
+            nll = [
+                F.cross_entropy(model(ids[None], use_cache=False).logits[0, :-1], ids[1:], reduction="none")[mask]
+                for ids, mask in documents_of(plan, shards, packs)
+            ]
+        return torch.cat(nll).mean().item()
+
+    tokens_only = pack_costs(plan.num_tokens, plan.offsets, linear=1.0, quadratic=0.0)
+    for other in (tokens_only, np.zeros(len(plan))):
+        assert first_loss(other) != pytest.approx(first_loss(costs_of(plan, model)), rel=1e-4)
+    assert run.events[0]["loss"] == pytest.approx(first_loss(costs_of(plan, model)), rel=1e-6)
+
+
+def test_loss_turns_with_weights_count_by_them(
+    train_here: Callable[..., Run], make_job: Callable[[PinnedRecipe, Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    turns = [{"role": "assistant", "content": "x" * 9, "weight": 0.25}, {"role": "assistant", "content": "yz" * 4}]
+    asked = [{"role": "user", "content": "a"}, turns[0], {"role": "user", "content": "b"}, turns[1]]
+    unweighted = [{**message, "weight": 1} if message["role"] == "assistant" else message for message in asked]
+    (tmp_path / "weighted.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in (asked, unweighted)))
+    recipe = tiny_recipe(
+        dataset_mixture={"datasets": [{"path": str(tmp_path / "weighted.jsonl")}], "report_share": 0.0},
+        training={"max_steps": 1},
+    )
+    recipe["dataset_mixture"]["selection_share"] = 0.0
+    run = train_here(recipe)
+    job = make_job(run.pinned, run.folder)
+    shards = TokenShards(*map(Path, job["tokens"][0]))
+    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=job["training"]["seed"])
+    total = weight = unweighted_total = count = 0.0
+    for number in range(2):
+        row = shards[number]
+        ids, weights = torch.tensor(row.input_ids.astype("int64")), torch.tensor(row.weights[1:])
+        with torch.no_grad():
+            nll = F.cross_entropy(model(ids[None], use_cache=False).logits[0, :-1], ids[1:], reduction="none")
+        total, weight = total + float((nll * weights).sum()), weight + float(weights.sum())
+        unweighted_total, count = unweighted_total + float(nll[weights > 0].sum()), count + int((weights > 0).sum())
+    assert weight < count
+    assert total / weight != pytest.approx(unweighted_total / count, rel=1e-4)
+    assert run.events[0]["loss"] == pytest.approx(total / weight, rel=1e-6)
 
 
 def test_curve_two_processes_equals_one(plain_run: Run, store: Store) -> None:

@@ -1,0 +1,58 @@
+"""Balance: packs of like cost stand in the same global batch, so that no rank waits for a slower one.
+
+Packs are equally long, but attention is quadratic in the length of a document: a pack of one long document costs
+more than one of many short ones, and a step takes as long as its slowest rank. The order is blind to ranks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def pack_costs(num_tokens: np.ndarray, offsets: np.ndarray, *, linear: float, quadratic: float) -> np.ndarray:
+    """The cost of each pack: linear * tokens + quadratic * sum of squared document lengths; float64, shape (packs,).
+
+    num_tokens: shape (documents,); pack p holds the documents offsets[p] to offsets[p + 1], at least one.
+    """
+    lengths = num_tokens.astype(np.int64)  # 46,341 tokens squared are beyond int32, and whole numbers sum exactly
+    tokens, squares = (np.add.reduceat(terms, offsets[:-1]) for terms in (lengths, lengths**2))
+    return linear * tokens + quadratic * squares
+
+
+def grouped_order(costs: np.ndarray, group_size: int, rng: np.random.Generator, window: int = 16) -> np.ndarray:
+    """A random order of the packs in which each group of `group_size` neighbours has like costs: int64, shape (packs,).
+
+    A random permutation is cut into windows of about `window` groups; within a window the packs are sorted by cost,
+    cut into groups, and the groups shuffled. So every pack stands once, each window is a random sample of all costs,
+    and there is no curriculum over the epoch. Packs that fill no group come last, any of them; groups of one are
+    simply that random permutation. A larger window makes groups more alike and their order less free.
+    """
+    permutation = rng.permutation(len(costs))
+    num_groups = len(costs) // group_size
+    if group_size == 1 or num_groups == 0:
+        return permutation
+    # At least two windows: one over all packs would make the same groups whatever the permutation, at every epoch.
+    num_windows = max(min(2, num_groups), round(num_groups / window))
+    grouped, rest = np.split(permutation, [num_groups * group_size])
+    windows = np.array_split(grouped.reshape(num_groups, group_size), num_windows)
+    return np.concatenate([*(_window_order(packs.ravel(), costs, group_size, rng) for packs in windows), rest])
+
+
+def _window_order(packs: np.ndarray, costs: np.ndarray, group_size: int, rng: np.random.Generator) -> np.ndarray:
+    by_cost = packs[np.argsort(costs[packs], kind="stable")].reshape(-1, group_size)
+    groups = rng.permutation(by_cost)[:, _up_and_down(group_size)]
+    # Turned at random: else the same rank would get the heaviest pack at every step.
+    turned = (np.arange(group_size) + rng.integers(group_size, size=(len(groups), 1))) % group_size
+    return np.take_along_axis(groups, turned, axis=1).ravel()
+
+
+def _up_and_down(group_size: int) -> np.ndarray:
+    """Places of a sorted group: 0, 2, 4, ... up and ..., 5, 3, 1 down; int64, shape (group_size,).
+
+    The trainer hands out packs in turn: micro-step j of rank r is slot j * ranks + r of the global batch. What a rank
+    gains on the way up it loses on the way down, so over its micro-steps every rank comes to nearly the same sum,
+    whatever number of ranks divides the batch. Neighbours are alike all the way round, the last and the first too:
+    so a micro-step by itself is even as well (FSDP and ZeRO-3 wait at each), and the circle may be turned.
+    """
+    places = np.arange(group_size)
+    return np.concatenate([places[::2], places[1::2][::-1]])

@@ -1,0 +1,79 @@
+"""deduplicate: which training rows say what an earlier one says. Off unless the recipe asks for it."""
+
+from typing import Any
+
+from sft_core.data.deduplication import build_duplicates
+from sft_core.data.signatures import build_signatures
+from sft_core.pins import PinnedRecipe
+from sft_core.recipe import Deduplication
+from sft_core.store import Needs, Part, Ref, Stage, Store
+from steps.cards import heading, table
+from steps.download import CONVERSATIONS
+from steps.tokenize import TOKENS
+
+
+def _asked(pinned: PinnedRecipe) -> Deduplication:
+    asked = pinned.recipe.dataset_mixture.deduplication
+    assert asked is not None, "the stage is needed only where the recipe has the key"
+    return asked
+
+
+def _signature_section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
+    asked = _asked(pinned)
+    return {
+        "ngram": asked.ngram if asked.near else None,
+        "num_permutations": asked.num_permutations if asked.near else None,
+    }
+
+
+# Of every conversation, whatever split it is in: other shares sign nothing again.
+SIGNATURES = Stage(
+    "signatures",
+    build_signatures,
+    section=_signature_section,
+    needs=lambda pinned, part: {"conversations": (CONVERSATIONS, part)},
+    libraries=("datasketch", "numpy", "xxhash"),
+    resumable=True,
+)
+
+
+def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
+    asked, mixture = _asked(pinned), pinned.recipe.dataset_mixture
+    return {
+        "sources": mixture.trained_sources,
+        "ngram": asked.ngram if asked.near else None,
+        "threshold": asked.threshold if asked.near else None,
+        "selection_share": mixture.selection_share,
+        "report_share": mixture.report_share,
+    }
+
+
+def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
+    needs: Needs = {}
+    for source in pinned.recipe.dataset_mixture.trained_sources:
+        for stage in (CONVERSATIONS, TOKENS, SIGNATURES):
+            needs[f"{stage.name}:{source}"] = (stage, {"source": source})
+    return needs
+
+
+DUPLICATES = Stage(
+    "duplicates", build_duplicates, section=_section, needs=_needs, libraries=("datasketch", "numpy", "xxhash")
+)
+
+
+def card(store: Store, ref: Ref) -> list[Any]:
+    """What repeats what: rows by pair of sources, and some of them."""
+    counts = store.manifest(ref)["counts"]
+    if not counts["pairs"]:
+        return [heading("Duplicates: none")]
+    pairs = [(pair["source"], pair["of"], pair["kind"], pair["rows"]) for pair in counts["pairs"]]
+    examples = []
+    for one in counts["examples"]:
+        places = [f"{one[f'{of}source']} {one[f'{of}row_id']}" for of in ("", "of_")]
+        examples.append((places[0], one["text"], places[1], one["of_text"], one["kind"], one["similarity"]))
+    return [
+        heading(f"Duplicates: {counts['exact']} exact and {counts['near']} near, of {counts['rows']} conversations"),
+        table(("left out of", "repeats", "kind", "conversations"), pairs),
+        heading("Some duplicates"),
+        table(("left out", "text", "repeats", "its text", "kind", "similarity"), examples),
+    ]

@@ -1,0 +1,56 @@
+"""A row in colour: what is trained is green, what is masked is dim, control tokens are reversed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+# Rich is imported where something is painted: each task of a flow would pay for it.
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from sft_core.data.decoded import Piece
+
+TRAINED, MASKED, CONTROL = "green", "dim", "reverse"
+
+
+def painted(pieces: Iterable[Piece]) -> Text:
+    from rich.text import Text
+
+    text = Text()
+    for piece in pieces:
+        style = TRAINED if piece.is_trained else MASKED
+        text.append(piece.text, f"{style} {CONTROL}" if piece.is_control else style)
+    return text
+
+
+def legend() -> Text:
+    from rich.text import Text
+
+    return Text.assemble(("trained", TRAINED), " ", ("masked", MASKED), " ", ("control token", CONTROL))
+
+
+def print_fault(error: Exception) -> bool:
+    """Prints the row of a failed mask proof to a terminal. False where there is none, or no row to be shown."""
+    from rich.console import Console
+
+    pieces: list[Piece] = getattr(error, "pieces", [])
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not pieces or not console.is_terminal:
+        return False
+    console.print(f"\n{getattr(error, 'fault', error)}", markup=False)
+    console.print(legend(), end="\n\n")
+    console.print(painted(pieces))
+    return True
+
+
+@contextlib.contextmanager
+def faults_in_colour() -> Iterator[None]:
+    """Shows the row of a mask proof that fails inside; the error goes on, with the row in plain text."""
+    try:
+        yield
+    except ValueError as error:
+        if hasattr(error, "pieces"):
+            print_fault(error)
+        raise

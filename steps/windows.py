@@ -1,0 +1,27 @@
+"""windows: over-long rows split at turns, where the recipe says so; each window is a row as it is served."""
+
+from sft_core.data.windows import build_windows
+from sft_core.pins import PinnedRecipe
+from sft_core.store import Part, Stage
+from steps.download import CONVERSATIONS
+from steps.render import RENDERED, how_rendered, loaders
+from steps.tokenize import TOKENS
+
+
+def _section(pinned: PinnedRecipe, part: Part) -> dict:
+    return {**how_rendered(pinned, part), "max_length": pinned.recipe.packing.max_length}
+
+
+WINDOWS = Stage(
+    "windows",
+    build_windows,
+    section=_section,
+    places=loaders,
+    needs=lambda pinned, part: {
+        "conversations": (CONVERSATIONS, part),
+        "rendered": (RENDERED, part),
+        "tokens": (TOKENS, part),
+    },
+    libraries=("jinja2", "numpy", "pyarrow", "tokenizers", "transformers"),
+    resumable=True,
+)

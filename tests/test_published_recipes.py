@@ -1,0 +1,106 @@
+"""Published recipes in configs/ say what was published, and can be planned where no hub is in reach."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sft_core.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+# Weights of the splits in the handbook's recipe that are not 1.
+LESS = {
+    "smoltalk_smollm3_smol_magpie_ultra_no_think": 0.5,
+    "OpenHermes_2.5_no_think": 0.5,
+    "OpenThoughts3_1.2M_no_think_no_think": 0.4,
+    "smoltalk_multilingual8_Qwen3_32B_think": 0.3,
+    "OpenThoughts3_1.2M_think": 0.02,
+}
+
+
+@pytest.fixture(scope="module")
+def smollm3() -> Recipe:
+    return load_recipe(ROOT / "configs" / "smollm3.yaml")
+
+
+@pytest.fixture(scope="module")
+def tulu3() -> Recipe:
+    return load_recipe(ROOT / "configs" / "tulu3-8b.yaml")
+
+
+def test_smollm3_mixture_is_25_splits_with_their_weights(smollm3: Recipe):
+    datasets = smollm3.dataset_mixture.datasets
+    assert len(datasets) == 25 and smollm3.sources == [dataset.split for dataset in datasets]
+    assert {(one.id, one.config, one.columns) for one in datasets} == {
+        ("HuggingFaceTB/smoltalk2", "SFT", ("messages", "chat_template_kwargs"))
+    }
+    assert {dataset.split: dataset.weight for dataset in datasets if dataset.weight != 1} == LESS
+    modes = [dataset.split.endswith("_no_think") for dataset in datasets]
+    assert modes.count(True) == 15
+    assert all(one.endswith("_think") for one in smollm3.sources)
+    assert smollm3.dataset_mixture.seed == 0
+    assert smollm3.dataset_mixture.deduplication and smollm3.dataset_mixture.deduplication.near
+    assert smollm3.dataset_mixture.decontamination
+
+
+def test_smollm3_settings_are_the_handbooks(smollm3: Recipe):
+    model, training = smollm3.model, smollm3.training
+    assert (model.model_name_or_path, model.model_revision) == (
+        "HuggingFaceTB/SmolLM3-3B-checkpoints",
+        "it-mid-training",
+    )
+    assert (model.dtype, model.attn_implementation) == ("bfloat16", "flash_attention_2")
+    assert model.trust_remote_code and model.eos_token == "<|im_end|>"
+    assert (smollm3.packing.packing_strategy, smollm3.packing.max_length) == ("ffd", 65536)
+    assert (training.loss_scope, training.learning_rate, training.warmup_ratio) == ("assistant", 2e-5, 0.03)
+    assert (training.lr_scheduler_type, training.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr_rate": 0.1})
+    assert (training.max_grad_norm, training.num_train_epochs, training.global_batch_size) == (0.2, 5, 128)
+    assert training.bf16 and training.gradient_checkpointing and training.use_liger_kernel and training.seed == 42
+    assert smollm3.runtime.report_to == ("wandb",)
+    template = smollm3.chat_template
+    assert template.template == "thinking" and template.kwargs.get("header", True)
+
+
+def test_tulu3_settings_are_the_published_ones(tulu3: Recipe):
+    training = tulu3.training
+    assert tulu3.model.model_name_or_path == "meta-llama/Llama-3.1-8B"
+    assert [dataset.id for dataset in tulu3.dataset_mixture.datasets] == ["allenai/tulu-3-sft-mixture"]
+    assert (training.learning_rate, training.lr_scheduler_type, training.warmup_ratio) == (5e-6, "linear", 0.03)
+    assert (training.weight_decay, training.num_train_epochs) == (0.0, 2)
+    # 128 sequences: a pack is one row.
+    assert (training.global_batch_size, tulu3.packing.packing_strategy, tulu3.packing.max_length) == (128, "none", 4096)
+    assert tulu3.chat_template.template == "tulu"
+
+
+PLAN = """
+import sys
+from steps.cli import main
+main(["plan", sys.argv[1], "--set", "runtime.store=" + sys.argv[2]], standalone_mode=False)
+print("imported:", sorted({"torch", "transformers", "trl", "datasets", "metaflow"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(("name", "num_sources"), [("smollm3", 25), ("tulu3-8b", 1)])
+def test_published_recipe_is_planned_without_a_network_in_seconds_and_a_line_says_why(
+    tmp_path: Path, name: str, num_sources: int
+):
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9"}  # a port at which nobody listens
+    done = subprocess.run(
+        [sys.executable, "-c", PLAN, f"configs/{name}.yaml", str(tmp_path / "store")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("no key yet for what hangs on dataset ") and "the hub cannot be reached" in line
+    assert line.count("dataset ") == line.count("model ") == 1
+    assert load_recipe(ROOT / "configs" / f"{name}.yaml").model.model_name_or_path in line
+    stages = [row.split()[:1] for row in done.stdout.splitlines() if row.endswith("depends")]
+    assert stages.count(["conversations"]) == num_sources
+    assert done.stdout.splitlines()[-1] == "imported: []", "what takes seconds to import"
