@@ -16,16 +16,18 @@ Prints tables, and one JSON object as its last line.
 from __future__ import annotations
 
 import argparse
-import ast
 import functools
 import importlib.util
+import inspect
 import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,10 +35,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PACKAGES = ("numpy", "torch", "transformers")  # their sources are the text
-NUM_CONVERSATIONS, NUM_FOR_VOCABULARY, VOCABULARY = 5_000, 2_000, 32_000
-MAX_CHARACTERS = 5_000  # of a function's source
+PACKAGES = ("numpy", "pandas", "torch", "transformers")  # their sources are the text
+NUM_CONVERSATIONS, NUM_FOR_VOCABULARY, VOCABULARY = 5_000, 1_500, 32_000
+MAX_CHARACTERS = 10_000  # of a function's source
 ROUNDS = 2
+DEFINITION = re.compile(r"^(?= *(?:def|class) \w)", re.MULTILINE)
 CHATML = """{%- for message in messages -%}
     {{- '<|im_start|>' + message['role'] + '\\n' -}}
     {%- if message['role'] == 'assistant' -%}
@@ -140,21 +143,19 @@ def prepare(folder: Path, template: str) -> None:
 
 
 def conversations(seed: int) -> Iterator[dict[str, Any]]:
-    """Distinct conversations of 1 to 4 turns about functions: what one does, by its docstring, and its source."""
+    """Distinct conversations of 1 to 4 exchanges: what functions do, by their docstrings, and how they are written."""
     rng = random.Random(seed)
     turns = itertools.chain.from_iterable(about(*function) for function in documented_functions(rng))
     while talk := list(itertools.islice(turns, rng.randint(1, 4))):
         yield {"messages": list(itertools.chain.from_iterable(talk))}
 
 
-def about(name: str, docstring: str, source: str) -> list[list[dict[str, str]]]:
-    return [
-        [{"role": "user", "content": f"What does `{name}` do?"}, {"role": "assistant", "content": docstring}],
-        [
-            {"role": "user", "content": f"How is {name} written?"},
-            {"role": "assistant", "content": f"This is the whole of it:\n\n```python\n{source}\n```"},
-        ],
-    ]
+def about(name: str, docstring: str, source: str) -> Iterator[list[dict[str, str]]]:
+    for question, answer in (
+        (f"What does `{name}` do?", docstring),
+        (f"Show me how {name} is written.", f"This is the whole of it:\n\n```python\n{source}\n```"),
+    ):
+        yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def documented_functions(rng: random.Random) -> Iterator[tuple[str, str, str]]:
@@ -168,19 +169,20 @@ def documented_functions(rng: random.Random) -> Iterator[tuple[str, str, str]]:
     seen: set[str] = set()
     for file in files:
         text = file.read_text(encoding="utf-8", errors="replace")
-        try:
-            tree = ast.parse(text)
-        except SyntaxError:  # some test files are for a newer Python
-            continue
-        lines = text.splitlines()
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                docstring = (ast.get_docstring(node) or "").strip()
-                source = "\n".join(lines[node.lineno - 1 : node.end_lineno]).strip()
-                # Each content begins with a letter: only then does TRL, which tokenizes whole texts, get our ids.
-                if len(docstring) > 200 and docstring[0].isalpha() and docstring not in seen:
-                    seen.add(docstring)
-                    yield node.name, docstring, source[:MAX_CHARACTERS].strip()
+        if "<|" in text:
+            continue  # a control token that somebody typed is text for us, and is not for TRL
+        for definition in DEFINITION.split(text)[1:]:
+            signature, *rest = definition.split('"""', 2)
+            docstring = inspect.cleandoc(rest[0]) if len(rest) == 2 else ""
+            # Each content begins with a letter: only then does TRL, which tokenizes whole texts, get our ids.
+            if len(docstring) > 500 and docstring[0].isalpha() and docstring not in seen:
+                seen.add(docstring)
+                source = textwrap.dedent(signature.rstrip() + rest[1])
+                yield (
+                    definition.split(maxsplit=2)[1].partition("(")[0].rstrip(":"),
+                    docstring,
+                    source[:MAX_CHARACTERS].strip(),
+                )
 
 
 def write_tokenizer(folder: Path, rows: list[dict[str, Any]]) -> None:

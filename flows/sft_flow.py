@@ -18,6 +18,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("METAFLOW_USER", os.environ.get("USER") or "sft")  # Metaflow does not start without a name
 os.environ.setdefault("METAFLOW_RUN_MAX_WORKERS", "2")  # as many evaluations at a time share the machine's cores
 os.environ.setdefault("TQDM_DISABLE", "1")  # a task's log is no terminal
+if sys.stdout.isatty():
+    os.environ.setdefault("TTY_COMPATIBLE", "1")  # but one that is read in a terminal may have colours
 
 from metaflow import Config, FlowSpec, Parameter, card, current, package_sources, step  # noqa: E402
 
@@ -170,8 +172,11 @@ class SFTFlow(FlowSpec):
         """The output's address as text, which the UI shows."""
         import logging
 
+        from steps.painted import faults_in_colour
+
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        return str(self.store.ensure(stage, self.pinned, **part))
+        with faults_in_colour():
+            return str(self.store.ensure(stage, self.pinned, **part))
 
     def ref(self, address):
         from sft_core.store import Ref

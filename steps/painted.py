@@ -42,6 +42,8 @@ def print_fault(error: Exception) -> bool:
     console.print(f"\n{getattr(error, 'fault', error)}", markup=False)
     console.print(legend(), end="\n\n")
     console.print(painted(pieces))
+    for note in getattr(error, "__notes__", ()):
+        console.print(note, markup=False)
     return True
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from sft_core.data.decoded import MARK
 
 _MOST_FORMS = 8  # of a shape; one that no row has had for long makes room
+_FOUND = ("user", "tool")  # whose texts a form has holes for; others' may be left out of the history
 # How templates write a text: as it is, trimmed, inside of JSON. What an assistant says is never quoted.
 _WRITINGS = (lambda text: text, str.strip, lambda text: json.dumps(text, ensure_ascii=False)[1:-1])
 _SAID = 2  # of the writings
@@ -32,8 +33,8 @@ class Texts(NamedTuple):
     """What the messages of a segment say: those before its trained turn, then the turn's own."""
 
     history: list[str]
+    roles: list[str]  # who says each of history
     said: list[str]
-    users: list[int]  # which of history's a user says
 
 
 class Form(NamedTuple):
@@ -67,13 +68,14 @@ class Forms:
     def learn(self, shape: Hashable, history: bytes, said: bytes, texts: Texts, *, is_first: bool) -> None:
         """Takes the form of a proved segment, where each text that it is about can be found in it."""
         own = _find(said, texts.said, _WRITINGS[:_SAID], required=range(len(texts.said)))
-        before = _find(history, texts.history, _WRITINGS, required=texts.users)
+        required = [number for number, role in enumerate(texts.roles) if role in _FOUND]
+        before = _find(history, texts.history, _WRITINGS, required=required)
         known = self._by_shape.setdefault(shape, [])
         if own is None or before is None:
             return
         opening = None
-        if is_first and texts.users:
-            opening, before = _without_opening(before, texts.users[0])
+        if is_first and "user" in texts.roles:
+            opening, before = _without_opening(before, texts.roles.index("user"))
         known.insert(0, Form(opening, before, own))
         del known[_MOST_FORMS:]
         self.num_learned += 1

@@ -259,7 +259,7 @@ class MaskProof:
         if not row.is_normalized:
             return texts
         history, said = ([self._said(text, row) for text in part] for part in (texts.history, texts.said))
-        return Texts(history, said, texts.users)
+        return Texts(history, texts.roles, said)
 
 
 def _check_weights(found: list[dict[str, Any]], row: _Row) -> None:

@@ -31,9 +31,12 @@ class Talk:
 
     def segment(self, last: int, index: int) -> Texts:
         """What is said after the turn before, up to this one's end."""
-        history = [(text, message) for message in range(last + 1, index) for text in self.texts[message]]
-        users = [number for number, (_, message) in enumerate(history) if self.messages[message]["role"] == "user"]
-        return Texts([text for text, _ in history], self.texts[index] if index < len(self.texts) else [], users)
+        history: list[str] = []
+        roles: list[str] = []
+        for message in range(last + 1, index):
+            history += self.texts[message]
+            roles += [self.messages[message]["role"]] * len(self.texts[message])
+        return Texts(history, roles, self.texts[index] if index < len(self.texts) else [])
 
 
 def _to_train(messages: list[dict[str, Any]], policy: RowPolicy) -> list[int]:
@@ -64,7 +67,9 @@ def _texts(message: dict[str, Any], policy: RowPolicy) -> list[str]:
 
 
 def _shape(message: dict[str, Any], texts: list[str]) -> Hashable:
-    return message["role"], "reasoning_content" in message, len(message.get("tool_calls", ())), len(texts)
+    # A text that is empty leaves no hole in a form, so that the form must not be taken for one that has it.
+    are_blank = tuple([not text or text.isspace() for text in texts])
+    return message["role"], "reasoning_content" in message, len(message.get("tool_calls", ())), are_blank
 
 
 def _choice(value: Any) -> Hashable:

@@ -5,14 +5,13 @@ Invariant: a control token's id comes from the template alone, never from what a
 
 from __future__ import annotations
 
+import array
 import functools
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
-
-from sft_core.data.pre_tokens import PreTokenEncoder, pack
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -131,20 +130,12 @@ class _TextEncoder:
         for part in ("normalizer", "pre_tokenizer", "decoder"):
             setattr(self._tokenizer, part, getattr(tokenizer, part))
         self._tokenizer.add_tokens([token for _, token in sorted(added.items())])
-        self._pre_tokens = PreTokenEncoder.of(tokenizer, added)
         # Without the control tokens, those added after them move up, onto the control tokens' own ids.
         ids = {self._tokenizer.token_to_id(token.content): index for index, token in added.items()}
         self._true_ids = {found: index for found, index in ids.items() if found != index}
 
     def encode(self, texts: list[str]) -> list[bytes]:
         """Ids of each text, as int32."""
-        if self._pre_tokens is None:
-            return self._encode_whole(texts)
-        found = list(map(self._pre_tokens.encode, texts))
-        whole = iter(self._encode_whole([text for text, ids in zip(texts, found, strict=True) if ids is None]))
-        return [next(whole) if ids is None else ids for ids in found]
-
-    def _encode_whole(self, texts: list[str]) -> list[bytes]:
         encoded = []
         for start in range(0, len(texts), _TEXTS_A_CALL):
             part = texts[start : start + _TEXTS_A_CALL]
@@ -156,6 +147,11 @@ class _TextEncoder:
     def writes_word_starts(self) -> bool:
         encoding = self._tokenizer.encode("a", add_special_tokens=False)
         return len(self._tokenizer.decode(encoding.ids)) != 1 or encoding.tokens[0].startswith(_WORD_START)
+
+
+def pack(ids: list[int]) -> bytes:
+    """int32, one after another."""
+    return array.array("i", ids).tobytes()
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:

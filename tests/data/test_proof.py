@@ -222,6 +222,18 @@ def test_turns_by_scope_others_are_told(scope: str, num_before: int):
     fails(made, {"assistant": "served prompt of|no row trains", "completion": "must not be"}[scope])
 
 
+def test_turn_cut_at_a_stop_token_inside_of_it_is_told():
+    """Serving would stop there; but that is not what the template ends a turn with."""
+    two = PLAIN.replace("message['content'] + '", "message['content'] + '<|endoftext|> over")
+    made = group(chat(two), talk(user("Q"), assistant("A")))
+    (row,) = made.rows
+    end = row.text.rindex("<|endoftext|>") + len("<|endoftext|>")
+    assert row.text[end:] == f" over{STOP}\n"
+    made.rows = [dataclasses.replace(row, text=row.text[:end], spans=[(row.spans[0][0], end)])]
+    made.chat = dataclasses.replace(made.chat, extra_stop_tokens=("<|endoftext|>",))
+    fails(made, r"messages\[1\] goes on after its stop token: the control token in '<\|endoftext\|> over")
+
+
 # Thinking
 
 
@@ -264,6 +276,15 @@ def test_thinking_without_its_white_space_is_told(num_before: int):
         cut = len(row.text) - len(changed)
         made.rows[-1] = dataclasses.replace(moved(row, 0, 0, -cut), text=changed)
         fails(made, fault)
+
+
+def test_turn_without_its_answer_is_not_taken_for_one_that_only_thinks():
+    made = group(chat(REWRITES), *(talk(user("Q"), assistant(text, f"T{text}")) for text in ("", "", "A")))
+    made.prove()
+    row = made.rows[-1]
+    changed = row.text.replace(f"A{STOP}", STOP)
+    made.rows[-1] = dataclasses.replace(moved(row, 0, 0, -1), text=changed)
+    fails(made, "a trained turn says what no message says")
 
 
 @BEFORE

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
+from sft_core.data.decoded import DecodedRows, Vocabulary
 from sft_core.data.proof import MaskProofFailed
 from sft_core.data.tokens import EncodedRows, encode_rows
 from tests.data.families import assistant, call, result, system, talk, user
@@ -27,6 +29,7 @@ from tests.data.spoiled import (
     group,
     moved,
     spoiled,
+    without,
 )
 from tests.data.test_rendering import CHATML as PLAIN
 from tests.data.test_rendering import REWRITES
@@ -148,6 +151,58 @@ def test_rows_that_differ_in_the_system_text_alone_exchanged_are_told():
     made.prove()
     made.numbers[2:] = [3, 2]
     fails(made, r"the row does not begin with the served prompt of messages\[2\]: it has 'rief", row=2)
+
+
+def test_row_of_another_user_is_told_where_a_template_changes_what_users_say():
+    """No form is learned of what cannot be found: it would hold the words of one user for all."""
+    loud = PLAIN.replace("message['content']", "(message['content'] | upper)")
+    made = group(chat(PLAIN), *(talk(user(text), assistant("A")) for text in ("q one", "q two", "q one")))
+    made.chat = chat(loud)
+    upper = [
+        dataclasses.replace(row, text=re.sub("q (one|two)", lambda said: said[0].upper(), row.text))
+        for row in made.rows
+    ]
+    made.rows = list(upper)
+    made.prove()
+    made.rows[1] = upper[0]
+    fails(made, r"the row does not begin with the served prompt of messages\[1\]: it has 'ONE", row=1)
+
+
+@pytest.mark.parametrize("says", [user, system, result], ids=["user", "system", "tool"])
+def test_row_that_leaves_out_what_another_does_not_say_is_told(says: Callable[[str], dict[str, Any]]):
+    each = [talk(says(text), user("Q"), assistant("A")) for text in ("", "", "word")]
+    made = group(chat(PLAIN), *each)
+    made.prove()
+    made.rows[2] = made.rows[1]
+    fails(made, r"the row does not begin with the served prompt of messages\[2\].* where 'word")
+
+
+def test_row_of_another_result_is_told_where_a_template_changes_results():
+    loud = PLAIN.replace("message['content']", "(message['content'] | replace(' ', '_'))")
+    made = group(chat(PLAIN), *(talk(user("Q"), result(text), assistant("A")) for text in ("r one", "r two", "r one")))
+    made.chat = chat(loud)
+    made.rows = [dataclasses.replace(row, text=re.sub("r (one|two)", r"r_\1", row.text)) for row in made.rows]
+    made.prove()
+    made.rows[1] = made.rows[0]
+    fails(made, r"the row does not begin with the served prompt of messages\[2\]: it has 'one", row=1)
+
+
+def test_turns_of_a_row_in_another_order_are_told():
+    made = group(chat(PLAIN), talk(user("Q"), assistant("One"), user("Q"), assistant("Two")))
+    (longer,) = chat(PLAIN).rows(
+        talk(user("Q"), assistant("One"), user("Q"), assistant("Two"), user("Q"), assistant("One"))
+    )
+    made.rows[0] = without(longer, 0)
+    fails(made, r"messages\[1\], of the assistant, is trained after messages\[3\]")
+
+
+def test_turns_end_with_their_row():
+    one = chat(PLAIN)
+    ids = np.array(one.vocabulary("abcdef").input_ids, dtype=np.int32)
+    encoded = EncodedRows(ids, np.ones_like(ids, dtype=np.uint8), np.array([0, 2, len(ids)], dtype=np.int32))
+    turns = DecodedRows(Vocabulary(one.vocabulary), encoded).turns(np.array([7_000]))
+    assert [[(turn.first, turn.last) for turn in row] for row in turns] == [[(0, 2)], [(0, len(ids) - 2)]]
+    assert len(ids) > 3
 
 
 def test_row_there_twice_is_told():

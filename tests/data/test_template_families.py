@@ -363,6 +363,7 @@ def test_stop_token_before_an_end_of_text_is_the_turns_end():
     words = vocabulary(["<|start|>", "<|end|>"], eos="<|endoftext|>")
     chat = Chat(words, source, ("<|end|>",))
     assert chat.outcome(SHAPES["plain"]) == [["Ⓐ1 Hi.<|end|>", "Ⓐ2 So.<|end|>"]]
+    assert chat.rows(SHAPES["plain"])[0].text.endswith("Ⓐ2 So.<|end|>")
     check_as_served(chat, SHAPES["plain"])
     # Served to the end of the text alone, a turn holds both, and no history is what was generated.
     assert Chat(words, source).outcome(SHAPES["plain"]) == [
@@ -390,3 +391,27 @@ def test_history_that_the_template_leaves_out_is_a_reject():
         chat = Chat(family("chatml").vocabulary, source)
         question, _, *others = conversation["messages"]
         assert chat.outcome(talk(question, assistant("Ⓐ1"), *others)) == "template_drops_turn"
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "reason"),
+    [
+        ("chatml", assistant("Ⓐ1 Hi.", "Hi"), "template_drops_thinking"),
+        ("chatml", assistant("So it is 4, and not 5.", "So it is 4, and not 5."), "template_drops_thinking"),
+        ("smollm3", {**assistant("no", "n"), "train": True}, "template_drops_thinking"),
+        ("mistral", assistant("name", tool_calls=[call(a=1)]), "template_changes_content"),
+        ("llama3", assistant("</", tool_calls=[call(a="</x>")]), "template_changes_content"),
+        ("gpt_oss", assistant("", tool_calls=[call(a=1), call(2, a=1)]), "template_drops_tool_calls"),
+    ],
+)
+def test_text_that_is_left_out_is_missed_where_other_words_hold_it_too(name: str, answer: dict[str, Any], reason: str):
+    assert family(name).outcome(talk(user("Q1"), answer, tools=[tool()])) == reason
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_that_is_short_is_found_where_the_template_writes_it(name: str):
+    chat = family(name)
+    for text in ("a", "<", "think", "|", "/", "0"):
+        ((trained,),) = chat.outcome(talk(user(text), assistant(text)))
+        assert trained.endswith(f"{text}{chat.vocabulary.eos_token}")
+        check_as_served(chat, talk(user(text), assistant(text)))

@@ -159,6 +159,17 @@ def test_empty_thinking_that_the_prompt_opens_is_closed_by_the_turn(policy: str,
     assert found == [[f"{close}A1{chat.vocabulary.eos_token}"]]
 
 
+def test_empty_thinking_that_is_left_out_leaves_the_tokens_as_they_are_generated():
+    """A prompt's newline and that before </think> are two tokens when it is served, and one as a text."""
+    chat, conversation = family("deepseek_r1"), talk(user("Q1"), assistant("A1"))
+    prompt = chat.served_prompt(conversation, 1)
+    assert chat.vocabulary.encode("\n\n", add_special_tokens=False) != prompt[-1:] * 2, "the vocabulary merges nothing"
+    for policy in ("as_served", "masked"):
+        chosen = chat.with_policy(empty_thinking=policy)
+        (row,) = chosen.proved(conversation, chosen.rows(conversation))
+        assert row.input_ids.tolist()[: len(prompt) + 1] == [*prompt, prompt[-1]], policy
+
+
 def test_empty_thinking_masked_takes_the_white_space_before_a_block():
     source = "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n<think></think>' if m.role == 'assistant' }}"
     source += "\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
