@@ -19,7 +19,7 @@ from sft_core.data.thinking import OPEN_AT_END, THINKING_KEY
 
 _OPENING = re.compile(r"<think>\s*")
 _CLOSING = "</think>"
-_PROBE, _OTHER_PROBE = "\ufdef", "\ufdee"  # noncharacters: nobody says them
+_PROBE = "\ufdef"  # a noncharacter: nobody says it
 
 
 def served_turn(prepared: PreparedConversation, index: int) -> tuple[str, str]:
@@ -35,7 +35,7 @@ def served_turn(prepared: PreparedConversation, index: int) -> tuple[str, str]:
     if opened and text.startswith(prompt[: opened.start()]):
         said = _closing_the_block(text[opened.start() :], prepared.messages[index].get(THINKING_KEY, ""))
     else:
-        said = _after_changed_history(prepared, index, prompt, text)
+        said = _after_dropped_thoughts(prepared, index, text)
     if said is None:
         raise Rejected(
             "generation_prompt_mismatch",
@@ -48,8 +48,8 @@ def served_turn(prepared: PreparedConversation, index: int) -> tuple[str, str]:
 def is_shown(prepared: PreparedConversation, index: int, keys: Iterable[str]) -> bool:
     """Whether the turn shows what its message has in these keys, whatever that is."""
     message = prepared.messages[index]
-    probed = _with(prepared, index, {**message, **{key: _OTHER_PROBE for key in keys if key in message}})
-    return _OTHER_PROBE in served_turn(probed, index)[1]
+    probed = _with(prepared, index, {**message, **{key: _PROBE for key in keys if key in message}})
+    return _PROBE in served_turn(probed, index)[1]
 
 
 def _closing_the_block(said: str, thinking: str) -> str:
@@ -60,19 +60,18 @@ def _closing_the_block(said: str, thinking: str) -> str:
     return said if own else f"{thinking}\n{_CLOSING}\n\n{said}"
 
 
-def _after_changed_history(prepared: PreparedConversation, index: int, prompt: str, text: str) -> str | None:
-    history = prepared.text(index)
-    header = prompt.removeprefix(history)
-    if header in ("", prompt):
-        return None
-    # What both turns share ends before the first thing that they say; the last header in it is the turn's.
-    message = prepared.messages[index]
-    other = {key: _PROBE for key in ("content", *REASONING_KEYS) if message.get(key)}
-    probed = _with(prepared, index, {**message, **other}).text(index + 1)
-    pairs = enumerate(zip(text, probed, strict=False))
-    shared = next((place for place, (one, other) in pairs if one != other), min(len(text), len(probed)))
-    start = text.rfind(header, 0, shared)
-    return text[start + len(header) :] if start >= 0 else None
+def _after_dropped_thoughts(prepared: PreparedConversation, index: int, text: str) -> str | None:
+    """What follows the prompt of a history without thoughts, when the turn is rendered after that one in any case."""
+    history = [_without_thoughts(message) for message in prepared.messages[:index]]
+    plain = dataclasses.replace(prepared, messages=[*history, prepared.messages[index]])
+    prompt = plain.text(index, add_generation_prompt=True)
+    return text[len(prompt) :] if plain.text(index + 1) == text and text.startswith(prompt) else None
+
+
+def _without_thoughts(message: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+    # What is said at a call is taken for a thought, too.
+    return {**kept, "content": ""} if "tool_calls" in message else kept
 
 
 def next_header(prepared: PreparedConversation, index: int) -> str:

@@ -20,6 +20,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -120,6 +121,12 @@ def _run(out: Path, shards: list[Shard], work: Callable[[], Work], num_workers: 
             waiting = {pool.submit(_make_in_worker, out, shard) for shard in shards}
             for done in concurrent.futures.as_completed(waiting):
                 yield done.result()
+        except BrokenProcessPool as error:
+            error.add_note(
+                "a worker process was killed, perhaps for want of memory: lower runtime.num_workers; the shards that "
+                "are done stay"
+            )
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -145,6 +152,9 @@ def _same(work: Work) -> Work:
 def _start(work: Callable[[], Work]) -> None:
     global _work
     die_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():  # it ended before the call
+        sys.exit()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells of an interrupt, once
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     _work = work()

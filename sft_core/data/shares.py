@@ -21,7 +21,7 @@ def fill(available: np.ndarray, shares: np.ndarray, budget: float, max_repeats: 
     is_open = caps > 0
     while is_open.any():
         left = max(0.0, budget - filled[~is_open].sum())
-        filled[is_open] = left * shares[is_open] / shares[is_open].sum()
+        filled[is_open] = left * (shares[is_open] / shares[is_open].sum())
         is_over = is_open & (filled >= caps)
         if not is_over.any():
             break

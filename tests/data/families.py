@@ -24,6 +24,7 @@ from sft_core.data.tokens import EncodedRows, encode_rows
 from tests.data.rows import columns
 
 TEMPLATES = Path(__file__).parent / "templates"
+OWN = Path(__file__).parents[2] / "configs" / "templates"
 # Words with a space, newlines on their own, punctuation with the newlines after it: as the vocabularies of today split.
 _WORDS = r"\s*[\r\n]+| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
 _SENTENCES = [
@@ -143,6 +144,7 @@ _VOCABULARIES: dict[str, dict[str, Any]] = {
     "llama3": {"control": LLAMA3, "eos": "<|eot_id|>", "bos": "<|begin_of_text|>", "stops": ("<|eom_id|>",)},
     "qwen2_5": {"control": (*CHATML, *TAGS[2:4]), "eos": "<|im_end|>"},
     "qwen3": {"control": (*CHATML, *TAGS), "eos": "<|im_end|>"},
+    "thinking": {"control": (*CHATML, *TAGS), "eos": "<|im_end|>"},
     "gemma": {"control": GEMMA, "eos": "<end_of_turn>", "bos": "<bos>"},
     "gemma2": {"control": GEMMA, "eos": "<end_of_turn>", "bos": "<bos>"},
     "mistral": {"control": (*MISTRAL, "[TOOL_CALLS]"), "eos": "</s>", "bos": "<s>"},
@@ -163,7 +165,8 @@ FAMILIES = tuple(_VOCABULARIES)
 def family(name: str) -> Chat:
     settings = dict(_VOCABULARIES[name])
     stops = settings.pop("stops", ())
-    return Chat(vocabulary(settings.pop("control"), **settings), (TEMPLATES / f"{name}.jinja").read_text(), stops)
+    file = (OWN if name == "thinking" else TEMPLATES) / f"{name}.jinja"
+    return Chat(vocabulary(settings.pop("control"), **settings), file.read_text(), stops)
 
 
 def control_of(name: str) -> tuple[str, ...]:

@@ -129,7 +129,7 @@ def test_list_is_what_json_reads_at_any_window_and_a_cut_one_is_an_error(
             return  # a lone surrogate cannot be in a file
         assert read(path) == rows
         path.write_text(text[: max(1, int(len(text) * cut))], encoding="utf-8")
-        with pytest.raises(ValueError, match=r"a\.json: (element \d+ is not|after element \d+ comes '')"):
+        with pytest.raises(ValueError, match=r"a\.json: (element \d+ is not|after element \d+ comes)"):
             read(path)
 
 

@@ -143,6 +143,17 @@ EXPECTED: dict[str, dict[str, Rows | str]] = {
             [f"{EMPTY}Ⓐ3 So.{IM_END}"],
         ],
     },
+    # The project's own, which shows all thinking in history.
+    "thinking": one_row(IM_END)
+    | MERGED
+    | {
+        "tools": [[f"{HERMES}{IM_END}", f"Ⓐ2 Three.{IM_END}", f"Ⓐ3 So.{IM_END}"]],
+        "call with words": [[f"Ⓐ1 I add.\n{HERMES}{IM_END}", f"Ⓐ2 Three.{IM_END}"]],
+        "two calls": [[f"{HERMES}\n{HERMES_2}{IM_END}", f"Ⓐ2 Both.{IM_END}"]],
+        "thinking": [[f"{THOUGHT}Ⓐ1 Hi.{IM_END}", f"{THOUGHT_2}Ⓐ2 So.{IM_END}"]],
+        "thinks once": [[f"{THOUGHT}Ⓐ1 Hi.{IM_END}", f"Ⓐ2 So.{IM_END}", f"Ⓐ3 No.{IM_END}"]],
+        "tools and thinking": [[f"{THOUGHT}{HERMES}{IM_END}", f"{THOUGHT_2}Ⓐ2 Three.{IM_END}", f"Ⓐ3 So.{IM_END}"]],
+    },
     "gemma": one_row("<end_of_turn>", TRIMMED) | ALTERNATE | NO_TOOLS | NO_THINKING,
     "gemma2": one_row("<end_of_turn>", TRIMMED)
     | ALTERNATE
@@ -415,3 +426,10 @@ def test_text_that_is_short_is_found_where_the_template_writes_it(name: str):
         ((trained,),) = chat.outcome(talk(user(text), assistant(text)))
         assert trained.endswith(f"{text}{chat.vocabulary.eos_token}")
         check_as_served(chat, talk(user(text), assistant(text)))
+
+
+@pytest.mark.parametrize("name", ["thinking", "qwen3"])
+def test_thinking_in_a_row_that_is_served_without_it_is_a_reject(name: str):
+    """The prompt's empty block stands at an earlier turn too, which must not be taken for this one."""
+    conversation = talk(user("Q1"), assistant("Ⓐ1"), user("Q2"), assistant("Ⓐ2", "ⓣ2"), enable_thinking=False)
+    assert family(name).outcome(conversation) == "generation_prompt_mismatch"

@@ -1,6 +1,5 @@
 """The recipe's choices of what is trained: thinking, empty think blocks, shared rows, single turns, loss scopes."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from tests.data.families import (
 )
 
 STOP, EMPTY = "<|im_end|>", "<think>\n\n</think>\n\n"
-THINKING = Path(__file__).parents[2] / "configs" / "templates" / "thinking.jinja"
 THINKS = [user("Q1"), assistant("A1", "T1"), user("Q2"), assistant("A2", "T2")]
 PLAIN = [user("Q1"), assistant("A1"), user("Q2"), assistant("A2")]
 STEPS = [
@@ -41,7 +39,7 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 @pytest.fixture(scope="module")
 def thinking() -> Chat:
     """The project's own template, which shows all thinking in history."""
-    return Chat(vocabulary((*CHATML, *TAGS), eos=STOP), THINKING.read_text())
+    return family("thinking")
 
 
 def own(*messages: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

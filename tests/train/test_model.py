@@ -19,6 +19,7 @@ def load(*added: str, tied: bool = True, seed: int = 0, path: Path | None = None
         config=None if path else {**LLAMA, "tie_word_embeddings": tied},
         dtype="float32",
         attn_implementation="sdpa",
+        stop_tokens=[],
         trust_remote_code=False,
         tokenizer={
             "path": str(QUICKSTART / "tokenizer"),
@@ -80,8 +81,9 @@ def test_special_tokens_other_stops_of_the_model_are_kept_after_ours() -> None:
     model, tokenizer = load(eos="<|im_end|>")
     end = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=[5, end, 9])
-    agree_on_special_tokens(model, tokenizer)
-    assert model.generation_config.eos_token_id == [end, 5, 9]
+    agree_on_special_tokens(model, tokenizer, ["<|endoftext|>"])
+    other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert model.generation_config.eos_token_id == [end, other, 5, 9]
     assert model.config.eos_token_id == end
 
 
