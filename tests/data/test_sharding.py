@@ -120,7 +120,7 @@ def work(faults: dict[int, str], shard: Shard, out: Path) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
     if fault:
         raise ValueError(fault)
-    return {"rows": shard.end_group - shard.first_group, "reasons": {"seen": 1}}
+    return {"first_group": shard.first_group, "reasons": {"seen": 1}}
 
 
 def build(out: Path, num_workers: int, faults: dict[int, str] | None = None) -> list[dict[str, Any]]:
@@ -156,6 +156,7 @@ def test_counts_and_files_do_not_depend_on_the_workers(tmp_path: Path):
         counts = build(out, num_workers)
         found.append((counts, {name: (out / name).read_text() for name in files_of(out)}))
     assert len(found[0][1]) == 2 * NUM_SHARDS
+    assert [one["first_group"] for one in found[0][0]] == list(range(NUM_SHARDS))
     assert found[0] == found[1] == found[2]
 
 
