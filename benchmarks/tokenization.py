@@ -139,7 +139,7 @@ def prepare(folder: Path, template: str) -> None:
     (folder / "template.jinja").write_text(source)
     datasets.disable_progress_bars()
     datasets.Dataset.from_list(rows).save_to_disk(folder / "trl")
-    write_tokenizer(folder / "tokenizer", others)
+    write_tokenizer(folder / "tokenizer", others, VOCABULARY)
 
 
 def conversations(seed: int) -> Iterator[dict[str, Any]]:
@@ -185,7 +185,7 @@ def documented_functions(rng: random.Random) -> Iterator[tuple[str, str, str]]:
                 )
 
 
-def write_tokenizer(folder: Path, rows: list[dict[str, Any]]) -> None:
+def write_tokenizer(folder: Path, rows: list[dict[str, Any]], num_tokens: int) -> None:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -195,13 +195,13 @@ def write_tokenizer(folder: Path, rows: list[dict[str, Any]]) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=num_tokens,
         special_tokens=control,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator((message["content"] for row in rows for message in row["messages"]), trainer)
-    assert tokenizer.get_vocab_size() == VOCABULARY
+    assert tokenizer.get_vocab_size() == num_tokens
     whole = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
