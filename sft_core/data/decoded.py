@@ -6,13 +6,12 @@ Invariant: what is read depends on the ids alone. Text that merely looks like a 
 from __future__ import annotations
 
 import itertools
-import json
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from sft_core.data.tokenizer import any_of, control_tokens, token_bytes
+from sft_core.data.tokenizer import any_of, control_tokens, decoder_kinds, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,7 +53,7 @@ class Vocabulary:
         self.bytes = pa.array(texts, pa.large_binary())
         self.control = any_of(control)
         self._normalizer = tokenizer.backend_tokenizer.normalizer
-        self._is_byte_level = "ByteLevel" in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+        self._is_byte_level = "ByteLevel" in decoder_kinds(tokenizer)
 
     def is_blank(self, data: bytes) -> bool:
         """Whether there are but control tokens and white space."""

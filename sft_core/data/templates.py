@@ -10,12 +10,14 @@ import datetime
 import functools
 import json
 import traceback
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
@@ -115,9 +117,11 @@ class PreparedConversation:
 def compile_template(source: str) -> jinja2.Template:
     """The compiled template. Raises ValueError naming the line of a syntax error."""
     try:
-        return _environment().from_string(source)
+        template = _environment().from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"chat template, line {error.lineno}: {error.message}. Correct it.") from error
+    template.globals = dict(template.globals)  # Jinja chains two, and copies them one by one for each rendering
+    return template
 
 
 class GenerationTag(jinja2.ext.Extension):
@@ -128,11 +132,8 @@ class GenerationTag(jinja2.ext.Extension):
     def parse(self, parser: Any) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A call block, as in transformers: a `set` inside the tag must stay invisible after it.
-        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
-
-    def _body(self, caller: Callable[[], str]) -> str:
-        return caller()
+        # A scope, as in transformers: a `set` inside the tag must stay invisible after it.
+        return jinja2.nodes.Scope(body).set_lineno(line)
 
 
 class SandboxedNamespace(jinja2.utils.Namespace):
@@ -171,7 +172,7 @@ class SandboxedDict:
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Jinja's sandbox, which decides by an object's type and an attribute's name: each such pair once.
 
-    Asked anew for every look-up, as in Jinja, it costs most of a rendering.
+    Asked anew for every look-up and call, as in Jinja, it costs most of a rendering.
     """
 
     def __init__(self, **options: Any):
@@ -183,6 +184,25 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if asked not in self._is_safe:
             self._is_safe[asked] = super().is_safe_attribute(obj, attr, value)
         return self._is_safe[asked]
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if self._is_safe.get((type(obj), attribute)):
+            try:
+                return getattr(obj, attribute)
+            except AttributeError:  # an object of that type had it before
+                pass
+        return super().getattr(obj, attribute)
+
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        kind = type(obj)
+        if kind is jinja2.runtime.Macro:
+            args = (context.eval_ctx, *args)
+        elif kind is not types.BuiltinMethodType and obj is not SandboxedNamespace:
+            return super().call(context, obj, *args, **kwargs)
+        # These are safe whatever they are, and want nothing of the context besides.
+        for name in ("_block_vars", "_loop_vars"):
+            kwargs.pop(name, None)
+        return obj(*args, **kwargs)
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

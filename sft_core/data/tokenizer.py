@@ -8,10 +8,11 @@ from __future__ import annotations
 import array
 import functools
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from sft_core.data.word_cache import WordCache, cuts_at_words, settings, split_words
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -95,6 +96,12 @@ class PieceEncoder:
 
         before, after: without control tokens, which are borders in any case.
         """
+        if self._text_only.cuts_at_words:
+            before, after = split_words(before)[-1], split_words(after)[0]  # all that can be one with the other
+        return self._is_boundary(before, after)
+
+    @functools.lru_cache(maxsize=10_000)  # noqa: B019  (an encoder lives as long as its process's work)
+    def _is_boundary(self, before: str, after: str) -> bool:
         alone, both = self._text_only.encode([before, before + after])
         return both.startswith(alone)
 
@@ -133,8 +140,11 @@ class _TextEncoder:
         # Without the control tokens, those added after them move up, onto the control tokens' own ids.
         ids = {self._tokenizer.token_to_id(token.content): index for index, token in added.items()}
         self._true_ids = {found: index for found, index in ids.items() if found != index}
+        self.cuts_at_words = cuts_at_words(self._tokenizer, added.values())
+        words = WordCache(self._encode, [token.content for token in added.values()])
+        self.encode = words.encode if self.cuts_at_words else self._encode
 
-    def encode(self, texts: list[str]) -> list[bytes]:
+    def _encode(self, texts: list[str]) -> list[bytes]:
         """Ids of each text, as int32."""
         encoded = []
         for start in range(0, len(texts), _TEXTS_A_CALL):
@@ -161,7 +171,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     """
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    kinds = _decoders(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {})
+    kinds = decoder_kinds(tokenizer)
     read: Callable[[str], bytes]
     if "ByteLevel" in kinds:
         read = functools.partial(_byte_level, {character: byte for byte, character in bytes_to_unicode().items()})
@@ -172,6 +182,11 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     added = {index: token.content.encode() for index, token in tokenizer.added_tokens_decoder.items()}
     texts = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     return [added[index] if index in added else read(text or "") for index, text in enumerate(texts)]
+
+
+def decoder_kinds(tokenizer: PreTrainedTokenizerFast) -> set[str]:
+    """What its decoder is made of: ByteLevel, Metaspace, Sequence, ..."""
+    return _decoders(settings(tokenizer.backend_tokenizer)["decoder"] or {})
 
 
 def _decoders(state: dict[str, Any]) -> set[str]:
