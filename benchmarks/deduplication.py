@@ -126,7 +126,7 @@ def _build(out: Path, workers: int = 1, **inputs: Path) -> Any:
 
 
 def sign(folder: Path, name: str, workers: int) -> tuple[dict[str, Any], float]:
-    from sft_core.data.signatures import build_signatures
+    from sft_core.data.overlap.signatures import build_signatures
 
     build = _build(folder / name, workers, conversations=folder / "conversations")
     started = time.perf_counter()
@@ -134,7 +134,7 @@ def sign(folder: Path, name: str, workers: int) -> tuple[dict[str, Any], float]:
 
 
 def find_duplicates(folder: Path) -> tuple[dict[str, Any], float]:
-    from sft_core.data.deduplication import build_duplicates
+    from sft_core.data.overlap.deduplication import build_duplicates
 
     inputs = {"conversations__a": folder / "conversations", "signatures__a": folder / "signed"}
     build = _build(folder / "duplicates", **inputs, tokens__a=folder / "tokens")
@@ -144,8 +144,8 @@ def find_duplicates(folder: Path) -> tuple[dict[str, Any], float]:
 
 
 def find_contamination(folder: Path, workers: int) -> tuple[dict[str, Any], float]:
-    from sft_core.data.decontamination import build_contamination
-    from sft_core.data.report_prompts import build_report_prompts
+    from sft_core.data.overlap.decontamination import build_contamination
+    from sft_core.data.overlap.report_prompts import build_report_prompts
 
     prompts = _build(folder / "prompts", conversations=folder / "conversations")
     build = _build(folder / "found", workers, conversations=folder / "conversations", prompts__a=folder / "prompts")
@@ -159,7 +159,7 @@ def peer(folder: Path) -> tuple[dict[str, Any], float]:
     """The library's index as its documentation shows it: the first of similar rows is kept, nothing is verified."""
     from datasketch import MinHash, MinHashLSH
 
-    from sft_core.data.stored_rows import read_places
+    from sft_core.data.overlap.stored_rows import read_places
 
     texts = [
         " ".join(message["content"] for message in conversation["messages"])

@@ -80,8 +80,10 @@ class ChatTemplate(_Section):
     template: str | None = Field(None, description="thinking, a path to a .jinja file, or null: the tokenizer's own")
     kwargs: dict[str, Any] = Field({}, description="template variables; a row's chat_template_kwargs win over them")
     date: datetime.date = Field(datetime.date(2026, 1, 1), description="what the template sees as today")
-    thinking: Literal["keep", "drop", "only_last"] = Field(
-        "keep", description="only_last: trained in its turn, gone from the history of turns after the next user turn"
+    thinking: Literal["keep", "drop", "only_last", "inline"] = Field(
+        "keep",
+        description="only_last: trained in its turn, gone from the history of turns after the next user turn; "
+        "inline: written into the answer between <think> tags, for templates that know no reasoning_content",
     )
     empty_thinking: Literal["as_served", "trained", "masked"] = Field(
         "as_served", description="an empty think block: trained where the model writes it, or always, or never"

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from sft_core.data.decontamination import build_contamination
-from sft_core.data.report_prompts import build_report_prompts
+from sft_core.data.overlap.decontamination import build_contamination
+from sft_core.data.overlap.report_prompts import build_report_prompts
 from sft_core.pins import PinnedRecipe
 from sft_core.store import Needs, Part, Ref, Stage, Store
 from steps.cards import heading, table

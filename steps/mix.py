@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from sft_core.data.exclusions import REASONS
 from sft_core.data.mixture import AMOUNTS, Available, build_mixture, choose_rows, read_available, warnings
+from sft_core.data.overlap.exclusions import REASONS
 from sft_core.data.shares import normalised
 from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import requested_and_achieved

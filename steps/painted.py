@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from sft_core.data.decoded import Piece
+    from sft_core.data.proof.decoded import Piece
 
 TRAINED, MASKED, CONTROL = "green", "dim", "reverse"
 

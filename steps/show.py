@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from sft_core.data.decoded import DecodedRows, Vocabulary
+from sft_core.data.proof.decoded import DecodedRows, Vocabulary
 from sft_core.data.shards import TokenShards
 from sft_core.data.tokenizer import load_tokenizer
 from sft_core.data.tokens import EncodedRows

@@ -35,7 +35,7 @@ def build(rows: T):
 }
 DATA_BUILDERS = (
     *("sources", "rendering", "tokens"),
-    *("signatures", "deduplication", "report_prompts", "decontamination"),
+    *("overlap.signatures", "overlap.deduplication", "overlap.report_prompts", "overlap.decontamination"),
     *("mixture", "windows", "packing"),
 )
 SHAPE_BYTES = {"jinja2", "tokenizers", "datasketch", "xxhash"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sft_core.data import splits
-from sft_core.data.conversations import canonical
+from sft_core.data.formats.conversations import canonical
 from sft_core.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent

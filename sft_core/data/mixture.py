@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_core.data import splits
-from sft_core.data.exclusions import REASONS, left_out
+from sft_core.data.overlap.exclusions import REASONS, left_out
 from sft_core.data.shards import read_index
 from sft_core.data.shares import draw_tokens, fill, normalised, requested_rows
 

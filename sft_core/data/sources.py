@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from sft_core.data.conversations import canonical, row_id, to_json
+from sft_core.data.formats.conversations import canonical, row_id, to_json
+from sft_core.data.formats.json_files import RawRow, read_json
 from sft_core.data.hub_token import check_token
-from sft_core.data.json_files import RawRow, read_json
 from sft_core.data.rejects import Rejected, Rejects
 from sft_core.data.splits import prompt_hash
 

@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sft_core.data.formats.tools import is_written, leaves
 from sft_core.data.policy import RowPolicy
 from sft_core.data.rejects import Rejected
 from sft_core.data.served_turns import is_shown, next_header, served_turn
 from sft_core.data.templates import REASONING_KEYS, ChatTemplate, PreparedConversation
 from sft_core.data.thinking import THINKING_KEY, apply_policy, forget, history_start, trained_from
 from sft_core.data.tokenizer import any_of
-from sft_core.data.tools import is_written, leaves
 
 # Noncharacters of Unicode, free for a program's own use; one marks control tokens that somebody typed.
 _SENTINELS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
@@ -277,7 +277,7 @@ def _check_turn(prepared: PreparedConversation, message: dict[str, Any], said: s
         raise Rejected(
             "template_drops_thinking",
             f"{where}: the template leaves out the turn's reasoning_content; set chat_template.template: thinking, "
-            "chat_template.thinking: drop, or train on data without thinking",
+            "chat_template.thinking: inline (or drop), or train on data without thinking",
         )
     for part in _parts(message["content"]):
         if not is_said(part, (thinking,), ("content",)):

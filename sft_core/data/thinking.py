@@ -1,7 +1,8 @@
 """What becomes of a turn's thinking: in the row that trains it, and in the history that later turns see.
 
 Policies: keep (as the data has it), drop (nobody thinks), only_last (a turn is trained with its thinking, but what
-was thought before the last user turn is gone from its history, as a server that drops old thinking shows it).
+was thought before the last user turn is gone from its history, as a server that drops old thinking shows it), inline
+(each answer begins with its thinking between tags, in its content: for templates that know no thinking of their own).
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ _WINDOW = 256  # characters that are looked at before a turn
 
 
 def apply_policy(conversation: dict[str, Any], policy: str) -> dict[str, Any]:
-    """The conversation without thinking where the policy is `drop`. Raises Rejected for a turn that only thinks."""
+    """The conversation without thinking where the policy is `drop`, with it in the answers where that is `inline`.
+
+    Raises Rejected for a turn that only thinks, where the policy is `drop`.
+    """
     messages = conversation["messages"]
-    if policy != "drop" or not any(THINKING_KEY in message for message in messages):
+    if policy not in ("drop", "inline") or not any(THINKING_KEY in message for message in messages):
         return conversation
+    if policy == "inline":
+        return {**conversation, "messages": [_inline(message) for message in messages]}
     for index, message in enumerate(messages):
         if THINKING_KEY in message and not message["content"] and "tool_calls" not in message:
             raise Rejected("empty_assistant_turn", f"messages[{index}] says nothing without its thinking")
@@ -55,6 +61,16 @@ def trained_from(text: str, prompt_end: int, end: int, policy: str) -> int:
         block = _EMPTY_AT_END.search(text, before, prompt_end)
         return block.start() if block else prompt_end
     return prompt_end
+
+
+def _inline(message: dict[str, Any]) -> dict[str, Any]:
+    thought, content = message.get(THINKING_KEY, "").strip(), message["content"]
+    if not thought:
+        return _without(message)
+    block = f"<think>\n{thought}\n</think>\n\n"
+    if isinstance(content, list):
+        return {**_without(message), "content": [{"type": "text", "text": block}, *content]}
+    return {**_without(message), "content": block + content}
 
 
 def _without(message: dict[str, Any]) -> dict[str, Any]:

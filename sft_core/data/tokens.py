@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_core.data.policy import RowPolicy
-from sft_core.data.proof import MaskProof
+from sft_core.data.proof.mask import MaskProof
 from sft_core.data.rendering import chat_template
 from sft_core.data.sharding import Shard, build_shards, plan_shards, shard_folder, total
 from sft_core.data.shards import INDEX, TOKENS, TokenRow

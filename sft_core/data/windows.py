@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_core.data.policy import RowPolicy
-from sft_core.data.proof import MaskProof
+from sft_core.data.proof.mask import MaskProof
 from sft_core.data.rejects import Rejected
 from sft_core.data.rendering import RENDERED, add_row, chat_template, make_renderer
 from sft_core.data.sharding import Shard, build_shards, plan_shards, shard_folder, total

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from sft_core.data.policy import RowPolicy
-from sft_core.data.proof import MaskProof
+from sft_core.data.proof.mask import MaskProof
 from sft_core.data.rejects import Rejected
 from sft_core.data.rendering import chat_template, make_renderer
 from sft_core.data.spans import RenderedRow, Renderer

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sft_core.data.conversations import canonical
+from sft_core.data.formats.conversations import canonical
 from sft_core.data.rejects import Rejected
 from sft_core.data.spans import RenderedRow, Renderer
 from sft_core.data.templates import TemplateError

@@ -29,7 +29,7 @@ PARTS = [
 ]
 ROLES = ["user", "user", "assistant", "assistant", "assistant", "tool", "system"]
 POLICIES = {
-    "thinking": st.sampled_from(["keep", "drop", "only_last"]),
+    "thinking": st.sampled_from(["keep", "drop", "only_last", "inline"]),
     "empty_thinking": st.sampled_from(["as_served", "trained", "masked"]),
     "served_prefix": st.sampled_from(["tokens", "text"]),
     "loss_scope": st.sampled_from(["assistant", "assistant", "completion", "all"]),

@@ -130,6 +130,37 @@ def test_thinking_only_last_without_old_thinking_is_one_row(thinking):
     assert trained(thinking, conversation, thinking="only_last") == expected
 
 
+@pytest.mark.parametrize("name", ["chatml", "llama3", "qwen2_5", "olmo2"])
+def test_thinking_inline_is_trained_by_a_template_that_knows_none(name: str):
+    chat, conversation = family(name), talk(*THINKS)
+    assert chat.outcome(conversation) == "template_drops_thinking"
+    stop = chat.vocabulary.eos_token
+    ((first, second),) = trained(chat, conversation, thinking="inline")
+    assert first.strip() == f"{thought('T1')}A1{stop}"
+    assert second.strip() == f"{thought('T2')}A2{stop}"
+    (row,) = chat.with_policy(thinking="inline").rows(conversation)
+    assert thought("T1") in row.text[: row.spans[1][0]], "the history is what was said"
+
+
+def test_thinking_inline_of_parts_and_of_turns_that_do_not_think():
+    parts = [{"type": "text", "text": "A1"}]
+    conversation = own(user("Q1"), {**assistant("", " T1\n"), "content": parts}, user("Q2"), assistant("A2"))
+    chat = family("thinking")
+    assert trained(chat, conversation, thinking="inline") == [[f"{thought('T1')}A1{STOP}", f"A2{STOP}"]]
+    assert trained(chat, own(*PLAIN), thinking="inline") == trained(chat, own(*PLAIN))
+
+
+def test_thinking_inline_tags_are_control_tokens_of_a_vocabulary_that_has_them():
+    chat = family("chatml")
+    vocabulary_of_tags = vocabulary([*CHATML, *TAGS], eos=STOP)
+    tagged = Chat(vocabulary_of_tags, chat.source).with_policy(thinking="inline")
+    conversation = talk(user("Q <think>"), assistant("A </think>", "T1"))
+    rows = tagged.rows(conversation)
+    (row,) = tagged.proved(conversation, rows)
+    ids = row.input_ids.tolist()
+    assert [ids.count(vocabulary_of_tags.convert_tokens_to_ids(tag)) for tag in TAGS[:2]] == [1, 1]
+
+
 # Empty think blocks
 
 

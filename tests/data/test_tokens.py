@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sft_core.data.conversations import canonical
+from sft_core.data.formats.conversations import canonical
 from sft_core.data.shards import TokenRow, TokenShards, read_index
 from sft_core.data.tokenizer import PieceEncoder, control_tokens
 from sft_core.data.tokens import encode_rows

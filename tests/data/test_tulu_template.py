@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sft_core.data.conversations import canonical
+from sft_core.data.formats.conversations import canonical
 from sft_core.data.templates import ChatTemplate, TemplateError
 from tests.data.conftest import ROOT
 

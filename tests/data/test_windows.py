@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_core.data.conversations import canonical
+from sft_core.data.formats.conversations import canonical
 from sft_core.data.packing import PackPlan
 from sft_core.data.shards import TokenShards, read_index, read_windows
 from sft_core.data.spans import RenderedRow

@@ -29,6 +29,13 @@ def changed(project: Project, *arguments: str, recipe: dict | None = None) -> di
     return dict(names(project.builds()[before:]))
 
 
+def planned(project: Project, *arguments: str, recipe: str = "recipe.yaml") -> dict[str, int]:
+    """What a run would build, by `sft plan`: without running it."""
+    stages = json.loads(project.sft("plan", recipe, "--json", *arguments))
+    missing = [stage for stage in stages if stage["status"] != "hit"]
+    return {f"{stage['stage']} {stage['name']}".replace(",", " ").removesuffix(" -"): 1 for stage in missing}
+
+
 def test_first_run_builds_everything_once_and_prints_the_table(finished: Project) -> None:
     branches = {f"{stage} {source}": 1 for stage in BRANCH for source in ("checksum_think", "checksum_no_think")}
     first = names(finished.builds()[: len(branches) + len(MIXED_ON) + 1])
@@ -46,15 +53,19 @@ def test_second_run_and_runtime_changes_build_nothing(finished: Project) -> None
 
 
 def test_learning_rate_rebuilds_training_and_on(finished: Project) -> None:
-    assert changed(finished, "--set", "training.learning_rate=2e-3") == TRAINED_ON
+    assert planned(finished, "--set", "training.learning_rate=2e-3") == TRAINED_ON
 
 
 def test_weight_and_one_more_source_rebuild_the_mixture_and_on_but_no_tokens(finished: Project) -> None:
     recipe = copy.deepcopy(RECIPE)
     recipe["dataset_mixture"]["datasets"][0]["weight"] = 0.5
-    assert changed(finished, recipe=recipe) == MIXED_ON
+    finished.write(recipe, "weight.yaml")
+    assert planned(finished, recipe="weight.yaml") == MIXED_ON
     recipe["dataset_mixture"]["datasets"].append({"name": "copy", "path": str(DATA / "copy_no_think.jsonl")})
-    assert changed(finished, recipe=recipe) == {**{f"{stage} copy": 1 for stage in BRANCH}, **MIXED_ON}
+    expected = {**{f"{stage} copy": 1 for stage in BRANCH}, **MIXED_ON}
+    finished.write(recipe, "changed.yaml")
+    assert planned(finished, recipe="changed.yaml") == expected
+    assert changed(finished, recipe=recipe) == expected
 
 
 @pytest.fixture
@@ -68,7 +79,7 @@ def copied(finished: Project, tmp_path: Path) -> Project:
 def test_changed_module_rebuilds_its_stage_and_a_comment_nothing(copied: Project) -> None:
     module = copied.source / "sft_core" / "data" / "mixture.py"
     module.write_text("# A comment changes nothing.\n" + module.read_text())
-    assert changed(copied) == {}
+    assert planned(copied) == {}
     text = module.read_text()
     assert '"weight": source["weight"],' in text
     module.write_text(text.replace('"weight": source["weight"],', '"weight": source["weight"], "extra": 1,'))

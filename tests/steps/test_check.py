@@ -12,8 +12,8 @@ import pytest
 from rich.text import Text
 
 from sft_core.data import tokens
-from sft_core.data.decoded import Piece
-from sft_core.data.proof import MaskProofFailed
+from sft_core.data.proof.decoded import Piece
+from sft_core.data.proof.mask import MaskProofFailed
 from sft_core.data.shards import read_index
 from sft_core.data.tokens import EncodedRows
 from sft_core.pins import pin

@@ -16,12 +16,12 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sft_core.data import json_files
-from sft_core.data.json_files import read_json
+from sft_core.data.formats import json_files
+from sft_core.data.formats.json_files import read_json
 from sft_core.data.rejects import Rejected
 from tests.hub_server import HubServer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ROWS = [{"text": f"é🙂 {number}", "n": [number, -1.5e3]} for number in range(5)]
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from sft_core.data.columns import json_list
+from sft_core.data.formats.columns import json_list
 from sft_core.data.rejects import Rejected
 
 _SCHEMA_KEYS = ("input_schema", "inputSchema")  # Anthropic's and MCP's names for `parameters`

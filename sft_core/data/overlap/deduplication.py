@@ -24,14 +24,14 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from sft_core.data import splits
+from sft_core.data.overlap.signatures import gram_sets, similarity
+from sft_core.data.overlap.stored_rows import read_column, read_places
+from sft_core.data.overlap.words import excerpt, turns
 from sft_core.data.sharding import shard_folders
 from sft_core.data.shards import read_index
-from sft_core.data.signatures import gram_sets, similarity
-from sft_core.data.stored_rows import read_column, read_places
-from sft_core.data.words import excerpt, turns
 
 if TYPE_CHECKING:
-    from sft_core.data.candidates import Candidates, Signatures
+    from sft_core.data.overlap.candidates import Candidates, Signatures
     from sft_core.store import Build
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def _near(build: Build, sources: list[str], rows: _Rows, ngram: int, threshold: 
 
 
 def _signatures(build: Build, sources: list[str], rows: _Rows) -> Signatures:
-    from sft_core.data.candidates import Signatures  # compiled code, which takes a second to load
+    from sft_core.data.overlap.candidates import Signatures  # compiled code, which takes a second to load
 
     files: list[np.ndarray] = []
     part, place = np.empty(len(rows), np.int32), rows.place.copy()

@@ -10,7 +10,7 @@ import json
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
-from sft_core.data.decoded import MARK
+from sft_core.data.proof.decoded import MARK
 
 _MOST_FORMS = 8  # of a shape; one that no row has had for long makes room
 _FOUND = ("user", "tool")  # whose texts a form has holes for; others' may be left out of the history

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from sft_core.data import spans, tokens
-from sft_core.data.proof import MaskProofFailed
+from sft_core.data.proof.mask import MaskProofFailed
 from sft_core.data.spans import RenderedRow, Renderer
 from sft_core.data.tokens import EncodedRows
 from sft_core.store import Store
 from steps.render import RENDERED
 from steps.tokenize import TOKENS
 from tests.data.families import assistant, talk, user
-from tests.data.spoiled import (
+from tests.data.proof.spoiled import (
     START,
     STOP,
     TURNS,

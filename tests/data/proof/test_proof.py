@@ -14,7 +14,7 @@ import pytest
 
 from sft_core.data.tokens import EncodedRows
 from tests.data.families import assistant, family, talk, user
-from tests.data.spoiled import (
+from tests.data.proof.spoiled import (
     BEFORE,
     BLOCKS,
     START,

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sft_core.data.decoded import MARK, DecodedRows, Piece, Turn, Vocabulary
-from sft_core.data.forms import Forms, Texts
+from sft_core.data.formats.tools import is_written, leaves
 from sft_core.data.policy import RowPolicy
-from sft_core.data.serving import Server
+from sft_core.data.proof.decoded import MARK, DecodedRows, Piece, Turn, Vocabulary
+from sft_core.data.proof.forms import Forms, Texts
+from sft_core.data.proof.serving import Server
+from sft_core.data.proof.talk import Talk, spoken, thinking
 from sft_core.data.shards import TokenRow
-from sft_core.data.talk import Talk, spoken, thinking
 from sft_core.data.templates import ChatTemplate, TemplateError
-from sft_core.data.tools import is_written, leaves
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sft_core.data.proof import MaskProofFailed
+from sft_core.data.proof.mask import MaskProofFailed
 from sft_core.data.rejects import Rejected
 from sft_core.data.tokens import encode_rows
 from tests.data.families import CHATML, TAGS, Chat, assistant, call, result, system, talk, tool, user, vocabulary
-from tests.data.spoiled import (
+from tests.data.proof.spoiled import (
     BLOCKS,
     START,
     STOP,
@@ -153,6 +153,7 @@ POLICIES = [
     {},
     {"thinking": "drop"},
     {"thinking": "only_last"},
+    {"thinking": "inline"},
     {"empty_thinking": "masked"},
     {"empty_thinking": "trained"},
 ]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_core.data.conversations import canonical, row_id
+from sft_core.data.formats.conversations import canonical, row_id
 from sft_core.data.rejects import Rejected
 from sft_core.data.splits import prompt_hash
 

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_core.data import splits
+from sft_core.data.overlap.stored_rows import count_row_groups, read_column, read_groups, read_places
+from sft_core.data.overlap.words import HashedTurns, excerpt, folded_words, hash_turns, ngrams, turns
 from sft_core.data.sharding import Shard, build_shards, plan_shards, shard_folders, total
-from sft_core.data.stored_rows import count_row_groups, read_column, read_groups, read_places
-from sft_core.data.words import HashedTurns, excerpt, folded_words, hash_turns, ngrams, turns
 
 if TYPE_CHECKING:
     from sft_core.store import Build

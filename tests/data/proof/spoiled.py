@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sft_core.data.proof import MaskProof, MaskProofFailed
+from sft_core.data.proof.mask import MaskProof, MaskProofFailed
 from sft_core.data.spans import RenderedRow
 from sft_core.data.tokenizer import stop_tokens as all_stop_tokens
 from sft_core.data.tokens import EncodedRows, encode_rows
@@ -20,7 +20,7 @@ from tests.data.families import CHATML, TAGS, Chat, assistant, call, result, sys
 from tests.data.rows import columns
 
 STOP, START = "<|im_end|>", "<|im_start|>"
-THINKING = (Path(__file__).parents[2] / "configs" / "templates" / "thinking.jinja").read_text()
+THINKING = (Path(__file__).parents[3] / "configs" / "templates" / "thinking.jinja").read_text()
 # As Qwen3's: the rendered turn always has a think block, of which only a prompt without thinking holds an empty one.
 BLOCKS = """{%- for m in messages -%}{{- '<|im_start|>' ~ m.role ~ '\n' -}}
 {%- if m.role == 'assistant' -%}{{- '<think>\n' ~ (m.reasoning_content or '') ~ '\n</think>\n\n' -}}{%- endif -%}

@@ -9,8 +9,8 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from sft_core.data.decoded import Vocabulary
 from sft_core.data.policy import RowPolicy
+from sft_core.data.proof.decoded import Vocabulary
 from sft_core.data.templates import ChatTemplate
 
 _THINKING = "reasoning_content"
@@ -67,13 +67,21 @@ class Server:
         """Without the thinking that the policy forgets: all of it, or what precedes the turn's last user."""
         messages, kwargs = conversation["messages"], conversation.get("kwargs", {})
         users = [number for number in range(turn) if messages[number]["role"] == "user"]
-        forgotten = {"keep": 0, "drop": len(messages), "only_last": users[-1] if users else 0}[self._policy.thinking]
-        if self._policy.thinking == "drop" and any(_THINKING in message for message in messages):
+        last_user = users[-1] if users else 0
+        policy = self._policy.thinking
+        forgotten = {"keep": 0, "drop": len(messages), "only_last": last_user, "inline": len(messages)}[policy]
+        if policy == "drop" and any(_THINKING in message for message in messages):
             kwargs = {**kwargs, "enable_thinking": False}
         shown = [
             {key: value for key, value in message.items() if key != _THINKING or number >= forgotten}
             for number, message in enumerate(messages)
         ]
+        if policy == "inline":
+            for message, said in zip(shown, messages, strict=True):
+                if thought := said.get(_THINKING, "").strip():
+                    block, content = f"<think>\n{thought}\n</think>\n\n", message["content"]
+                    parts = isinstance(content, list)
+                    message["content"] = [{"type": "text", "text": block}, *content] if parts else block + content
         return self._template.prepare(shown, tools=conversation.get("tools"), kwargs=kwargs)
 
     def _without_control(self, conversation: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -15,18 +15,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_core.data.candidates import Signatures, rows_a_band
-from sft_core.data.deduplication import verified
-from sft_core.data.minhash import sign
+from sft_core.data.overlap.candidates import Signatures, rows_a_band
+from sft_core.data.overlap.deduplication import verified
+from sft_core.data.overlap.minhash import sign
+from sft_core.data.overlap.signatures import gram_sets, similarity
+from sft_core.data.overlap.words import Turn, exact_digest, hash_turns, ngrams, turns, words
 from sft_core.data.shards import read_index
-from sft_core.data.signatures import gram_sets, similarity
 from sft_core.data.sources import accept
-from sft_core.data.words import Turn, exact_digest, hash_turns, ngrams, turns, words
 from steps.deduplicate import DUPLICATES, SIGNATURES
 from steps.mix import MIXTURE
 from steps.tokenize import TOKENS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 VOCABULARY = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in ("l", "m", "n", "rt", "ss")]
 Duplicates = Callable[..., tuple[list[dict[str, Any]], dict[str, Any]]]
 

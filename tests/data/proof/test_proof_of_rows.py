@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sft_core.data.decoded import DecodedRows, Vocabulary
-from sft_core.data.proof import MaskProofFailed
+from sft_core.data.proof.decoded import DecodedRows, Vocabulary
+from sft_core.data.proof.mask import MaskProofFailed
 from sft_core.data.tokens import EncodedRows, encode_rows
 from tests.data.families import assistant, call, result, system, talk, user
-from tests.data.rows import columns
-from tests.data.spoiled import (
+from tests.data.proof.spoiled import (
     BEFORE,
     START,
     STOP,
@@ -31,6 +30,7 @@ from tests.data.spoiled import (
     spoiled,
     without,
 )
+from tests.data.rows import columns
 from tests.data.test_rendering import CHATML as PLAIN
 from tests.data.test_rendering import REWRITES
 

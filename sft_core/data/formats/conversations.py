@@ -14,11 +14,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from sft_core.data.blocks import read_content
-from sft_core.data.columns import json_list
+from sft_core.data.formats.blocks import read_content
+from sft_core.data.formats.columns import json_list
+from sft_core.data.formats.tools import tool_calls, tool_definitions
+from sft_core.data.formats.turn_training import training_choice
 from sft_core.data.rejects import Rejected
-from sft_core.data.tools import tool_calls, tool_definitions
-from sft_core.data.turn_training import training_choice
 
 ROLES = ("system", "user", "assistant", "tool")
 _ROLE_NAMES = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sft_core.data.conversations import canonical, row_id, to_json
+from sft_core.data.formats.conversations import canonical, row_id, to_json
 from sft_core.data.rejects import Rejected
 
 USER = {"role": "user", "content": "Hello"}
