@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from sft_core.data.word_cache import WordCache, cuts_at_words, settings, split_words
+from sft_core.data.word_cache import WordCache, cuts_at_words, first_word, settings, split_words
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -97,7 +97,7 @@ class PieceEncoder:
         before, after: without control tokens, which are borders in any case.
         """
         if self._text_only.cuts_at_words:
-            before, after = split_words(before)[-1], split_words(after)[0]  # all that can be one with the other
+            before, after = split_words(before)[-1], first_word(after)  # all that can be one with the other
         return self._is_boundary(before, after)
 
     @functools.lru_cache(maxsize=10_000)  # noqa: B019  (an encoder lives as long as its process's work)

@@ -54,6 +54,14 @@ BEFORE = (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+")
 split_words = _WORD.findall  # of a text without added tokens
 
 
+def first_word(text: str) -> str:
+    """Raises ValueError for an empty text."""
+    found = _WORD.match(text)
+    if found is None:
+        raise ValueError("an empty text has no words")
+    return found[0]
+
+
 class WordCache:
     """Encodes texts by `encode`, which is asked for each distinct word of theirs.
 
@@ -80,14 +88,11 @@ class WordCache:
         return encoded + self._joined(cut)
 
     def _cut(self, text: str) -> list[str]:
-        if self._added is None or not self._added.search(text):
-            return split_words(text)
-        words: list[str] = []
-        for place, part in enumerate(self._added.split(text)):
-            if place % 2:
-                words.append(part)
-            else:
-                words += split_words(part)
+        parts = self._added.split(text) if self._added else [text]
+        words = split_words(parts[0])
+        for token, part in zip(parts[1::2], parts[2::2], strict=True):
+            words.append(token)
+            words += split_words(part)
         return words
 
     def _joined(self, cut: list[list[str]]) -> list[bytes]:
