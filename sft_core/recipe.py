@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -268,7 +268,7 @@ class Evaluation(_Section):
 class Runtime(_Section):
     """Where and how it runs. Never part of an identity: a change rebuilds nothing."""
 
-    store: str = "store"
+    store: str = Field("store", description="a folder, or a URL as s3://bucket/prefix")
     num_processes: PositiveInt = Field(1, description="training ranks on this machine")
     num_threads: PositiveInt | None = Field(None, description="CPU threads a rank; default: cores / ranks")
     num_workers: PositiveInt | None = Field(None, description="processes that render and tokenize; default: cores")
@@ -276,6 +276,14 @@ class Runtime(_Section):
     save_steps: PositiveInt = Field(50, description="optimizer steps between checkpoints")
     logging_steps: PositiveInt = 5
     report_to: tuple[str, ...] = Field((), description="trackers of transformers.Trainer, for example wandb")
+
+    @field_validator("store")
+    @classmethod
+    def _without_credentials(cls, store: str) -> str:
+        if "://" in store and ("@" in store or "?" in store):
+            # Not a word of it: the message goes into logs.
+            raise ValueError("found a URL with credentials or a query; credentials come from the environment")
+        return store
 
 
 class Recipe(_Section):

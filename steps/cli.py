@@ -97,7 +97,7 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
 @main.command()
 @click.argument("a")
 @click.argument("b")
-@click.option("--store", "root", default="store", show_default=True, help="The store, for outputs.")
+@click.option("--store", "root", default="store", show_default=True, help="The store, a folder or a URL, for outputs.")
 def explain(a: str, b: str, root: str) -> None:
     """Why two outputs (stage/key) or the outputs of two recipes have different keys.
 
@@ -188,7 +188,7 @@ def check(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: b
 
 @main.command()
 @click.argument("ref", required=False)
-@click.option("--store", "root", default="store", show_default=True, help="The store.")
+@click.option("--store", "root", default="store", show_default=True, help="The store: a folder or a URL.")
 def verify(ref: str | None, root: str) -> None:
     """Compare the files of an output, or of every output, with the digests in its manifest.
 
@@ -204,7 +204,7 @@ def verify(ref: str | None, root: str) -> None:
     faults = []
     for one in tqdm(refs, unit=" outputs", disable=None):
         try:
-            store.verify(one)
+            store.verify(one, remote=True)
         except CorruptOutput as fault:
             faults.append(str(fault))
     click.echo("\n".join([*faults, f"{len(refs)} outputs verified, {len(faults)} damaged"]))
@@ -288,7 +288,7 @@ def store() -> None:
 
 
 @store.command("list")
-@click.option("--store", "root", default="store", show_default=True, help="The store.")
+@click.option("--store", "root", default="store", show_default=True, help="The store: a folder or a URL.")
 def list_outputs(root: str) -> None:
     """Every output with its size and when it was last used.
 
@@ -310,7 +310,7 @@ def list_outputs(root: str) -> None:
 
 @store.command()
 @click.argument("refs", nargs=-1)
-@click.option("--store", "root", default="store", show_default=True, help="The store.")
+@click.option("--store", "root", default="store", show_default=True, help="The store: a folder or a URL.")
 @click.option("--unused-for", "days", type=float, default=30.0, show_default=True, help="Days without use.")
 @click.option("--delete", is_flag=True, help="Remove them; without it, only show what would go.")
 def gc(refs: tuple[str, ...], root: str, days: float, delete: bool) -> None:
@@ -328,6 +328,8 @@ def gc(refs: tuple[str, ...], root: str, days: float, delete: bool) -> None:
     left = [] if refs else [path for path in opened.abandoned() if path.stat().st_mtime < old]
     sizes = {str(ref): opened.num_bytes(ref) for ref in chosen}
     sizes |= {f"{path.name} (unfinished)": _folder_bytes(path) for path in left}
+    there = [] if refs or not opened.remote else [one for one in opened.remote.leftovers() if one.last_used < old]
+    sizes |= {f"{one.path} (unfinished)": one.num_bytes for one in there}
     for name, size in sizes.items():
         click.echo(f"{'removed' if delete else 'would remove'} {name}  {_size(size)}")
     if delete:
@@ -335,13 +337,16 @@ def gc(refs: tuple[str, ...], root: str, days: float, delete: bool) -> None:
             opened.remove(ref)
         for path in left:
             shutil.rmtree(path)
+        for one in there:
+            assert opened.remote is not None
+            opened.remote.remove_leftover(one)
     click.echo(f"{len(sizes)} outputs, {_size(sum(sizes.values()))}" + ("" if delete else "; add --delete to remove"))
 
 
 def _existing_store(root: str) -> Store:
-    from sft_core.store import Store
+    from sft_core.store import Store, is_url
 
-    if not Path(root).expanduser().is_dir():
+    if not is_url(root) and not Path(root).expanduser().is_dir():
         raise FileNotFoundError(f"--store: found {root!r}; no such folder (looked in {Path.cwd()})")
     return Store(root)
 

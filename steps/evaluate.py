@@ -113,8 +113,8 @@ def _count(store: Store, pinned: PinnedRecipe, task: str) -> int | None:
 def _prompt_hashes(store: Store, pinned: PinnedRecipe, task: str) -> np.ndarray | None:
     located = store.locate(CONVERSATIONS, pinned, {"source": task})
     if located.status == "hit" and located.ref is not None:
-        path = store.path(located.ref) / "conversations.parquet"
-        return pq.read_table(path, columns=["prompt_hash"])["prompt_hash"].to_numpy()
+        with store.open(located.ref, "conversations.parquet") as file:
+            return pq.read_table(file, columns=["prompt_hash"])["prompt_hash"].to_numpy()
     dataset = pinned.recipe.dataset(task)
     if not dataset.paths:
         return None

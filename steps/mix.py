@@ -136,12 +136,12 @@ def planned_shares(store: Store, pinned: PinnedRecipe) -> tuple[list[tuple[Any, 
 def _known_available(
     store: Store, pinned: PinnedRecipe, section: dict[str, Any], seen: dict[Any, Any]
 ) -> dict[str, Available | None]:
-    """What each source has to draw from; None where a stage that says so is not built."""
+    """What each source has to draw from; None where a stage that says so is not built, or not on this machine."""
     inputs: dict[str, Path] = {}
     missing = set()
     for name, (stage, part) in _needs(pinned, {}).items():
         located = store.locate(stage, pinned, part, seen)
-        if located.status == "hit" and located.ref is not None:
+        if located.status == "hit" and located.ref is not None and store.is_here(located.ref):
             inputs[name] = store.path(located.ref)
         else:
             missing.add(name)

@@ -13,6 +13,8 @@ RANKS = {
     "sft_core.recipe": 0,
     "sft_core.code": 0,
     "sft_core.lifetime": 0,
+    "sft_core.manifest": 0,
+    "sft_core.remote": 0,
     "sft_core.store": 0,
     "sft_core.report": 0,
     "sft_core.data": 1,
@@ -73,9 +75,11 @@ def test_report_sees_plain_numbers_only():
 
 
 def test_store_and_recipe_know_none_of_the_project_but_code():
-    bottom = ("sft_core.recipe", "sft_core.code", "sft_core.store")
+    bottom = [f"sft_core.{name}" for name in ("recipe", "code", "manifest", "remote", "store")]
     pairs = [(a, b) for a, b in found(late=True) if a in bottom]
-    assert {b for _, b in pairs if b.startswith("sft_core")} == {"sft_core.code.code_digest"}
+    known = {b.rpartition(".")[0] for _, b in pairs if b.startswith("sft_core")}
+    assert known == {"sft_core.code", "sft_core.manifest", "sft_core.remote"}
+    assert "sft_core.remote.Remote" not in {b for _, b in found(late=False)}  # a folder store loads no fsspec
 
 
 def test_metaflow_is_imported_by_the_flow_and_in_steps_functions_only():
