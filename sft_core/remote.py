@@ -107,8 +107,9 @@ class Remote:
             there: dict[tuple[str, str], float] = {}
             used: dict[tuple[str, str], float] = {}
             for path, info in self._find("outputs").items():
-                stage, key, name = path.split("/")
-                (there if name == _MANIFEST else used)[stage, key] = _modified(info)
+                *ref, name = path.split("/")
+                if len(ref) == 2 and name in (_MANIFEST, _USED):  # consoles leave objects that stand for folders
+                    (there if name == _MANIFEST else used)[ref[0], ref[1]] = _modified(info)
             self._listed = {ref: max(written, used.get(ref, 0.0)) for ref, written in there.items()}
         return self._listed
 
@@ -162,7 +163,7 @@ class Remote:
     def publish(self, ref: Ref, folder: Path, files: dict[str, dict[str, Any]], digest: str) -> bool:
         """Uploads an output, manifest last. False when another builder's manifest is there: that one stands."""
         data = self._data(ref, digest)
-        wanted = [Transfer(str(folder / name), f"{data}/{name}", entry["bytes"]) for name, entry in files.items()]
+        wanted = [Transfer(f"{folder}/{name}", f"{data}/{name}", entry["bytes"]) for name, entry in files.items()]
         self._move(f"upload {ref}", wanted, self._fs.put_file)
         with self._reached():
             try:
@@ -179,7 +180,7 @@ class Remote:
     def download(self, ref: Ref, folder: Path, files: dict[str, dict[str, Any]], digest: str) -> None:
         """The files of an output into a folder, as they are: the caller compares them with the manifest."""
         data = self._data(ref, digest)
-        wanted = [Transfer(f"{data}/{name}", str(folder / name), entry["bytes"]) for name, entry in files.items()]
+        wanted = [Transfer(f"{data}/{name}", f"{folder}/{name}", entry["bytes"]) for name, entry in files.items()]
         self._fetch(f"download {ref}", wanted)
 
     def touch(self, ref: Ref) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -255,8 +256,10 @@ def test_manifest_that_cannot_be_read_is_corrupt_and_can_be_removed(machine: Cal
     store = machine("two")
     bucket, prefix = store.address.split("/")[2], "some/prefix/outputs"
     server.client.put_object(Bucket=bucket, Key=f"{prefix}/{ref}/manifest.json", Body=b"{")
+    server.client.put_object(Bucket=bucket, Key=f"{prefix}/folder/")  # as consoles make them
     with pytest.raises(CorruptOutput, match=rf"{ref}: manifest\.json cannot be read"):
         store.manifest(ref)
+    assert store.refs() == [ref]
     store.remove(ref)
     machine("three").ensure(PAIR, toy())
     assert store.manifest(ref)["ref"] == list(ref)
@@ -367,6 +370,22 @@ def test_kept_checkpoint_that_is_torn_is_passed_over(
         store.ensure(STEPPED, toy())
     assert store.manifest(ref)["counts"]["found"] == ["checkpoint-1"]
     assert "kept=checkpoints/checkpoint-2 is damaged and passed over" in caplog.text
+    assert kept(server, store) == []
+
+
+def test_checkpoint_that_goes_while_it_is_uploaded_is_not_kept(machine: Callable, server: ObjectServer, tmp_path: Path):
+    store, folder = machine("one"), tmp_path / "out" / "checkpoint-1"
+    folder.mkdir(parents=True)
+    for name in ("weights.bin", "digests.json"):
+        (folder / name).write_text("{}")
+    server.hold = "PUT .*weights"
+    keeping = threading.Thread(target=store.remote.keep, args=("toy-0", tmp_path / "out", folder))
+    keeping.start()
+    wait_for(lambda: server.num_held)
+    shutil.rmtree(folder)
+    server.hold = ""
+    keeping.join()
+    assert any("weights" in one.path for one in server.requests if one.method == "DELETE")
     assert kept(server, store) == []
 
 
