@@ -269,7 +269,10 @@ class Runtime(_Section):
     """Where and how it runs. Never part of an identity: a change rebuilds nothing."""
 
     store: str = Field("store", description="a folder, or a URL as s3://bucket/prefix")
-    num_processes: PositiveInt = Field(1, description="training ranks on this machine")
+    num_processes: PositiveInt = Field(1, description="training ranks: this machine's GPUs")
+    distributed: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
+        "ddp", description="how ranks share the model: configs/accelerate/*.yaml"
+    )
     num_threads: PositiveInt | None = Field(None, description="CPU threads a rank; default: cores / ranks")
     num_workers: PositiveInt | None = Field(None, description="processes that render and tokenize; default: cores")
     eval_batch_size: PositiveInt = 32
@@ -305,10 +308,10 @@ class Recipe(_Section):
             for name in getattr(self.evaluation, key) or ():
                 if name not in self.sources:
                     raise ValueError(f"evaluation.{key}: found {name!r}; it is no source{_nearest(name, self.sources)}")
-        if self.training.global_batch_size % self.runtime.num_processes:
+        if self.training.global_batch_size % self.runtime.num_ranks:
             raise ValueError(
-                f"training.global_batch_size: found {self.training.global_batch_size}; it is a multiple of "
-                f"runtime.num_processes ({self.runtime.num_processes}), so that every rank gets as many packs"
+                f"training.global_batch_size: found {self.training.global_batch_size}; it is a multiple of the ranks "
+                f"(runtime.num_processes * num_nodes, {self.runtime.num_ranks}), so that each gets as many packs"
             )
         if self.packing.over_long == "split" and self.training.loss_scope == "all":
             raise ValueError("packing.over_long: found 'split'; training.loss_scope all knows no turns to cut at")

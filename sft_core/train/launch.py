@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from sft_core.data.over_long import windows_of
 from sft_core.lifetime import die_with_parent
+from sft_core.train.strategy import environment
 
 if TYPE_CHECKING:
+    from sft_core.recipe import Runtime
     from sft_core.store import Build
 
 
@@ -36,7 +38,9 @@ def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str,
     }
     path = build.out / "logs" / "job.json"
     path.write_text(json.dumps(settings, indent=1))
-    run_ranks(path, num_processes=runtime.num_processes, num_threads=num_threads, out=build.out)
+    run(path, [*torchrun(runtime), "-m", "sft_core.train.main"], variables(settings["runtime"], build.out), build.out)
+    if job["training"]["lora"] is not None:
+        run(path, ["-m", "sft_core.train.merge"], variables(settings["runtime"], build.out, on_one=True), build.out)
     for leftover in ("checkpoints", "staging"):
         shutil.rmtree(build.out / leftover, ignore_errors=True)
     (build.out / "trainer.lock").unlink(missing_ok=True)
@@ -49,26 +53,38 @@ def token_folders(inputs: Mapping[str, Path], source: str) -> list[str]:
     return [str(inputs[name].resolve()) for name in (source, windows_of(source)) if name in inputs]
 
 
-def run_ranks(job: Path, *, num_processes: int, num_threads: int, out: Path) -> None:
-    """Runs the ranks under torchrun; their output goes to logs/train.log and to this process's own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    environment = {
+def torchrun(runtime: Runtime) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={runtime.num_processes}"]
+
+
+def variables(runtime: dict[str, Any], out: Path, *, on_one: bool = False) -> dict[str, str]:
+    """The environment of a rank, or of a process by itself that knows no other ranks."""
+    return {
         "TENSORBOARD_LOGGING_DIR": str((out / "logs" / "tensorboard").resolve()),
         **os.environ,
-        "OMP_NUM_THREADS": str(num_threads),
+        "OMP_NUM_THREADS": str(runtime["num_threads"]),
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait cost a shared machine most of its speed
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "TQDM_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",  # one for each call of DeepSpeed's
+        **({} if on_one else environment(runtime["distributed"])),
         **({} if _has_gpu() else {"DS_ACCELERATOR": "cpu"}),
     }
+
+
+def run(job: Path, command: list[str], variables: dict[str, str], out: Path) -> None:
+    """Runs Python in a process group of its own; its output goes to logs/train.log and to this process's own.
+
+    Raises RuntimeError with the error of the rank that failed first.
+    """
     process = subprocess.Popen(
-        [*command, "-m", "sft_core.train.main", str(job)],
+        [sys.executable, *command, str(job)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=environment,
+        env=variables,
         start_new_session=True,
         preexec_fn=die_with_parent,
     )

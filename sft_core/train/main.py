@@ -6,6 +6,7 @@ Reads shards and a plan, writes a checkpoint folder; knows neither the store nor
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -59,23 +60,24 @@ def train(job: dict[str, Any], out: Path) -> None:
     from sft_core.train.arguments import training_arguments
     from sft_core.train.checkpoints import latest
     from sft_core.train.collate import PackCollator
-    from sft_core.train.model import load_model, save_checkpoint
+    from sft_core.train.model import load_model, save_adapter, save_checkpoint, skeleton
     from sft_core.train.schedule import step_packs, training_flops
+    from sft_core.train.strategy import prepare_deepspeed
     from sft_core.train.trainer import LogFile, PackTrainer, discard_staged
 
+    prepare_deepspeed()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(job["runtime"]["num_threads"])
     training = job["training"]
-    model, tokenizer = load_model(**job["model"], tokenizer=job["tokenizer"], seed=training["seed"])
-    model.config.use_cache = False
+    shape = skeleton(**{name: job["model"][name] for name in ("path", "revision", "config", "trust_remote_code")})
     collator = PackCollator.open(Path(job["packs"]), [list(map(Path, folders)) for folders in job["tokens"]])
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(shape.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and collator.longest_document > context:
         raise ValueError(
             f"packing.max_length: a row has {collator.longest_document} tokens, and the model was made for {context} "
             "(max_position_embeddings); lower packing.max_length"
         )
-    linear, quadratic = training_flops(model)
+    linear, quadratic = training_flops(shape)
     schedule = step_packs(
         pack_costs(collator.plan.num_tokens, collator.plan.offsets, linear=linear, quadratic=quadratic),
         global_batch_size=training["global_batch_size"],
@@ -86,17 +88,25 @@ def train(job: dict[str, Any], out: Path) -> None:
     staging = out / "staging"
     if int(os.environ.get("RANK", "0")) == 0:
         discard_staged(staging)
+    load = functools.partial(load_model, **job["model"], tokenizer=job["tokenizer"], seed=training["seed"])
+    # Random weights come first: zero3 would draw other numbers for a rank's share of them. Those of a file come after
+    # the arguments, which tell transformers that each rank loads its share alone.
+    loaded = load() if job["model"]["config"] is not None else None
+    arguments = training_arguments(
+        training, num_steps=len(schedule), world_size=world_size, staging=str(staging), runtime=job["runtime"]
+    )
+    model, tokenizer = loaded or load()
+    model.config.use_cache = False
     trainer = PackTrainer(
         model=model,
-        args=training_arguments(
-            training, num_steps=len(schedule), world_size=world_size, staging=str(staging), runtime=job["runtime"]
-        ),
+        args=arguments,
         train_dataset=Dataset.from_dict({"pack": schedule.ravel()}),
         data_collator=collator,
         processing_class=tokenizer,
         peft_config=_lora(training["lora"], model, job["tokenizer"]["add_special_tokens"], tokenizer),
         callbacks=[LogFile(out / "logs" / "log.jsonl")],
         sources=job["sources"],
+        strategy=job["runtime"]["distributed"],
         folder=out / "checkpoints",
     )
     trainer.remove_callback(PrinterCallback)  # LogFile prints
@@ -104,8 +114,13 @@ def train(job: dict[str, Any], out: Path) -> None:
     if checkpoint is not None:
         log.info("resume checkpoint=%s", checkpoint.name)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all ranks together, on the first
     if trainer.accelerator.is_main_process:
-        save_checkpoint(trainer.accelerator.unwrap_model(trainer.model), tokenizer, job["chat_template"], out / "model")
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        if training["lora"] is not None:
+            save_adapter(trained, weights, tokenizer, out / "model" / "adapter")
+        else:
+            save_checkpoint(trained, tokenizer, job["chat_template"], out / "model", weights)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def skeleton(*, path: str | None, revision: str | None, config: dict[str, Any] | None, trust_remote_code: bool) -> Any:
+    """The start model without its weights, on torch's meta device: for its config and its number of parameters."""
+    settings = (
+        _random_config(config)
+        if config is not None
+        else AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
+    )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+
+
 def load_model(
     *,
     path: str | None,
@@ -38,11 +49,7 @@ def load_model(
     torch.manual_seed(seed)
     options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "attn_implementation": attn_implementation}
     if config is not None:
-        # The defaults of a model type are ids of another vocabulary: generation would stop at an ordinary token.
-        settings = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **config}
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(settings.pop("model_type"), **settings), **options
-        )
+        model = AutoModelForCausalLM.from_config(_random_config(config), **options)
     else:
         model = AutoModelForCausalLM.from_pretrained(
             str(path), revision=revision, use_safetensors=True, trust_remote_code=trust_remote_code, **options
@@ -53,6 +60,12 @@ def load_model(
         model.resize_token_embeddings(len(vocabulary), mean_resizing=config is None)
     agree_on_special_tokens(model, vocabulary, stop_tokens)
     return model, vocabulary
+
+
+def _random_config(config: dict[str, Any]) -> Any:
+    # The defaults of a model type are ids of another vocabulary: generation would stop at an ordinary token.
+    settings = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **config}
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
 def agree_on_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stop_tokens: list[str]) -> None:
@@ -74,17 +87,25 @@ def agree_on_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     model.generation_config = generation
 
 
-def save_checkpoint(model: Any, tokenizer: PreTrainedTokenizerFast, chat_template: str | None, folder: Path) -> None:
+def save_checkpoint(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    chat_template: str | None,
+    folder: Path,
+    weights: dict[str, Any] | None = None,
+) -> None:
     """A folder for AutoModelForCausalLM and AutoTokenizer, with the template that the rows were rendered with.
 
-    A LoRA model is merged into its base; the adapter by itself is kept under adapter/.
+    weights: all of the model's, where this rank holds but a share of them.
     """
-    if hasattr(model, "merge_and_unload"):
-        model.save_pretrained(folder / "adapter")
-        tokenizer.save_pretrained(folder / "adapter")
-        model = model.merge_and_unload()
     model.config.use_cache = True
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+
+
+def save_adapter(model: Any, weights: dict[str, Any], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """What LoRA trained, for peft's PeftModel."""
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from sft_core.train import checkpoints
 from sft_core.train.loss import LossBySource, trained_token_nll
+from sft_core.train.strategy import check_engaged
 
 KEEP_CHECKPOINTS = 2  # the newest, and one more in case that one is damaged
 
@@ -28,12 +29,13 @@ class PackTrainer(SFTTrainer):
     args.output_dir is where checkpoints are staged; whole ones are in `folder`.
     """
 
-    def __init__(self, *, sources: list[str], folder: Path, **kwargs: Any):
+    def __init__(self, *, sources: list[str], strategy: str, folder: Path, **kwargs: Any):
         super().__init__(**kwargs)
         if self.aux_loss_enabled:
             raise ValueError("the model wants a router loss (MoE), which is not trained here; set its coefficient to 0")
         self.model_accepts_loss_kwargs = True  # the count comes to compute_loss, whatever the model's forward takes
         self._sources = sources
+        self._strategy: str | None = strategy  # until it is seen at work
         self._folder = folder
         self._loss_by_source = LossBySource(len(sources))
         self._tokens_seen = 0
@@ -47,6 +49,9 @@ class PackTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         assert num_items_in_batch is not None and not return_outputs
+        if self._strategy is not None:
+            check_engaged(self._strategy, self.accelerator, model)
+            self._strategy = None
         fused = inputs["input_ids"].device.type == "cuda"
         nll_N, targets_N = trained_token_nll(model, inputs, fused_lm_head=fused)
         self._loss_by_source.add(nll_N, inputs["source"][0, targets_N])

@@ -50,6 +50,7 @@ def train_here(
 
     def run(recipe: dict[str, Any], out: Path | None = None) -> Run:
         from sft_core.train.main import train
+        from sft_core.train.merge import merge
 
         pinned, out = pin(parse_recipe(recipe)), out or tmp_path_factory.mktemp("trained")
         (out / "logs").mkdir(exist_ok=True)
@@ -63,6 +64,8 @@ def train_here(
             for name, value in group.items():
                 environment.setenv(name, str(value))
             train(job, out)
+        if job["training"]["lora"] is not None:
+            merge(job)
         return Run(pinned, out)
 
     return run

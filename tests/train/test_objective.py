@@ -15,12 +15,9 @@ from safetensors.torch import load_file
 from sft_core.data.balance import pack_costs
 from sft_core.data.packing import PackPlan
 from sft_core.data.shards import TokenShards
-from sft_core.pins import PinnedRecipe, pin
-from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.pins import PinnedRecipe
 from sft_core.train.model import load_model
 from sft_core.train.schedule import EMPTY, step_packs, training_flops
-from steps.train import TRAINED
 from tests.train.tiny import Run, tiny_recipe
 
 
@@ -146,23 +143,3 @@ def test_loss_turns_with_weights_count_by_them(
     assert weight < count
     assert total / weight != pytest.approx(unweighted_total / count, rel=1e-4)
     assert run.events[0]["loss"] == pytest.approx(total / weight, rel=1e-6)
-
-
-def test_curve_two_processes_equals_one(plain_run: Run, store: Store) -> None:
-    pinned = pin(parse_recipe(tiny_recipe(runtime={"num_processes": 2})))
-    ref = store.ensure(TRAINED, pinned, round=0)
-    run = Run(pinned, store.path(ref))
-    for of_two, of_one in zip(curve_of(run), curve_of(plain_run), strict=True):
-        assert of_two == pytest.approx(of_one, rel=1e-5)
-    one, two = (load_file(path / "model.safetensors") for path in (plain_run.model, run.model))
-    torch.testing.assert_close(two, one, atol=2e-5, rtol=1e-4)
-    counts = store.manifest(ref)["counts"]
-    assert counts == {
-        "round": 0,
-        "steps": 6,
-        "first_loss": run.events[0]["loss"],
-        "last_loss": run.events[-1]["loss"],
-    }
-    for name in ("copy_no_think", "checksum_think"):
-        assert run.events[0][f"loss/{name}"] == pytest.approx(plain_run.events[0][f"loss/{name}"], rel=1e-5)
-    assert sorted(path.name for path in run.folder.iterdir()) == ["logs", "manifest.json", "model"]
