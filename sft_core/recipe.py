@@ -53,7 +53,9 @@ class Model(_Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="the weights' dtype; bf16 autocast is training.bf16"
     )
-    attn_implementation: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = Field(
+        "auto", description="auto: flash attention on a GPU where its package is installed, else sdpa"
+    )
     trust_remote_code: bool = False
     add_special_tokens: tuple[str, ...] = Field((), description="tokens to add; the embedding grows with them")
     eos_token: str | None = Field(None, description="the token that ends a turn; default: the tokenizer's")
@@ -220,6 +222,9 @@ class Lora(_Section):
     lora_alpha: PositiveInt = 32
     lora_dropout: Share = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
+    use_dora: bool = Field(False, description="DoRA: magnitude and direction apart (arXiv 2402.09353)")
+    use_rslora: bool = Field(False, description="rsLoRA: scaled by alpha / sqrt(r) (arXiv 2312.03732)")
+    load_in_4bit: bool = Field(False, description="QLoRA: the base in NF4 while it trains (arXiv 2305.14314); a GPU")
 
 
 class Training(_Section):
@@ -239,7 +244,7 @@ class Training(_Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     bf16: bool = False
     gradient_checkpointing: bool = False
-    use_liger_kernel: bool = False
+    use_liger_kernel: bool | Literal["auto"] = Field("auto", description="auto: on a GPU")
     lora: Lora | None = None
     seed: int = 42
     extra: dict[str, Any] = Field({}, description="any other field of trl.SFTConfig")
@@ -277,6 +282,7 @@ class Runtime(_Section):
     num_workers: PositiveInt | None = Field(None, description="processes that render and tokenize; default: cores")
     eval_batch_size: PositiveInt = 32
     save_steps: PositiveInt = Field(50, description="optimizer steps between checkpoints")
+    keep_checkpoints: PositiveInt = Field(2, description="the newest ones that are kept while training")
     logging_steps: PositiveInt = 5
     report_to: tuple[str, ...] = Field((), description="trackers of transformers.Trainer, for example wandb")
 

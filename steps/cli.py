@@ -62,6 +62,7 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
     from sft_core.recipe import load_recipe
     from sft_core.report.tables import text_table
     from sft_core.store import Store
+    from sft_core.train.accelerator import lost_updates, unmet_demands
     from steps import pipeline
     from steps.evaluate import check_report_prompts, count_report_prompts
     from steps.mix import SHARES_HEADER, planned_shares
@@ -89,7 +90,7 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
         click.echo(f"unique report prompts a task: {min(known)} to {max(known)}")
     shares, problems = planned_shares(store, pinned)
     click.echo("\n" + text_table(SHARES_HEADER, shares))
-    for problem in problems:
+    for problem in [*problems, *filter(None, (unmet_demands(loaded), lost_updates(loaded)))]:
         click.echo(problem, err=True)
     pipeline.check_training(found, pinned)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import Recipe
 from sft_core.store import Located, Stage, Store
+from sft_core.train.accelerator import lost_updates, unmet_demands
 from sft_core.train.arguments import check_extra
 from steps.evaluate import check_report_prompts, count_report_prompts
 from steps.report import REPORT
 from steps.train import TRAINED
+
+log = logging.getLogger(__name__)
 
 
 def prepare(recipe: Recipe) -> PinnedRecipe:
@@ -23,12 +27,21 @@ def prepare(recipe: Recipe) -> PinnedRecipe:
     if any(located.status != "hit" for located in planned):
         store.check_writable()
     check_training(planned, pinned)
+    if trains(planned):
+        if unmet := unmet_demands(recipe):
+            raise ValueError(unmet)
+        if warning := lost_updates(recipe):
+            log.warning(warning)
     return pinned
+
+
+def trains(planned: list[Located]) -> bool:
+    return any(located.stage is TRAINED and located.status != "hit" for located in planned)
 
 
 def check_training(planned: list[Located], pinned: PinnedRecipe) -> None:
     """Raises ValueError for a wrong `training.extra`, if there is something to train: TRL takes seconds to import."""
-    if any(located.stage is TRAINED and located.status != "hit" for located in planned):
+    if trains(planned):
         check_extra(pinned.recipe.training.extra)
 
 

@@ -50,7 +50,7 @@ TRAINED = Stage(
     section=_section,
     places=_places,
     needs=_needs,
-    version=2,
+    version=3,
     resumable=True,
     verify_inputs=True,
 )

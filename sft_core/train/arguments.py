@@ -8,6 +8,8 @@ import math
 import typing
 from typing import TYPE_CHECKING, Any
 
+from sft_core.train.accelerator import liger
+
 if TYPE_CHECKING:
     from trl import SFTConfig
 
@@ -76,7 +78,7 @@ def training_arguments(
         bf16=training["bf16"],
         activation_checkpointing=training["gradient_checkpointing"],
         ddp_find_unused_parameters=False,
-        use_liger_kernel=training["use_liger_kernel"],
+        use_liger_kernel=liger(training["use_liger_kernel"]),
         seed=training["seed"],
         logging_steps=runtime["logging_steps"],
         logging_first_step=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -11,6 +12,22 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 _DIGESTS = "digests.json"
+
+
+def stop_request(out: Path) -> Path:
+    """The file by which a launcher asks its ranks to save and stop."""
+    return out / "stop-requested"
+
+
+def check_room(out: Path, num_bytes: int) -> None:
+    """Raises OSError when the disk has less than that many bytes left."""
+    free = shutil.disk_usage(out).free
+    if free < num_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"training needs {num_bytes / 1e9:.1f} GB for its checkpoints and the model, and the disk of {out} has "
+            f"{free / 1e9:.1f} GB left; free some (`sft store gc`), or lower runtime.keep_checkpoints",
+        )
 
 
 def publish(staged: Path, folder: Path, *, keep: int) -> Path:

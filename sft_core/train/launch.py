@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_core.data.over_long import windows_of
 from sft_core.lifetime import die_with_parent
+from sft_core.train.accelerator import has_gpu
+from sft_core.train.checkpoints import stop_request
 from sft_core.train.strategy import environment
 
 if TYPE_CHECKING:
@@ -27,7 +31,7 @@ def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str,
     runtime = build.runtime
     num_threads = runtime.num_threads or max(1, (os.cpu_count() or 1) // runtime.num_processes)
     (build.out / "logs").mkdir(exist_ok=True)
-    for stale in build.out.glob("error-rank*.txt"):
+    for stale in (*build.out.glob("error-rank*.txt"), *build.out.glob(stop_request(build.out).name)):
         stale.unlink()
     settings = {
         **job,
@@ -38,12 +42,14 @@ def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str,
     }
     path = build.out / "logs" / "job.json"
     path.write_text(json.dumps(settings, indent=1))
-    run(path, [*torchrun(runtime), "-m", "sft_core.train.main"], variables(settings["runtime"], build.out), build.out)
+    with sigterm_asks_to_stop(build.out):
+        run(path, [*torchrun(runtime), "-m", "sft_core.train.main"], settings["runtime"], build.out)
     if job["training"]["lora"] is not None:
-        run(path, ["-m", "sft_core.train.merge"], variables(settings["runtime"], build.out, on_one=True), build.out)
+        run(path, ["-m", "sft_core.train.merge"], {**settings["runtime"], "distributed": None}, build.out)
     for leftover in ("checkpoints", "staging"):
         shutil.rmtree(build.out / leftover, ignore_errors=True)
-    (build.out / "trainer.lock").unlink(missing_ok=True)
+    for leftover in ("trainer.lock", stop_request(build.out).name):
+        (build.out / leftover).unlink(missing_ok=True)
     events = [json.loads(line) for line in (build.out / "logs" / "log.jsonl").read_text().splitlines()]
     return {"round": round, "steps": events[-1]["of"], "first_loss": events[0]["loss"], "last_loss": events[-1]["loss"]}
 
@@ -53,12 +59,30 @@ def token_folders(inputs: Mapping[str, Path], source: str) -> list[str]:
     return [str(inputs[name].resolve()) for name in (source, windows_of(source)) if name in inputs]
 
 
+@contextlib.contextmanager
+def sigterm_asks_to_stop(out: Path) -> Iterator[None]:
+    """On SIGTERM (a machine that is taken back) the ranks save a checkpoint and end; a retry goes on from there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+
+    def ask(signum: int, frame: Any) -> None:
+        print("SIGTERM: the ranks save a checkpoint after this step, and end", flush=True)
+        stop_request(out).touch()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def torchrun(runtime: Runtime) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={runtime.num_processes}"]
 
 
-def variables(runtime: dict[str, Any], out: Path, *, on_one: bool = False) -> dict[str, str]:
-    """The environment of a rank, or of a process by itself that knows no other ranks."""
+def variables(runtime: dict[str, Any], out: Path) -> dict[str, str]:
+    """The environment of a rank. `distributed` None: of a process that knows no other ranks."""
     return {
         "TENSORBOARD_LOGGING_DIR": str((out / "logs" / "tensorboard").resolve()),
         **os.environ,
@@ -68,12 +92,12 @@ def variables(runtime: dict[str, Any], out: Path, *, on_one: bool = False) -> di
         "PYTHONUNBUFFERED": "1",
         "TQDM_DISABLE": "1",
         "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",  # one for each call of DeepSpeed's
-        **({} if on_one else environment(runtime["distributed"])),
-        **({} if _has_gpu() else {"DS_ACCELERATOR": "cpu"}),
+        **(environment(runtime["distributed"]) if runtime["distributed"] else {}),
+        **({} if has_gpu() else {"DS_ACCELERATOR": "cpu"}),
     }
 
 
-def run(job: Path, command: list[str], variables: dict[str, str], out: Path) -> None:
+def run(job: Path, command: list[str], runtime: dict[str, Any], out: Path) -> None:
     """Runs Python in a process group of its own; its output goes to logs/train.log and to this process's own.
 
     Raises RuntimeError with the error of the rank that failed first.
@@ -84,7 +108,7 @@ def run(job: Path, command: list[str], variables: dict[str, str], out: Path) -> 
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=variables,
+        env=variables(runtime, out),
         start_new_session=True,
         preexec_fn=die_with_parent,
     )
@@ -105,10 +129,6 @@ def run(job: Path, command: list[str], variables: dict[str, str], out: Path) -> 
         # The first to fail: the others then tell only of a lost connection to it.
         errors = sorted(out.glob("error-rank*.txt"), key=lambda path: path.stat().st_mtime_ns)
         raise RuntimeError(f"training failed (exit code {code}):\n{errors[0].read_text() if errors else ''.join(tail)}")
-
-
-def _has_gpu() -> bool:
-    return shutil.which("nvidia-smi") is not None or Path("/dev/kfd").exists()
 
 
 def _end(process: subprocess.Popen[str]) -> None:

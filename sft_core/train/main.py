@@ -20,6 +20,10 @@ from sft_core.lifetime import die_with_parent
 log = logging.getLogger(__name__)
 
 
+class Stopped(RuntimeError):
+    """Training ended before its last step because somebody asked for it."""
+
+
 def main(job_path: Path) -> None:
     die_with_parent()
     job = json.loads(job_path.read_text())
@@ -58,11 +62,11 @@ def train(job: dict[str, Any], out: Path) -> None:
 
     from sft_core.data.balance import pack_costs
     from sft_core.train.arguments import training_arguments
-    from sft_core.train.checkpoints import latest
+    from sft_core.train.checkpoints import check_room, latest, stop_request
     from sft_core.train.collate import PackCollator
     from sft_core.train.model import load_model, save_adapter, save_checkpoint, skeleton
     from sft_core.train.schedule import step_packs, training_flops
-    from sft_core.train.strategy import prepare_deepspeed
+    from sft_core.train.strategy import SHARED, prepare_deepspeed
     from sft_core.train.trainer import LogFile, PackTrainer, discard_staged
 
     prepare_deepspeed()
@@ -77,6 +81,8 @@ def train(job: dict[str, Any], out: Path) -> None:
             f"packing.max_length: a row has {collator.longest_document} tokens, and the model was made for {context} "
             "(max_position_embeddings); lower packing.max_length"
         )
+    if int(os.environ.get("RANK", "0")) == 0:
+        check_room(out, bytes_on_disk(shape.num_parameters(), training, keep=job["runtime"]["keep_checkpoints"]))
     linear, quadratic = training_flops(shape)
     schedule = step_packs(
         pack_costs(collator.plan.num_tokens, collator.plan.offsets, linear=linear, quadratic=quadratic),
@@ -88,7 +94,10 @@ def train(job: dict[str, Any], out: Path) -> None:
     staging = out / "staging"
     if int(os.environ.get("RANK", "0")) == 0:
         discard_staged(staging)
-    load = functools.partial(load_model, **job["model"], tokenizer=job["tokenizer"], seed=training["seed"])
+    in_4bit = training["lora"] is not None and training["lora"]["load_in_4bit"]
+    load = functools.partial(
+        load_model, **job["model"], tokenizer=job["tokenizer"], seed=training["seed"], load_in_4bit=in_4bit
+    )
     # Random weights come first: zero3 would draw other numbers for a rank's share of them. Those of a file come after
     # the arguments, which tell transformers that each rank loads its share alone.
     loaded = load() if job["model"]["config"] is not None else None
@@ -108,13 +117,18 @@ def train(job: dict[str, Any], out: Path) -> None:
         sources=job["sources"],
         strategy=job["runtime"]["distributed"],
         folder=out / "checkpoints",
+        keep=job["runtime"]["keep_checkpoints"],
     )
     trainer.remove_callback(PrinterCallback)  # LogFile prints
     checkpoint = latest(out / "checkpoints")
     if checkpoint is not None:
         log.info("resume checkpoint=%s", checkpoint.name)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all ranks together, on the first
+    step = trainer.state.global_step
+    if stop_request(out).exists() and step < len(schedule):
+        raise Stopped(f"stopped at step {step} of {len(schedule)}, as asked; its checkpoint is whole: a retry goes on")
+    is_shared = job["runtime"]["distributed"] in SHARED  # then all ranks gather the weights, for the first
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_shared else None
     if trainer.accelerator.is_main_process:
         trained = trainer.accelerator.unwrap_model(trainer.model)
         if training["lora"] is not None:
@@ -123,6 +137,15 @@ def train(job: dict[str, Any], out: Path) -> None:
             save_checkpoint(trained, tokenizer, job["chat_template"], out / "model", weights)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def bytes_on_disk(num_parameters: int, training: dict[str, Any], *, keep: int) -> int:
+    """At most what checkpoints and the model take: fp32 weights and AdamW's two moments, 12 bytes a parameter.
+
+    One more checkpoint than are kept is there while it is staged. LoRA's are left out: they are small.
+    """
+    checkpoint = 0 if training["lora"] is not None else 12 * num_parameters
+    return checkpoint * (keep + 1) + 4 * num_parameters
 
 
 def _lora(lora: dict[str, Any] | None, model: Any, added: list[str], tokenizer: Any) -> Any:
@@ -141,9 +164,10 @@ def _lora(lora: dict[str, Any] | None, model: Any, added: list[str], tokenizer: 
         else:
             extra["modules_to_save"] = [embedding, head]
     target = lora["target_modules"]
+    settings = {name: value for name, value in lora.items() if name != "load_in_4bit"}
     return LoraConfig(
         task_type="CAUSAL_LM",
-        **{**lora, "target_modules": target if isinstance(target, str) else list(target)},
+        **{**settings, "target_modules": target if isinstance(target, str) else list(target)},
         **extra,
     )
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from sft_core.data.tokenizer import load_tokenizer
+from sft_core.train.accelerator import attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,15 +41,22 @@ def load_model(
     trust_remote_code: bool,
     tokenizer: dict[str, Any],
     seed: int,
+    load_in_4bit: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The start model and its tokenizer, agreeing on size and end token.
 
     With `config` the weights are random and a function of the seed; so are the rows of added tokens.
-    Weights are safetensors only. Raises OSError or ValueError for what cannot be loaded.
+    Weights are safetensors only. load_in_4bit: in NF4 with double quantization, as QLoRA trains over them.
+    Raises OSError or ValueError for what cannot be loaded.
     """
     vocabulary = load_tokenizer(**tokenizer)
     torch.manual_seed(seed)
-    options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "attn_implementation": attn_implementation}
+    options = {
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "attn_implementation": attention(attn_implementation),
+    }
+    if load_in_4bit:
+        options |= {"quantization_config": _nf4(), "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))}}
     if config is not None:
         model = AutoModelForCausalLM.from_config(_random_config(config), **options)
     else:
@@ -60,6 +69,15 @@ def load_model(
         model.resize_token_embeddings(len(vocabulary), mean_resizing=config is None)
     agree_on_special_tokens(model, vocabulary, stop_tokens)
     return model, vocabulary
+
+
+def _nf4() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def _random_config(config: dict[str, Any]) -> Any:
@@ -105,7 +123,7 @@ def save_checkpoint(
     tokenizer.save_pretrained(folder)
 
 
-def save_adapter(model: Any, weights: dict[str, Any], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_adapter(model: Any, weights: dict[str, Any] | None, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """What LoRA trained, for peft's PeftModel."""
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "accelerate"
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
-_ZERO_STAGES = {"zero2": 2, "zero3": 3}
+SHARED = ("fsdp2", "zero3")  # a rank holds but a share of the parameters
 # Names that accelerate's launcher does not derive from its keys (accelerate 1.15, utils/launch.py).
 _DEEPSPEED = {
     "zero_stage": "ZERO_STAGE",

@@ -18,25 +18,25 @@ from sft_core.train import checkpoints
 from sft_core.train.loss import LossBySource, trained_token_nll
 from sft_core.train.strategy import check_engaged
 
-KEEP_CHECKPOINTS = 2  # the newest, and one more in case that one is damaged
-
 
 class PackTrainer(SFTTrainer):
     """The objective is L = -1/W * sum of w * log p over the trained tokens of the global batch (all ranks, all
     accumulated micro-batches), where W is the sum of their weights w, so that neither ranks nor accumulation change
     the result. A token's weight is its turn's, 1 unless the data says otherwise: then W is the number of tokens.
 
-    args.output_dir is where checkpoints are staged; whole ones are in `folder`.
+    args.output_dir is where checkpoints are staged; whole ones are in `folder`, the newest `keep` of them.
     """
 
-    def __init__(self, *, sources: list[str], strategy: str, folder: Path, **kwargs: Any):
+    def __init__(self, *, sources: list[str], strategy: str, folder: Path, keep: int, **kwargs: Any):
         super().__init__(**kwargs)
         if self.aux_loss_enabled:
             raise ValueError("the model wants a router loss (MoE), which is not trained here; set its coefficient to 0")
         self.model_accepts_loss_kwargs = True  # the count comes to compute_loss, whatever the model's forward takes
         self._sources = sources
         self._strategy: str | None = strategy  # until it is seen at work
-        self._folder = folder
+        self._folder, self._keep = folder, keep
+        self._stop = StopRequest(folder.parent)
+        self.add_callback(self._stop)
         self._loss_by_source = LossBySource(len(sources))
         self._tokens_seen = 0
         self._last_log = time.monotonic()
@@ -61,8 +61,12 @@ class PackTrainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: Any) -> torch.Tensor:
         """The sum of the trained tokens' weights over the global batch: what the Trainer counts, with weights."""
-        weights = torch.stack([batch["weights"].sum(dtype=torch.float64) for batch in batch_samples]).sum().to(device)
-        total = self.accelerator.gather(weights).sum().float()
+        weights = torch.stack([batch["weights"].sum(dtype=torch.float64) for batch in batch_samples]).sum()
+        # Whether to stop goes along: the ranks must agree on the step after which they do.
+        own = torch.stack([weights, torch.tensor(float(self._stop.is_asked()), dtype=torch.float64)])
+        total, num_asked = self.accelerator.gather(own[None].to(device)).sum(dim=0)
+        self._stop.is_agreed = bool(num_asked)
+        total = total.float()
         return torch.where(total == 0, 1.0, total)  # a batch that trains nothing has loss 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -85,8 +89,23 @@ class PackTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             staged = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            checkpoints.publish(staged, self._folder, keep=KEEP_CHECKPOINTS)
+            checkpoints.publish(staged, self._folder, keep=self._keep)
         self.accelerator.wait_for_everyone()
+
+
+class StopRequest(TrainerCallback):
+    """Saves a checkpoint and stops after the step in which a rank saw the launcher's request (a SIGTERM)."""
+
+    def __init__(self, out: Path):
+        self._path = checkpoints.stop_request(out)
+        self.is_agreed = False
+
+    def is_asked(self) -> bool:
+        return self._path.exists()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.is_agreed:
+            control.should_save = control.should_training_stop = True
 
 
 class LogFile(TrainerCallback):
