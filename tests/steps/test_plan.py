@@ -90,7 +90,18 @@ def test_plan_one_more_source_adds_only_its_branch(built_recipe, planned):
     assert after["conversations", "sort_no_think"][1] == "build"
 
 
-RUNTIME = ("num_processes=2", "num_threads=3", "num_workers=1", "eval_batch_size=5", "save_steps=7", "logging_steps=9")
+RUNTIME = (
+    "num_processes=2",
+    "num_nodes=2",
+    "launcher=gang",
+    "distributed=zero3",
+    "keep_checkpoints=3",
+    "num_threads=3",
+    "num_workers=1",
+    "eval_batch_size=5",
+    "save_steps=7",
+    "logging_steps=9",
+)
 
 
 def test_plan_runtime_changes_nothing(built_recipe, planned):
