@@ -314,10 +314,10 @@ class Recipe(_Section):
             for name in getattr(self.evaluation, key) or ():
                 if name not in self.sources:
                     raise ValueError(f"evaluation.{key}: found {name!r}; it is no source{_nearest(name, self.sources)}")
-        if self.training.global_batch_size % self.runtime.num_ranks:
+        if self.training.global_batch_size % self.runtime.num_processes:
             raise ValueError(
-                f"training.global_batch_size: found {self.training.global_batch_size}; it is a multiple of the ranks "
-                f"(runtime.num_processes * num_nodes, {self.runtime.num_ranks}), so that each gets as many packs"
+                f"training.global_batch_size: found {self.training.global_batch_size}; it is a multiple of "
+                f"runtime.num_processes ({self.runtime.num_processes}), so that every rank gets as many packs"
             )
         if self.packing.over_long == "split" and self.training.loss_scope == "all":
             raise ValueError("packing.over_long: found 'split'; training.loss_scope all knows no turns to cut at")

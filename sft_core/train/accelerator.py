@@ -41,8 +41,8 @@ def liger(asked: bool | str) -> bool:
 
 
 def unmet_demands(recipe: Recipe) -> str | None:
-    """What this machine cannot do, where it is the one that trains."""
-    if recipe.runtime.launcher != "local" or has_gpu():
+    """What this machine, which trains, cannot do."""
+    if has_gpu():
         return None
     lora = recipe.training.lora
     demands = {

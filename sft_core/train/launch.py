@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -18,12 +19,15 @@ from typing import TYPE_CHECKING, Any
 from sft_core.data.over_long import windows_of
 from sft_core.lifetime import die_with_parent
 from sft_core.train.accelerator import has_gpu
-from sft_core.train.checkpoints import stop_request
+from sft_core.train.checkpoints import numbered, stop_request
 from sft_core.train.strategy import environment
 
 if TYPE_CHECKING:
     from sft_core.recipe import Runtime
     from sft_core.store import Build
+
+log = logging.getLogger(__name__)
+KEEP_S = 2.0  # between looks for a new checkpoint
 
 
 def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str, Any]:
@@ -42,7 +46,7 @@ def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str,
     }
     path = build.out / "logs" / "job.json"
     path.write_text(json.dumps(settings, indent=1))
-    with sigterm_asks_to_stop(build.out):
+    with sigterm_asks_to_stop(build.out), kept_checkpoints(build):
         run(path, [*torchrun(runtime), "-m", "sft_core.train.main"], settings["runtime"], build.out)
     if job["training"]["lora"] is not None:
         run(path, ["-m", "sft_core.train.merge"], {**settings["runtime"], "distributed": None}, build.out)
@@ -57,6 +61,37 @@ def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str,
 def token_folders(inputs: Mapping[str, Path], source: str) -> list[str]:
     """Where the source's rows are, in the order in which a plan numbers them: its tokens, and its windows if any."""
     return [str(inputs[name].resolve()) for name in (source, windows_of(source)) if name in inputs]
+
+
+@contextlib.contextmanager
+def kept_checkpoints(build: Build) -> Iterator[None]:
+    """Whole checkpoints go where the loss of this machine does not reach them, while the ranks train on."""
+    if build.upload is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def keep_newest() -> None:
+        kept: Path | None = None
+        while True:
+            is_last = ended.wait(KEEP_S)  # before the look: what stands there when the ranks have ended is kept too
+            newest = numbered(build.out / "checkpoints")[-1:]
+            if newest and newest[0] != kept:
+                try:
+                    build.keep(newest[0])
+                    kept = newest[0]
+                except OSError as error:
+                    log.warning("checkpoint=%s could not be kept: %s", newest[0].name, error)
+            if is_last:
+                return
+
+    thread = threading.Thread(target=keep_newest)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextlib.contextmanager

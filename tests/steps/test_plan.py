@@ -92,8 +92,6 @@ def test_plan_one_more_source_adds_only_its_branch(built_recipe, planned):
 
 RUNTIME = (
     "num_processes=2",
-    "num_nodes=2",
-    "launcher=gang",
     "distributed=zero3",
     "keep_checkpoints=3",
     "num_threads=3",

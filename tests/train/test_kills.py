@@ -166,7 +166,7 @@ def test_other_number_of_ranks_goes_on_with_the_same_stream(
 
 
 LAUNCHER = """
-import json, logging, sys
+import json, sys
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
@@ -175,17 +175,19 @@ Store(sys.argv[1]).ensure(TRAINED, pin(parse_recipe(json.loads(sys.argv[2]))), r
 """
 
 
-def test_sigterm_saves_and_a_retry_goes_on_to_the_same_bits(
-    store: Store, start: Callable[[Path, int], Attempt], tmp_path: Path
+def test_sigterm_saves_and_another_machine_goes_on_to_the_same_bits(
+    start: Callable[[Path, int], Attempt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = {**RECIPE, "runtime": {**RECIPE["runtime"], "save_steps": 1000}}
-    pinned = pin(parse_recipe(recipe))
-    store.ensure(PACKED, pinned)
-    located = store.locate(TRAINED, pinned, {"round": 0})
+    pinned, url = pin(parse_recipe(recipe)), f"file://{tmp_path}/bucket"
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "one"))
+    here = Store(url)
+    here.ensure(PACKED, pinned)
+    located = here.locate(TRAINED, pinned, {"round": 0})
     assert located.ref is not None
-    log = store.scratch(located.ref) / "logs" / "train.log"
+    log = here.scratch(located.ref) / "logs" / "train.log"
     launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(store.root), json.dumps(recipe)],
+        [sys.executable, "-c", LAUNCHER, url, json.dumps(recipe)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -199,12 +201,14 @@ def test_sigterm_saves_and_a_retry_goes_on_to_the_same_bits(
     assert launcher.returncode == 1
     (stopped,) = set(re.findall(rf"stopped at step (\d+) of {NUM_STEPS}, as asked", output))
     assert 1 <= int(stopped) < NUM_STEPS
-    assert [path.name for path in numbered(store.scratch(located.ref) / "checkpoints")] == [f"checkpoint-{stopped}"]
+    assert [path.name for path in numbered(here.scratch(located.ref) / "checkpoints")] == [f"checkpoint-{stopped}"]
 
     assert start(tmp_path / "whole", 1).wait(120)
-    ref = store.ensure(TRAINED, pinned, round=0)
-    steps = steps_of((store.path(ref) / "logs" / "train.log").read_text())
-    assert steps == list(range(1, NUM_STEPS + 1)), "no step was made twice"
-    weights = load_file(store.path(ref) / "model" / "model.safetensors")
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "two"))
+    there = Store(url)
+    ref = there.ensure(TRAINED, pinned, round=0)
+    steps = steps_of((there.path(ref) / "logs" / "train.log").read_text())
+    assert steps == list(range(int(stopped) + 1, NUM_STEPS + 1)), "no step was made twice"
+    weights = load_file(there.path(ref) / "model" / "model.safetensors")
     expected = load_file(tmp_path / "whole" / "model" / "model.safetensors")
     assert all(weights[name].equal(expected[name]) for name in expected)
