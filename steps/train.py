@@ -18,6 +18,7 @@ from steps.cards import chart, facts
 from steps.pack import PACKED, rows_to_pack
 
 REFRESH_S = 3.0
+MEASURED = (("TFLOP/s a rank", "tflops_per_s", 3), ("MFU", "mfu", 3), ("memory, GiB", "memory_gib", 2))
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
@@ -80,6 +81,7 @@ def card(folder: Path) -> list[Any]:
         "gradient norm": f"{last.get('grad_norm', float('nan')):.3g}",
         "learning rate": f"{last.get('learning_rate', 0.0):.3g}",
         "tokens/s": f"{sum(speeds) / len(speeds):,.0f}",
+        **{name: f"{last[key]:.{digits}f}" for name, key, digits in MEASURED if key in last},
     }
     return [*facts("Training", shown), chart(loss_curve(seen))]
 

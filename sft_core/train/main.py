@@ -118,6 +118,7 @@ def train(job: dict[str, Any], out: Path) -> None:
         strategy=job["runtime"]["distributed"],
         folder=out / "checkpoints",
         keep=job["runtime"]["keep_checkpoints"],
+        flops=(linear, quadratic),
     )
     trainer.remove_callback(PrinterCallback)  # LogFile prints
     checkpoint = latest(out / "checkpoints")

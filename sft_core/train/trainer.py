@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from sft_core.train import checkpoints
 from sft_core.train.loss import LossBySource, trained_token_nll
+from sft_core.train.speed import batch_flops, peak_flops_per_s, peak_memory_gib
 from sft_core.train.strategy import check_engaged
 
 
@@ -25,9 +26,12 @@ class PackTrainer(SFTTrainer):
     the result. A token's weight is its turn's, 1 unless the data says otherwise: then W is the number of tokens.
 
     args.output_dir is where checkpoints are staged; whole ones are in `folder`, the newest `keep` of them.
+    flops: (linear, quadratic) as schedule.training_flops gives them, for the speed that is logged.
     """
 
-    def __init__(self, *, sources: list[str], strategy: str, folder: Path, keep: int, **kwargs: Any):
+    def __init__(
+        self, *, sources: list[str], strategy: str, folder: Path, keep: int, flops: tuple[float, float], **kwargs: Any
+    ):
         super().__init__(**kwargs)
         if self.aux_loss_enabled:
             raise ValueError("the model wants a router loss (MoE), which is not trained here; set its coefficient to 0")
@@ -38,6 +42,7 @@ class PackTrainer(SFTTrainer):
         self._stop = StopRequest(folder.parent)
         self.add_callback(self._stop)
         self._loss_by_source = LossBySource(len(sources))
+        self._flops, self._flops_done = flops, 0.0
         self._tokens_seen = 0
         self._last_log = time.monotonic()
 
@@ -56,6 +61,7 @@ class PackTrainer(SFTTrainer):
         nll_N, targets_N = trained_token_nll(model, inputs, fused_lm_head=fused)
         self._loss_by_source.add(nll_N, inputs["source"][0, targets_N])
         self._tokens_seen += inputs["input_ids"].numel()
+        self._flops_done += batch_flops(inputs["position_ids"], *self._flops)
         # DDP averages over ranks, and num_items_in_batch sums over all of them: the product restores the sum.
         return (nll_N * inputs["weights"][0, targets_N]).sum() / num_items_in_batch * self.accelerator.num_processes
 
@@ -73,8 +79,17 @@ class PackTrainer(SFTTrainer):
         if "loss" in logs:
             means, counts = self._loss_by_source.take(self._sum_over_ranks)
             seconds = time.monotonic() - self._last_log
-            tokens = self._sum_over_ranks(torch.tensor([float(self._tokens_seen)], device=self.args.device)).item()
-            self._tokens_seen, self._last_log = 0, time.monotonic()
+            own = torch.tensor(
+                [float(self._tokens_seen), self._flops_done], dtype=torch.float64, device=self.args.device
+            )
+            tokens, flops = self._sum_over_ranks(own).tolist()
+            self._tokens_seen, self._flops_done, self._last_log = 0, 0.0, time.monotonic()
+            flops_per_s = flops / seconds / self.accelerator.num_processes
+            logs["tflops_per_s"] = float(f"{flops_per_s / 1e12:.4g}")  # of a rank
+            if peak := peak_flops_per_s(self.args.device):
+                logs["mfu"] = round(flops_per_s / peak, 4)
+            memory = torch.tensor([peak_memory_gib(self.args.device)], dtype=torch.float64, device=self.args.device)
+            logs["memory_gib"] = round(self.accelerator.gather(memory).max().item(), 3)
             logs["tokens_per_s"] = round(tokens / seconds, 1)
             logs["trained_tokens_per_s"] = round(sum(counts) / seconds, 1)
             logs |= {f"loss/{name}": mean for name, mean, n in zip(self._sources, means, counts, strict=True) if n}
@@ -131,7 +146,7 @@ class LogFile(TrainerCallback):
             event = {"step": state.global_step, "of": state.max_steps, **logs}
             with self._path.open("a") as file:
                 file.write(json.dumps(event) + "\n")
-            shown = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "trained_tokens_per_s")
+            shown = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "trained_tokens_per_s", "mfu", "memory_gib")
             values = " ".join(f"{name}={float(logs[name]):.4g}" for name in shown if name in logs)
             print(f"step={state.global_step}/{state.max_steps} {values}", flush=True)
 

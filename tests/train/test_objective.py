@@ -92,6 +92,14 @@ def test_curve_one_process_equals_the_reference(plain_run: Run, reference: Any) 
         torch.testing.assert_close(values, weights[name], atol=2e-5, rtol=1e-4)
 
 
+def test_log_tells_speed_and_memory(plain_run: Run) -> None:
+    for event in plain_run.events:
+        assert event["tflops_per_s"] > 0
+        assert 0.1 < event["memory_gib"] < 16
+        assert "mfu" not in event, "nobody knows the peak of a CPU"
+        assert {"grad_norm", "tokens_per_s", "trained_tokens_per_s", "loss/copy_no_think"} <= set(event)
+
+
 def test_batch_first_is_the_one_of_packs_of_like_cost(
     train_here: Callable[..., Run], make_job: Callable[[PinnedRecipe, Path], dict[str, Any]]
 ) -> None:
