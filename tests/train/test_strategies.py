@@ -1,10 +1,13 @@
 """One recipe by several strategies: the same curve, gradients and weights; one that is not engaged is told."""
 
 import json
+import multiprocessing
 import random
+import socket
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,6 +17,7 @@ from sft_core.data.shards import read_index
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
+from sft_core.train.loss import trained_token_nll
 from sft_core.train.strategy import CONFIGS, STRATEGIES, WrongStrategy, check_engaged, environment
 from steps.pack import PACKED
 from steps.tokenize import TOKENS
@@ -125,3 +129,78 @@ def test_check_engaged_tells_a_plain_model_from_the_strategies() -> None:
     for strategy in ("fsdp2", "zero2", "zero3"):
         with pytest.raises(WrongStrategy, match=f"asked for {strategy}"):
             check_engaged(strategy, alone, torch.nn.Linear(2, 2))
+
+
+def sharded_rank(rank: int, port: int, job: dict[str, Any], schedule: list[list[int]], out: str) -> None:
+    """SGD over the schedule by torch's fully_shard, our loss and our data; rank 0 writes losses and weights."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    from sft_core.train.collate import PackCollator
+    from sft_core.train.loss import trained_token_nll
+    from sft_core.train.model import load_model
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=job["training"]["seed"])
+    collator = PackCollator.open(Path(job["packs"]), [list(map(Path, folders)) for folders in job["tokens"]])
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for packs in schedule:
+        batches = [collator([{"pack": pack}]) for pack in packs[rank::2]]
+        count = torch.stack([batch["weights"].sum() for batch in batches]).sum()
+        dist.all_reduce(count)
+        loss = torch.zeros(())
+        for batch in batches:
+            nll_N, _ = trained_token_nll(model, batch)
+            part = nll_N.sum() / count * 2  # fully_shard averages over the ranks, as DDP does
+            part.backward()
+            loss += part.detach() / 2
+        dist.all_reduce(loss)
+        losses.append(float(loss))
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {name: value.full_tensor() for name, value in model.state_dict().items()}
+    if rank == 0:
+        torch.save({"losses": losses, "weights": weights}, out)
+    dist.destroy_process_group()
+
+
+def test_fsdp2_by_torch_itself_equals_one_rank(one: Run, make_job: Any, tmp_path: Path) -> None:
+    from sft_core.train.collate import PackCollator
+    from sft_core.train.model import load_model
+
+    job = make_job(one.pinned, tmp_path)
+    collator = PackCollator.open(Path(job["packs"]), [list(map(Path, folders)) for folders in job["tokens"]])
+    schedule = np.random.default_rng(0).permutation(len(collator.plan))[:24].reshape(6, 4).tolist()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    out = str(tmp_path / "sharded.pt")
+    ranks = [context.Process(target=sharded_rank, args=(rank, port, job, schedule, out)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+
+    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=job["training"]["seed"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for packs in schedule:
+        batches = [collator([{"pack": pack}]) for pack in packs]
+        count = sum(float(batch["weights"].sum()) for batch in batches)
+        parts = [trained_token_nll(model, batch)[0].sum() / count for batch in batches]
+        torch.stack(parts).sum().backward()
+        losses.append(float(sum(part.item() for part in parts)))
+        optimizer.step()
+        optimizer.zero_grad()
+    for rank in ranks:
+        rank.join(120)
+        assert rank.exitcode == 0
+    found = torch.load(out)
+    assert found["losses"] == pytest.approx(losses, rel=1e-5)
+    assert losses[-1] < losses[0] - 0.1
+    torch.testing.assert_close(found["weights"], model.state_dict(), atol=1e-6, rtol=1e-4)
