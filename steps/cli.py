@@ -92,6 +92,8 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
     click.echo("\n" + text_table(SHARES_HEADER, shares))
     for problem in [*problems, *filter(None, (unmet_demands(loaded), lost_updates(loaded)))]:
         click.echo(problem, err=True)
+    if estimate := pipeline.estimated(store, pinned, found):
+        click.echo(f"\n{estimate}")
     pipeline.check_training(found, pinned)
 
 

@@ -12,6 +12,7 @@ from sft_core.store import Located, Stage, Store
 from sft_core.train.accelerator import lost_updates, unmet_demands
 from sft_core.train.arguments import check_extra
 from steps.evaluate import check_report_prompts, count_report_prompts
+from steps.pack import PACKED
 from steps.report import REPORT
 from steps.train import TRAINED
 
@@ -43,6 +44,27 @@ def check_training(planned: list[Located], pinned: PinnedRecipe) -> None:
     """Raises ValueError for a wrong `training.extra`, if there is something to train: TRL takes seconds to import."""
     if trains(planned):
         check_extra(pinned.recipe.training.extra)
+
+
+def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> str | None:
+    """What training takes of a GPU, in a line; None when there is nothing to train. Imports torch and transformers."""
+    if not trains(planned):
+        return None
+    from sft_core.data.packing import PackPlan
+    from sft_core.train.estimate import estimate, told
+    from sft_core.train.model import skeleton
+
+    model = pinned.recipe.model
+    if model.config is None and pinned.pins["model"] is None:
+        return None  # named as unresolved already
+    loader = pinned.model_loader
+    try:
+        shape = skeleton(**{name: loader[name] for name in ("path", "revision", "config", "trust_remote_code")})
+    except (OSError, ValueError) as error:
+        return f"no estimate of memory: the model's config cannot be read ({str(error).splitlines()[0]})"
+    packed = next(located for located in planned if located.stage is PACKED)
+    plan = PackPlan.read(store.path(packed.ref)) if packed.status == "hit" and packed.ref else None
+    return told(estimate(pinned.recipe, shape, plan), pinned.recipe)
 
 
 def plan(store: Store, pinned: PinnedRecipe) -> list[Located]:

@@ -57,7 +57,7 @@ def unmet_demands(recipe: Recipe) -> str | None:
     asked = [name for name, is_asked in demands.items() if is_asked]
     if not asked:
         return None
-    return f"{'; '.join(asked)}: needs a GPU, and this machine has none; set it otherwise (auto, sdpa, false, ddp)"
+    return f"{'; '.join(asked)}: needs a GPU, and this machine has none; to train here set it otherwise"
 
 
 def lost_updates(recipe: Recipe) -> str | None:

@@ -28,13 +28,20 @@ def step_packs(
     """
     num_packs = len(costs)
     steps_per_epoch = math.ceil(num_packs / global_batch_size)
-    num_steps = max_steps if max_steps is not None else max(1, round(steps_per_epoch * num_epochs))
+    num_steps = num_steps_of(num_packs, global_batch_size, num_epochs, max_steps)
     epochs = []
     for epoch in range(math.ceil(num_steps / steps_per_epoch)):
         slots = np.full(steps_per_epoch * global_batch_size, EMPTY, dtype=np.int64)
         slots[:num_packs] = grouped_order(costs, global_batch_size, np.random.default_rng([seed, epoch]))
         epochs.append(slots.reshape(steps_per_epoch, global_batch_size))
     return np.concatenate(epochs)[:num_steps]
+
+
+def num_steps_of(num_packs: int, global_batch_size: int, num_epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps of the whole training."""
+    if max_steps is not None:
+        return max_steps
+    return max(1, round(math.ceil(num_packs / global_batch_size) * num_epochs))
 
 
 def training_flops(model: Any) -> tuple[float, float]:

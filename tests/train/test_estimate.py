@@ -1,0 +1,67 @@
+"""Memory and FLOPs, against sums by hand and against what a model really holds."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sft_core.data.packing import PackPlan
+from sft_core.recipe import parse_recipe
+from sft_core.store import Store
+from sft_core.train.estimate import estimate, told
+from sft_core.train.model import skeleton
+from steps.pack import PACKED
+from tests.train.tiny import LLAMA, Run, tiny_recipe
+
+
+def shape_of(config: dict[str, Any]) -> Any:
+    return skeleton(path=None, revision=None, config=config, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("distributed", "ranks", "bf16", "bytes_a_parameter"),
+    [
+        ("ddp", 1, False, 16),
+        ("ddp", 8, True, 16),
+        ("zero2", 8, True, 2 + 14 / 8),
+        ("zero3", 8, True, 16 / 8),
+        ("fsdp2", 4, False, 16 / 4),
+    ],
+)
+def test_states_are_those_of_the_formula(distributed: str, ranks: int, bf16: bool, bytes_a_parameter: float) -> None:
+    runtime = {"distributed": distributed, "num_processes": ranks}
+    recipe = parse_recipe(tiny_recipe(training={"bf16": bf16, "global_batch_size": 8}, runtime=runtime))
+    found = estimate(recipe, shape_of(LLAMA), None)
+    assert found.states == pytest.approx(found.num_parameters * bytes_a_parameter)
+    assert found.flops is None
+
+
+def test_states_of_plain_training_are_what_torch_holds() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(LLAMA)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4, dtype=torch.int64)).logits.sum().backward()
+    optimizer.step()
+    held = sum(p.nbytes + p.grad.nbytes for p in model.parameters())
+    held += sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.ndim)
+    assert estimate(parse_recipe(tiny_recipe()), shape_of(LLAMA), None).states == held
+
+
+def test_flops_are_those_that_the_run_counted(plain_run: Run, store: Store) -> None:
+    plan = PackPlan.read(store.path(store.ensure(PACKED, plain_run.pinned)))
+    found = estimate(plain_run.pinned.recipe, shape_of(LLAMA), plan)
+    linear, quadratic = 6 * found.num_parameters, 6 * 2 * 32
+    lengths = plan.num_tokens.astype(float)
+    assert found.flops == pytest.approx(3 * float(np.sum(linear * lengths + quadratic * lengths**2)))
+    assert "FLOPs in all" in told(found, plain_run.pinned.recipe)
+
+
+def test_checkpointing_and_qlora_take_less() -> None:
+    def of(**training: Any) -> Any:
+        return estimate(parse_recipe(tiny_recipe(training=training)), shape_of(LLAMA), None)
+
+    assert of(gradient_checkpointing=True).activations < of().activations
+    assert of(lora={"load_in_4bit": True}).states < of(lora={}).states < of().states
