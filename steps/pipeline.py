@@ -8,7 +8,7 @@ from typing import Any
 
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import Recipe
-from sft_core.store import Located, Stage, Store
+from sft_core.store import Located, Stage, Store, Unresolved
 from sft_core.train.accelerator import lost_updates, unmet_demands
 from sft_core.train.arguments import check_extra
 from steps.evaluate import check_report_prompts, count_report_prompts
@@ -50,13 +50,14 @@ def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> str
     """What training takes of a GPU, in a line; None when there is nothing to train. Imports torch and transformers."""
     if not trains(planned):
         return None
+    try:
+        _ = pinned.model_identity
+    except Unresolved:
+        return None  # the plan names it
     from sft_core.data.packing import PackPlan
     from sft_core.train.estimate import estimate, told
     from sft_core.train.model import skeleton
 
-    model = pinned.recipe.model
-    if model.config is None and pinned.pins["model"] is None:
-        return None  # named as unresolved already
     loader = pinned.model_loader
     try:
         shape = skeleton(**{name: loader[name] for name in ("path", "revision", "config", "trust_remote_code")})
