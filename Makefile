@@ -19,8 +19,8 @@ setup: $(READY)  ## make .venv and install into it
 run: setup  ## the quickstart: data to scores in a few minutes
 	$(BIN)/python flows/sft_flow.py run
 
-test: setup  ## the tests
-	$(BIN)/python -m pytest
+test: setup  ## the tests, two at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
