@@ -42,9 +42,11 @@ def liger(asked: bool | str) -> bool:
 
 def unmet_demands(recipe: Recipe) -> str | None:
     """What this machine, which trains, cannot do."""
-    if has_gpu():
-        return None
     lora = recipe.training.lora
+    if has_gpu():
+        if lora is not None and lora.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+            return "training.lora.load_in_4bit: true needs bitsandbytes; pip install bitsandbytes"
+        return None
     demands = {
         "model.attn_implementation: flash_attention_2": recipe.model.attn_implementation == "flash_attention_2",
         "training.use_liger_kernel: true": recipe.training.use_liger_kernel is True,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sft_core.train.accelerator import has_gpu
 from tests.flows.conftest import RECIPE, Project
 
 
@@ -27,6 +28,11 @@ def test_unknown_key_names_the_nearest_before_the_run_starts(tmp_path: Path) -> 
         ("training.lerning_rate=1", "did you mean 'learning_rate'"),
         ("dataset_mixture.datasets.0.path=missing.jsonl", "missing.jsonl: no such file"),
         ("evaluation.min_report_rows=100", "too few unique report prompts"),
+        pytest.param(
+            "training.use_liger_kernel=true",
+            "needs a GPU, and this machine has none",
+            marks=pytest.mark.skipif(has_gpu(), reason="the machine can"),
+        ),
     ],
 )
 def test_bad_override_fails_in_start(tmp_path: Path, override: str, message: str) -> None:

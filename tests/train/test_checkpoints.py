@@ -1,11 +1,13 @@
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sft_core.train.checkpoints import latest, numbered, publish
+from sft_core.train.checkpoints import check_room, latest, numbered, publish
 from sft_core.train.trainer import discard_staged
+from tests.train.tiny import Run, tiny_recipe
 
 
 def stage(tmp_path: Path, step: int) -> Path:
@@ -92,3 +94,17 @@ def test_staging_of_a_killed_run_is_discarded(tmp_path: Path) -> None:
     discard_staged(tmp_path / "staging")
     assert not staged.exists()
     discard_staged(tmp_path / "staging")  # nothing there is fine too
+
+
+def test_full_disk_is_told_before_training(
+    train_here: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    check_room(tmp_path, free // 2)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300_000))
+    with pytest.raises(OSError, match=r"needs 0\.0 GB for its checkpoints .* lower runtime\.keep_checkpoints"):
+        train_here(tiny_recipe(), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
+    train_here(tiny_recipe(training={"max_steps": 1}), tmp_path)

@@ -1,5 +1,6 @@
 """LoRA through the real trainer, with an end token that the vocabulary did not have."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,24 @@ def base_of(run: Run) -> PreTrainedModel:
     return load_model(**pinned.model_loader, tokenizer=pinned.tokenizer_loader, seed=seed)[0].eval()
 
 
-@torch.no_grad()
+@pytest.mark.parametrize("variant", ["use_dora", "use_rslora"])
+def test_lora_variants_reach_the_adapter_and_the_merged_checkpoint(
+    variant: str, train_here: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = train_here(recipe(tmp_path, tied=True, **{variant: True}))
+    settings = json.loads((run.model / "adapter" / "adapter_config.json").read_text())
+    assert {name: settings[name] for name in ("use_dora", "use_rslora")} == {"use_dora": False, "use_rslora": False} | {
+        variant: True
+    }
+    check_merged(run)
+
+
 def test_lora_merged_checkpoint_is_the_adapter_on_the_base(run: Run) -> None:
+    check_merged(run)
+
+
+@torch.no_grad()
+def check_merged(run: Run) -> None:
     ids = torch.arange(280, 292)[None]
     merged = AutoModelForCausalLM.from_pretrained(run.model).eval()
     base = base_of(run)
