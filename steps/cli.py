@@ -52,11 +52,15 @@ def main() -> None:
 @click.argument("recipe")
 @_overridable
 @click.option("--json", "as_json", is_flag=True, help="A JSON list of {stage, name, key, status}.")
-def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bool) -> None:
+@click.option(
+    "--memory", is_flag=True, help="Estimate a GPU's memory and the FLOPs of training; slower."
+)
+def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bool, memory: bool) -> None:
     """What a run would make and what is there already; builds nothing.
 
     \b
-    Example: sft plan configs/quickstart.yaml --set training.learning_rate=1e-3
+    Examples: sft plan configs/quickstart.yaml --set training.learning_rate=1e-3
+              sft plan configs/tulu3-8b.yaml --memory
     """
     from sft_core.pins import pin
     from sft_core.recipe import load_recipe
@@ -92,7 +96,7 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
     click.echo("\n" + text_table(SHARES_HEADER, shares))
     for problem in [*problems, *filter(None, (unmet_demands(loaded), lost_updates(loaded)))]:
         click.echo(problem, err=True)
-    if estimate := pipeline.estimated(store, pinned, found):
+    if memory and (estimate := pipeline.estimated(store, pinned, found)):
         click.echo(f"\n{estimate}")
     pipeline.check_training(found, pinned)
 

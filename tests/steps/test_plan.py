@@ -400,3 +400,10 @@ def test_plan_of_an_unresolved_source_has_no_key_yet(small_recipe):
     found = {f"{one.stage.name} {one.name}": one for one in plan(Store("none"), unknown)}
     assert found["conversations copy_no_think"].status == "depends" and found["conversations copy_no_think"].ref is None
     assert found["conversations checksum_think"].status == "build"
+
+
+def test_plan_memory_estimates_what_training_takes_until_it_is_there(sft, save_recipe, built_recipe):
+    path = save_recipe(built_recipe)
+    assert "parameters by ddp" not in sft("plan", path).stdout
+    line = sft("plan", path, "--memory", "--set", "training.learning_rate=5e-4").stdout.splitlines()[-1]
+    assert re.search(r"M parameters by ddp on 1 rank\(s\): about [\d.]+ MiB on each, [\d.]+ MiB for weights", line)
