@@ -102,8 +102,8 @@ def sigterm_asks_to_stop(out: Path) -> Iterator[None]:
         return
 
     def ask(signum: int, frame: Any) -> None:
-        print("SIGTERM: the ranks save a checkpoint after this step, and end", flush=True)
         stop_request(out).touch()
+        os.write(1, b"SIGTERM: the ranks save a checkpoint after this step, and end\n")  # print may be at work
 
     before = signal.signal(signal.SIGTERM, ask)
     try:
@@ -150,10 +150,10 @@ def run(job: Path, command: list[str], runtime: dict[str, Any], out: Path) -> No
     tail: collections.deque[str] = collections.deque(maxlen=40)
     try:
         assert process.stdout is not None
-        with (out / "logs" / "train.log").open("a") as log:
+        with (out / "logs" / "train.log").open("a") as file:
             for line in process.stdout:
-                log.write(line)
-                log.flush()
+                file.write(line)
+                file.flush()
                 print(line, end="", flush=True)
                 tail.append(line)
         code = process.wait()
