@@ -52,9 +52,7 @@ def main() -> None:
 @click.argument("recipe")
 @_overridable
 @click.option("--json", "as_json", is_flag=True, help="A JSON list of {stage, name, key, status}.")
-@click.option(
-    "--memory", is_flag=True, help="Estimate a GPU's memory and the FLOPs of training; slower."
-)
+@click.option("--memory", is_flag=True, help="Estimate a GPU's memory and the FLOPs of training; slower.")
 def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bool, memory: bool) -> None:
     """What a run would make and what is there already; builds nothing.
 

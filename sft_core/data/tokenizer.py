@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sft_core.data.word_cache import WordCache, cuts_at_words, first_word, settings, split_words
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 _WORD_START = "\u2581"  # what SentencePiece writes for a space
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_BORDER = "\ufdd1"  # a noncharacter of Unicode: texts that hold it are encoded one by one
+_WORDS_A_TEXT = 1024
 _TEXTS_A_CALL = 256  # their encodings are held at a time, with all that a tokenizer keeps of each token
 Literals = list[tuple[int, int]]  # character ranges of a piece that look like control tokens and are text
 
@@ -131,17 +135,18 @@ class _TextEncoder:
     """Ids of texts by a tokenizer that knows these added tokens; the others are text like any other."""
 
     def __init__(self, tokenizer: Tokenizer, added: dict[int, AddedToken]):
-        from tokenizers import Tokenizer
+        from tokenizers import AddedToken
 
-        self._tokenizer = Tokenizer(tokenizer.model)  # shared: a vocabulary takes a while to build
-        for part in ("normalizer", "pre_tokenizer", "decoder"):
-            setattr(self._tokenizer, part, getattr(tokenizer, part))
-        self._tokenizer.add_tokens([token for _, token in sorted(added.items())])
+        tokens = [token for _, token in sorted(added.items())]
+        self._tokenizer = _with_added(tokenizer, tokens)
+        # Another for words in a row: in a text of somebody's, the border is a character like any other.
+        self._of_words = _with_added(tokenizer, [*tokens, AddedToken(_BORDER, normalized=False)])
+        self._border_id = self._of_words.token_to_id(_BORDER)
         # Without the control tokens, those added after them move up, onto the control tokens' own ids.
         ids = {self._tokenizer.token_to_id(token.content): index for index, token in added.items()}
         self._true_ids = {found: index for found, index in ids.items() if found != index}
         self.cuts_at_words = cuts_at_words(self._tokenizer, added.values())
-        words = WordCache(self._encode, [token.content for token in added.values()])
+        words = WordCache(self._encode_words, [token.content for token in added.values()])
         self.encode = words.encode if self.cuts_at_words else self._encode
 
     def _encode(self, texts: list[str]) -> list[bytes]:
@@ -154,9 +159,35 @@ class _TextEncoder:
                 encoded.append(pack([self._true_ids.get(token, token) for token in ids] if self._true_ids else ids))
         return encoded
 
+    def _encode_words(self, words: list[str]) -> list[bytes]:
+        """As _encode, of many short texts in a few long ones: an encoding of its own takes longer than a word."""
+        if self._true_ids or any(_BORDER in word for word in words):
+            return self._encode(words)
+        encoded: list[bytes] = []
+        for start in range(0, len(words), _WORDS_A_TEXT):
+            text = _BORDER.join(words[start : start + _WORDS_A_TEXT])
+            (encoding,) = self._of_words.encode_batch_fast([text], add_special_tokens=False)
+            ids = np.array(encoding.ids, dtype=np.int32)
+            borders = ids.itemsize * np.flatnonzero(ids == self._border_id)
+            data, begin = ids.tobytes(), 0
+            for border in [*borders.tolist(), len(data)]:
+                encoded.append(data[begin:border])
+                begin = border + ids.itemsize
+        return encoded
+
     def writes_word_starts(self) -> bool:
         encoding = self._tokenizer.encode("a", add_special_tokens=False)
         return len(self._tokenizer.decode(encoding.ids)) != 1 or encoding.tokens[0].startswith(_WORD_START)
+
+
+def _with_added(tokenizer: Tokenizer, added: list[AddedToken]) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    made = Tokenizer(tokenizer.model)  # shared: a vocabulary takes a while to build
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        setattr(made, part, getattr(tokenizer, part))
+    made.add_tokens(added)
+    return made
 
 
 def pack(ids: list[int]) -> bytes:

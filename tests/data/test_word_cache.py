@@ -164,6 +164,15 @@ def test_tokenizers_that_may_see_more_than_a_word_are_asked_for_the_whole(other:
     assert not cuts_at_words(other, added)
 
 
+@settings(max_examples=150)
+@given(texts=st.lists(st.one_of(TEXTS, TEXTS.map(lambda text: f"{text}\ufdd1 {text}the\ufdd1")), max_size=5))
+def test_pieces_of_any_text_have_the_tokenizers_ids(tokenizer: Tokenizer, texts: list[str]):
+    encoder = PieceEncoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>"))
+    expected = library(tokenizer)(texts)
+    assert encoder.encode(texts, {}) == expected
+    assert encoder.encode([*texts, *texts], {}) == expected * 2
+
+
 def test_borders_are_found_as_the_library_finds_them(tokenizer: Tokenizer):
     encoder = PieceEncoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>"))
     assert encoder._text_only.cuts_at_words
