@@ -20,8 +20,9 @@ def stop_request(out: Path) -> Path:
 
 
 def check_room(out: Path, num_bytes: int) -> None:
-    """Raises OSError when the disk has less than that many bytes left."""
-    free = shutil.disk_usage(out).free
+    """Raises OSError when the disk has less than that many bytes for `out`, which may hold a part of them already."""
+    here = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    free = shutil.disk_usage(out).free + here
     if free < num_bytes:
         raise OSError(
             errno.ENOSPC,

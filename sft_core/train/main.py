@@ -82,7 +82,7 @@ def train(job: dict[str, Any], out: Path) -> None:
             "(max_position_embeddings); lower packing.max_length"
         )
     if int(os.environ.get("RANK", "0")) == 0:
-        check_room(out, bytes_on_disk(shape.num_parameters(), training, keep=job["runtime"]["keep_checkpoints"]))
+        check_room(out, bytes_on_disk(shape.num_parameters(), training, job["runtime"]))
     linear, quadratic = training_flops(shape)
     schedule = step_packs(
         pack_costs(collator.plan.num_tokens, collator.plan.offsets, linear=linear, quadratic=quadratic),
@@ -140,13 +140,15 @@ def train(job: dict[str, Any], out: Path) -> None:
     trainer.accelerator.end_training()
 
 
-def bytes_on_disk(num_parameters: int, training: dict[str, Any], *, keep: int) -> int:
+def bytes_on_disk(num_parameters: int, training: dict[str, Any], runtime: dict[str, Any]) -> int:
     """At most what checkpoints and the model take: fp32 weights and AdamW's two moments, 12 bytes a parameter.
 
-    One more checkpoint than are kept is there while it is staged. LoRA's are left out: they are small.
+    DeepSpeed's hold the weights in 16 bits besides, twice under zero3. One more checkpoint than are kept is there while
+    it is staged. LoRA's are left out: they are small.
     """
-    checkpoint = 0 if training["lora"] is not None else 12 * num_parameters
-    return checkpoint * (keep + 1) + 4 * num_parameters
+    by_deepspeed = runtime["distributed"] in ("zero2", "zero3")
+    checkpoint = 0 if training["lora"] is not None else (16 if by_deepspeed else 12) * num_parameters
+    return checkpoint * (runtime["keep_checkpoints"] + 1) + 4 * num_parameters
 
 
 def _lora(lora: dict[str, Any] | None, model: Any, added: list[str], tokenizer: Any) -> Any:

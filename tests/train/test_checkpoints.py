@@ -106,5 +106,11 @@ def test_full_disk_is_told_before_training(
     with pytest.raises(OSError, match=r"needs 0\.0 GB for its checkpoints .* lower runtime\.keep_checkpoints"):
         train_here(tiny_recipe(), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+    # What a resumed run has on the disk already is not asked for again.
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "weights").write_bytes(bytes(2_000_000))
+    check_room(tmp_path, 2_200_000)
+    with pytest.raises(OSError, match="needs"):
+        check_room(tmp_path, 2_400_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
     train_here(tiny_recipe(training={"max_steps": 1}), tmp_path)
