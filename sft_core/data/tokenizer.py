@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sft_core.data.word_cache import WordCache, cuts_at_words, first_word, settings, split_words
+from sft_core.data.word_cache import WordCache, cuts_at_words, settings
+from sft_core.data.word_ends import first_word, last_word
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -101,12 +102,12 @@ class PieceEncoder:
         before, after: without control tokens, which are borders in any case.
         """
         if self._text_only.cuts_at_words:
-            before, after = split_words(before)[-1], first_word(after)  # all that can be one with the other
+            before, after = last_word(before), first_word(after)  # all that can be one with the other
         return self._is_boundary(before, after)
 
     @functools.lru_cache(maxsize=10_000)  # noqa: B019  (an encoder lives as long as its process's work)
     def _is_boundary(self, before: str, after: str) -> bool:
-        alone, both = self._text_only.encode([before, before + after])
+        alone, both = self._text_only.encode_anew([before, before + after])
         return both.startswith(alone)
 
     def encode(self, pieces: list[str], literals: Mapping[int, Literals]) -> list[bytes]:
@@ -147,10 +148,10 @@ class _TextEncoder:
         self._true_ids = {found: index for found, index in ids.items() if found != index}
         self.cuts_at_words = cuts_at_words(self._tokenizer, added.values())
         words = WordCache(self._encode_words, [token.content for token in added.values()])
-        self.encode = words.encode if self.cuts_at_words else self._encode
+        self.encode = words.encode if self.cuts_at_words else self.encode_anew
 
-    def _encode(self, texts: list[str]) -> list[bytes]:
-        """Ids of each text, as int32."""
+    def encode_anew(self, texts: list[str]) -> list[bytes]:
+        """Ids of each text, as int32, by the library."""
         encoded = []
         for start in range(0, len(texts), _TEXTS_A_CALL):
             part = texts[start : start + _TEXTS_A_CALL]
@@ -162,7 +163,7 @@ class _TextEncoder:
     def _encode_words(self, words: list[str]) -> list[bytes]:
         """As _encode, of many short texts in a few long ones: an encoding of its own takes longer than a word."""
         if self._true_ids or any(_BORDER in word for word in words):
-            return self._encode(words)
+            return self.encode_anew(words)
         encoded: list[bytes] = []
         for start in range(0, len(words), _WORDS_A_TEXT):
             text = _BORDER.join(words[start : start + _WORDS_A_TEXT])

@@ -1,29 +1,29 @@
-r"""Ids of words that were seen before: a text is cut where its tokenizer cuts in any case, and each part encoded once.
+"""Ids of words that were seen before: a text is cut where its tokenizer cuts in any case, and each part encoded once.
 
 Byte-pair encoding merges within the parts that a pre-tokenizer makes. Those of GPT-2, GPT-4, Llama 3, Qwen, gpt-oss,
-DeepSeek and their kin, listed here, all end a part
-  - after an ASCII letter that another ASCII character follows, if that is neither a letter nor an apostrophe;
-  - before a space that an ASCII letter follows.
-And what they look ahead for, a last white space before something else, is the same for a text that ends there.
+DeepSeek and their kin, listed here, all end a part where a word ends (see word_ends). And what they look ahead for,
+a last white space before something else, is the same for a text that ends there.
 Invariant: the ids are the tokenizer's own. One of another kind is asked for each text whole.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
-_MOST_KNOWN = 1 << 18  # words whose ids are kept: about 50 MB
-_LONGEST_KNOWN = 64  # characters; what is longer hardly comes again
-_CHARACTERS_AT_ONCE = 1 << 20
+    from sft_core.data.word_table import WordTable
 
-_LETTERS = r"[A-Za-z]+(?:['\x80-\U0010FFFF][^A-Za-z]*[A-Za-z]*)*"
-_WORD = re.compile(rf" ?{_LETTERS}|[^A-Za-z]+(?= [A-Za-z])|[^A-Za-z]+(?:{_LETTERS})?")
+_MOST_KNOWN = 1 << 19  # words whose ids are kept
+_MOST_BYTES = 1 << 24  # of them; 50 MB with their ids and places
+_CHARACTERS_AT_ONCE = 1 << 18
 
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WHITE_SPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -51,17 +51,6 @@ PATTERNS = (GPT_2, LLAMA_3, QWEN, GPT_OSS, MISTRAL, DEEPSEEK)
 BEFORE = (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+")
 
 
-split_words = _WORD.findall  # of a text without added tokens
-
-
-def first_word(text: str) -> str:
-    """Raises ValueError for an empty text."""
-    found = _WORD.match(text)
-    if found is None:
-        raise ValueError("an empty text has no words")
-    return found[0]
-
-
 class WordCache:
     """Encodes texts by `encode`, which is asked for each distinct word of theirs.
 
@@ -72,40 +61,45 @@ class WordCache:
         self._encode = encode
         longest_first = sorted(added, key=len, reverse=True)
         self._added = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
-        self._ids: dict[str, bytes] = {}
+        self._words: WordTable | None = None
+        self._ids = np.empty(0, np.int32)  # of the words, one after another
+        self._ends = np.empty(0, np.int64)  # shape (words,)
 
     def encode(self, texts: list[str]) -> list[bytes]:
         """Ids of each text, as int32."""
         encoded: list[bytes] = []
-        cut: list[list[str]] = []
-        num_characters = 0
-        for text in texts:
-            cut.append(self._cut(text))
+        first = num_characters = 0
+        for number, text in enumerate(texts, 1):
             num_characters += len(text)
-            if num_characters >= _CHARACTERS_AT_ONCE:
-                encoded += self._joined(cut)
-                cut, num_characters = [], 0
-        return encoded + self._joined(cut)
-
-    def _cut(self, text: str) -> list[str]:
-        parts = self._added.split(text) if self._added else [text]
-        words = split_words(parts[0])
-        for token, part in zip(parts[1::2], parts[2::2], strict=True):
-            words.append(token)
-            words += split_words(part)
-        return words
-
-    def _joined(self, cut: list[list[str]]) -> list[bytes]:
-        missing = list(set().union(*cut).difference(self._ids))
-        if len(self._ids) + len(missing) > _MOST_KNOWN:
-            self._ids.clear()
-            missing = list(set().union(*cut))
-        self._ids.update(zip(missing, self._encode(missing), strict=True))
-        encoded = [b"".join(map(self._ids.__getitem__, words)) for words in cut]
-        for word in missing:
-            if len(word) > _LONGEST_KNOWN:
-                del self._ids[word]
+            if num_characters >= _CHARACTERS_AT_ONCE or number == len(texts):
+                encoded += self._encode_some(texts[first:number])
+                first, num_characters = number, 0
         return encoded
+
+    def _encode_some(self, texts: list[str]) -> list[bytes]:
+        from sft_core.data.word_table import WordTable, ends_of_words, gather
+
+        parts = [self._added.split(text) if self._added else [text] for text in texts]
+        data = [part.encode() for one in parts for part in one]
+        part_ends = np.cumsum([len(part) for part in data])
+        is_added = np.concatenate([np.arange(len(one)) % 2 == 1 for one in parts])  # they stand between the others
+        text = np.frombuffer(b"".join(data), np.uint8)
+        ends = ends_of_words(text, part_ends, is_added)
+        if self._words is None or len(self._words) > _MOST_KNOWN or self._words.num_bytes > _MOST_BYTES:
+            self._words, self._ids, self._ends = WordTable(), self._ids[:0], self._ends[:0]
+        numbers = self._words.number(text, ends)
+        self._learn(self._words.words(len(self._ends)))
+        ids = gather(self._ids, self._ends, numbers)
+        num_words = np.searchsorted(ends, part_ends[np.cumsum([len(one) for one in parts]) - 1], side="right")
+        num_ids = np.concatenate([[0], np.cumsum(np.diff(self._ends, prepend=0)[numbers])])
+        bounds = [0, *(ids.itemsize * num_ids[num_words]).tolist()]
+        return [ids.data.cast("B")[start:end].tobytes() for start, end in itertools.pairwise(bounds)]
+
+    def _learn(self, words: list[str]) -> None:
+        encoded = self._encode(words)
+        ends = len(self._ids) + np.cumsum([len(ids) for ids in encoded], dtype=np.int64) // self._ids.itemsize
+        self._ids = np.concatenate([self._ids, np.frombuffer(b"".join(encoded), np.int32)])
+        self._ends = np.concatenate([self._ends, ends])
 
 
 def cuts_at_words(tokenizer: Tokenizer, added: Iterable[AddedToken]) -> bool:

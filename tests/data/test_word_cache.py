@@ -1,8 +1,10 @@
 """Ids by words seen before: whatever the text, they are those of the tokenizer that is asked for the whole."""
 
+import itertools
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -11,7 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from sft_core.data import word_cache
 from sft_core.data.tokenizer import PieceEncoder, pack
-from sft_core.data.word_cache import WordCache, cuts_at_words, split_words
+from sft_core.data.word_cache import WordCache, cuts_at_words
+from sft_core.data.word_ends import first_word, last_word
+from sft_core.data.word_table import WordTable, ends_of_words
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 GPT_2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -80,7 +84,13 @@ def library(tokenizer: Tokenizer) -> Callable[[list[str]], list[bytes]]:
     return encode
 
 
-@settings(max_examples=400)
+def split_words(text: str) -> list[str]:
+    data = text.encode()
+    ends = ends_of_words(np.frombuffer(data, np.uint8), np.array([len(data)]), np.array([False])).tolist()
+    return [data[start:end].decode() for start, end in itertools.pairwise([0, *ends])]
+
+
+@settings(max_examples=400, deadline=None)
 @given(text=TEXTS)
 @example(text="boys' toys don't  do it'sx \t foo\n\n    bar(x), 12345 a\u0301b")
 def test_words_are_cut_where_the_pre_tokenizer_cuts(tokenizer: Tokenizer, text: str):
@@ -89,9 +99,10 @@ def test_words_are_cut_where_the_pre_tokenizer_cuts(tokenizer: Tokenizer, text: 
     assert "".join(words) == text
     whole = [part for part, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
     assert [part for word in words for part, _ in tokenizer.pre_tokenizer.pre_tokenize_str(word)] == whole
+    assert (first_word(text), last_word(text)) == ((words[0], words[-1]) if words else ("", ""))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(texts=st.lists(st.one_of(TEXTS, TEXTS.map(lambda text: f"{text}<|end|>\n{text}<|a b|> {text}")), max_size=4))
 def test_ids_of_any_texts_are_the_tokenizers(tokenizer: Tokenizer, texts: list[str]):
     added = tokenizer.get_added_tokens_decoder().values()
@@ -117,17 +128,38 @@ def test_known_words_are_not_encoded_again(tokenizer: Tokenizer):
     assert sorted(asked) == [" the", " word", ",", "the", "word"]
 
 
-def test_cache_that_is_full_or_gets_long_words_gives_the_same_ids(tokenizer: Tokenizer, monkeypatch):
+def test_cache_that_is_full_gives_the_same_ids(tokenizer: Tokenizer, monkeypatch):
     monkeypatch.setattr(word_cache, "_MOST_KNOWN", 8)
-    monkeypatch.setattr(word_cache, "_LONGEST_KNOWN", 6)
     monkeypatch.setattr(word_cache, "_CHARACTERS_AT_ONCE", 40)
     rng = random.Random(1)
     texts = ["".join(rng.choices(FRAGMENTS, k=rng.randint(0, 60))) for _ in range(100)]
     cache = WordCache(library(tokenizer), [])
 
     assert cache.encode(texts) == library(tokenizer)(texts)
-    assert len(cache._ids) <= 8 + 40
-    assert max(map(len, cache._ids)) <= 6
+    assert len(cache._words) <= 8 + 40
+
+
+@settings(max_examples=200, deadline=None)
+@given(batches=st.lists(st.lists(st.text(alphabet="ab\u00e9", min_size=1, max_size=4), max_size=40), max_size=5))
+def test_words_are_numbered_once_in_the_order_in_which_they_come(batches: list[list[str]]):
+    table, seen = WordTable(), {}
+    for words in batches:
+        data = [word.encode() for word in words]
+        ends = np.cumsum([len(one) for one in data], dtype=np.int64)
+        numbers = table.number(np.frombuffer(b"".join(data), np.uint8), ends)
+        assert numbers.tolist() == [seen.setdefault(word, len(seen)) for word in words]
+    assert table.words(0) == list(seen)
+    assert table.words(len(seen) // 2) == list(seen)[len(seen) // 2 :]
+    assert (len(table), table.num_bytes) == (len(seen), sum(len(word.encode()) for word in seen))
+
+
+def test_table_of_many_words_keeps_them_all_apart():
+    words = [f"{number:x}" for number in range(50_000)]
+    data, ends = "".join(words).encode(), np.cumsum([len(word) for word in words])
+    table = WordTable()
+    for _ in range(2):
+        assert table.number(np.frombuffer(data, np.uint8), ends).tolist() == list(range(50_000))
+    assert table.words(49_998) == words[49_998:]
 
 
 def spoiled(**parts: object) -> Tokenizer:
@@ -164,7 +196,7 @@ def test_tokenizers_that_may_see_more_than_a_word_are_asked_for_the_whole(other:
     assert not cuts_at_words(other, added)
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(texts=st.lists(st.one_of(TEXTS, TEXTS.map(lambda text: f"{text}\ufdd1 {text}the\ufdd1")), max_size=5))
 def test_pieces_of_any_text_have_the_tokenizers_ids(tokenizer: Tokenizer, texts: list[str]):
     encoder = PieceEncoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>"))
