@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 LossScope = Literal["assistant", "completion", "all"]
-RESERVED = ("mixture", "packs", "duplicates")  # stages read these beside the sources, by name
+RESERVED = ("mixture", "packs", "selection", "duplicates")  # stages read these beside the sources, by name
 SECRETS = ("hub_token", "push_to_hub_token", "token", "use_auth_token")
 Scheduler = Literal[
     "linear",
@@ -256,6 +256,16 @@ class Training(_Section):
         return self
 
 
+class DuringTraining(_Section):
+    """The loss of each source's selection split, looked at while training goes on. It is never trained on."""
+
+    every_epochs: Annotated[float, Field(gt=0)] = 0.25
+    max_rows: PositiveInt = Field(100, description="unique selection prompts of each source, at most")
+    keep_best: bool = Field(
+        False, description="end with the weights whose loss is lowest, as a mean over sources, and not with the last"
+    )
+
+
 class Evaluation(_Section):
     """What is scored: base and tuned model on the report split of each task."""
 
@@ -268,6 +278,7 @@ class Evaluation(_Section):
     )
     max_new_tokens: PositiveInt = 256
     max_new_tokens_by_task: dict[str, PositiveInt] = Field({}, description="where a task needs more or fewer")
+    during_training: DuringTraining | None = None
 
 
 class Runtime(_Section):
@@ -321,6 +332,11 @@ class Recipe(_Section):
             )
         if self.packing.over_long == "split" and self.training.loss_scope == "all":
             raise ValueError("packing.over_long: found 'split'; training.loss_scope all knows no turns to cut at")
+        if self.evaluation.during_training is not None and self.dataset_mixture.selection_share == 0:
+            raise ValueError(
+                "evaluation.during_training: no prompt is in the selection split; give "
+                "dataset_mixture.selection_share more than 0"
+            )
         if self.packing.max_length < 2:
             raise ValueError("packing.max_length: found 1; a pack holds at least 2 tokens")
         return self

@@ -86,7 +86,7 @@ def plan(store: Store, pinned: PinnedRecipe) -> list[Located]:
 ORDER = [
     *("conversations", "rendered", "tokens"),
     *("signatures", "duplicates", "report_prompts", "contamination"),  # where the recipe asks for them
-    *("mixture", "windows", "packed", "trained", "evaluated", "report"),
+    *("mixture", "windows", "packed", "selection", "trained", "evaluated", "report"),
 ]
 
 

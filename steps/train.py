@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from sft_core.pins import PinnedRecipe
-from sft_core.report.plots import loss_curve
+from sft_core.report.plots import loss_curve, selection_curve
 from sft_core.store import Needs, Part, Stage, Store
 from sft_core.train.launch import build_trained
 from steps.cards import chart, facts
 from steps.pack import PACKED, rows_to_pack
+from steps.selection import SELECTION
 
 REFRESH_S = 3.0
 MEASURED = (("TFLOP/s a rank", "tflops_per_s", 3), ("MFU", "mfu", 3), ("memory, GiB", "memory_gib", 2))
@@ -31,6 +32,8 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
         "training": training,
         "sources": pinned.recipe.sources,
     }
+    if (during := pinned.recipe.evaluation.during_training) is not None:
+        job["selection"] = {"every_epochs": during.every_epochs, "keep_best": during.keep_best}
     return {"job": job, "round": part["round"]}
 
 
@@ -41,7 +44,8 @@ def _places(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
-    return {"packs": (PACKED, {}), **rows_to_pack(pinned)}
+    needs: Needs = {"packs": (PACKED, {}), **rows_to_pack(pinned)}
+    return needs if pinned.recipe.evaluation.during_training is None else {**needs, "selection": (SELECTION, {})}
 
 
 # The version stands for sft_core/train: raise it when a change there changes what is trained.
@@ -57,9 +61,9 @@ TRAINED = Stage(
 )
 
 
-def events(folder: Path) -> list[dict[str, Any]]:
-    """The log events so far; a line that is being written is left for the next look."""
-    path = folder / "logs" / "log.jsonl"
+def events(folder: Path, name: str = "log.jsonl") -> list[dict[str, Any]]:
+    """The events of a log so far; a line that is being written is left for the next look."""
+    path = folder / "logs" / name
     lines = path.read_text().splitlines() if path.exists() else []
     found = []
     for line in lines:
@@ -83,7 +87,12 @@ def card(folder: Path) -> list[Any]:
         "tokens/s": f"{sum(speeds) / len(speeds):,.0f}",
         **{name: f"{last[key]:.{digits}f}" for name, key, digits in MEASURED if key in last},
     }
-    return [*facts("Training", shown), chart(loss_curve(seen))]
+    components = [*facts("Training", shown), chart(loss_curve(seen))]
+    if measured := events(folder, "selection.jsonl"):
+        best = min(measured[1:] or measured, key=lambda event: event["loss"])
+        lowest = {"lowest mean over sources": f"{best['loss']:.4f} at step {best['step']}"}
+        components += [*facts("Loss on the selection split", lowest), chart(selection_curve(measured))]
+    return components
 
 
 @contextlib.contextmanager

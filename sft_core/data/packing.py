@@ -44,11 +44,7 @@ def build_packs(
     source, row, lengths = fitted.documents
     strategies = {"ffd": first_fit_decreasing, "none": lambda lengths, capacity: np.arange(len(lengths))}
     pack = strategies[packing_strategy](lengths, max_length)
-    order = np.argsort(pack, kind="stable")
-    columns = (pack[order], source[order], row[order], lengths[order])
-    table = pa.table([pa.array(column) for column in columns], names=PLAN.names).cast(PLAN)
-    pq.write_table(table, build.out / "packs.parquet", compression="zstd")
-    num_packs, num_tokens = int(pack.max()) + 1, int(lengths.sum())
+    num_packs, num_tokens = write_plan(build.out, pack, source, row, lengths), int(lengths.sum())
     return {
         "packs": num_packs,
         "documents": len(lengths),
@@ -57,6 +53,15 @@ def build_packs(
         "fill": round(num_tokens / (num_packs * max_length), 6),
         **fitted.counts,
     }
+
+
+def write_plan(folder: Path, pack: np.ndarray, source: np.ndarray, row: np.ndarray, lengths: np.ndarray) -> int:
+    """Writes packs.parquet, packs together; each argument has shape (documents,). Returns the number of packs."""
+    order = np.argsort(pack, kind="stable")
+    columns = (pack[order], source[order], row[order], lengths[order])
+    table = pa.table([pa.array(column) for column in columns], names=PLAN.names).cast(PLAN)
+    pq.write_table(table, folder / "packs.parquet", compression="zstd")
+    return int(pack.max()) + 1
 
 
 def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:

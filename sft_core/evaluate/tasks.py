@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_core.data import splits
+from sft_core.data.held_out import held_out_rows
 from sft_core.data.shards import TokenRow, TokenShards, read_index
 from sft_core.evaluate.metrics import exact_match
 from sft_core.evaluate.rows import ROWS, scores
@@ -23,21 +24,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 TOKENS_A_FORWARD = 2048
 TASKS_AT_A_TIME = 2  # as many share a machine's cores where the flow runs locally
-
-
-def report_rows(index: pa.Table, *, selection_share: float, report_share: float) -> np.ndarray:
-    """Row numbers of the report split: one for each unique prompt, in the order of prompt hashes.
-
-    The order is the same for every source, so two sources with the same prompts are scored on the same ones.
-    """
-    hashes = index["prompt_hash"].to_numpy()
-    split = splits.assign(hashes, selection_share=selection_share, report_share=report_share)
-    candidates = np.flatnonzero((split == splits.REPORT) & (index["num_trained"].to_numpy() > 0))
-    # A conversation of several rows has its answer with the last: a row with an answer goes before one without.
-    unanswered = index["answer"].is_null().to_numpy()[candidates]
-    candidates = candidates[np.argsort(unanswered, kind="stable")]
-    _, first = np.unique(hashes[candidates], return_index=True)
-    return candidates[first]
 
 
 def build_evaluated(
@@ -67,7 +53,7 @@ def build_evaluated(
 
     torch.set_num_threads(build.runtime.num_threads or max(1, (os.cpu_count() or 1) // TASKS_AT_A_TIME))
     index = read_index(build.inputs["tokens"])
-    found = report_rows(index, selection_share=selection_share, report_share=report_share)
+    found = held_out_rows(index, splits.REPORT, selection_share=selection_share, report_share=report_share)
     if smoke and len(found) == 0:
         log.warning("no report row among the first rows: this smoke run scores training rows")
         found = np.flatnonzero(index["num_trained"].to_numpy() > 0)

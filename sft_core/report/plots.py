@@ -10,13 +10,26 @@ BASE_COLOUR, TUNED_COLOUR = "#9aa5b1", "#1f6feb"
 
 def loss_curve(events: list[dict[str, Any]]) -> dict[str, Any]:
     """Training loss by step, thick for all sources together and thin for each."""
-    values = [{"step": e["step"], "loss": e["loss"], "source": "all"} for e in events]
-    values += [
-        {"step": e["step"], "loss": value, "source": name.removeprefix("loss/")}
-        for e in events
-        for name, value in e.items()
-        if name.startswith("loss/")
+    by_source = [
+        {name.removeprefix("loss/"): value for name, value in event.items() if name.startswith("loss/")}
+        for event in events
     ]
+    return _curves(events, by_source, together="all")
+
+
+def selection_curve(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Loss on held-out rows by step, thin for each source and thick for their mean."""
+    return _curves(events, [event["losses"] for event in events], together="mean")
+
+
+def _curves(events: list[dict[str, Any]], by_source: list[dict[str, float]], *, together: str) -> dict[str, Any]:
+    values = [{"step": event["step"], "loss": event["loss"], "source": together} for event in events]
+    values += [
+        {"step": event["step"], "loss": loss, "source": source}
+        for event, losses in zip(events, by_source, strict=True)
+        for source, loss in losses.items()
+    ]
+    is_together = f"datum.source === '{together}'"
     return {
         "$schema": _SCHEMA,
         "width": 640,
@@ -27,8 +40,8 @@ def loss_curve(events: list[dict[str, Any]]) -> dict[str, Any]:
             "x": {"field": "step", "type": "quantitative", "title": "optimizer step"},
             "y": {"field": "loss", "type": "quantitative", "title": "loss per trained token"},
             "color": {"field": "source", "type": "nominal", "title": "source"},
-            "size": {"condition": {"test": "datum.source === 'all'", "value": 3}, "value": 1},
-            "opacity": {"condition": {"test": "datum.source === 'all'", "value": 1}, "value": 0.6},
+            "size": {"condition": {"test": is_together, "value": 3}, "value": 1},
+            "opacity": {"condition": {"test": is_together, "value": 1}, "value": 0.6},
         },
     }
 

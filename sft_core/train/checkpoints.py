@@ -31,8 +31,8 @@ def check_room(out: Path, num_bytes: int) -> None:
         )
 
 
-def publish(staged: Path, folder: Path, *, keep: int) -> Path:
-    """Move a staged checkpoint-N into `folder` and remove all but the newest `keep`."""
+def publish(staged: Path, folder: Path, *, keep: int, best: int | None = None) -> Path:
+    """Move a staged checkpoint-N into `folder` and remove all but the newest `keep` and that of step `best`."""
     digests = {str(path.relative_to(staged)): _sha256(path) for path in _files(staged)}
     with (staged / _DIGESTS).open("w") as file:
         json.dump(digests, file)
@@ -44,27 +44,45 @@ def publish(staged: Path, folder: Path, *, keep: int) -> Path:
         shutil.rmtree(published)
     staged.rename(published)  # the digests are inside: a reader sees all of it or nothing
     for old in numbered(folder)[:-keep]:
-        shutil.rmtree(old)
+        if step_of(old) != best:
+            shutil.rmtree(old)
     return published
 
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint whose bytes are those that were written; damaged ones are passed over, loudly."""
     for checkpoint in reversed(numbered(folder)):
-        try:
-            digests = json.loads((checkpoint / _DIGESTS).read_text())
-            whole = all(_sha256(checkpoint / name) == digest for name, digest in digests.items())
-        except (OSError, ValueError):
-            whole = False
-        if whole:
+        if is_whole(checkpoint):
             return checkpoint
         log.warning("checkpoint=%s is damaged and passed over", checkpoint.name)
     return None
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """Whether its bytes are those that were written."""
+    try:
+        digests = json.loads((checkpoint / _DIGESTS).read_text())
+        return all(_sha256(checkpoint / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError):
+        return False
+
+
+def worth_keeping(folder: Path) -> list[Path]:
+    """The newest checkpoint, and the best one that it knows of."""
+    newest = numbered(folder)[-1:]
+    if not newest:
+        return []
+    best = json.loads((newest[0] / "trainer_state.json").read_text())["best_global_step"]
+    return [*newest, *(path for path in numbered(folder)[:-1] if step_of(path) == best)]
+
+
 def numbered(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _files(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sft_core.data.over_long import windows_of
 from sft_core.lifetime import die_with_parent
 from sft_core.train.accelerator import has_gpu
-from sft_core.train.checkpoints import numbered, stop_request
+from sft_core.train.checkpoints import stop_request, worth_keeping
 from sft_core.train.strategy import environment
 
 if TYPE_CHECKING:
@@ -42,6 +42,11 @@ def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str,
         "out": str(build.out.resolve()),
         "packs": str(build.inputs["packs"].resolve()),
         "tokens": [token_folders(build.inputs, source) for source in job["sources"]],
+        **(
+            {"selection": {**job["selection"], "packs": str(build.inputs["selection"].resolve())}}
+            if "selection" in job
+            else {}
+        ),
         "runtime": {**runtime.model_dump(mode="json"), "num_threads": num_threads},
     }
     path = build.out / "logs" / "job.json"
@@ -72,16 +77,16 @@ def kept_checkpoints(build: Build) -> Iterator[None]:
     ended = threading.Event()
 
     def keep_newest() -> None:
-        kept: Path | None = None
+        kept: set[Path] = set()
         while True:
             is_last = ended.wait(KEEP_S)  # before the look: what stands there when the ranks have ended is kept too
-            newest = numbered(build.out / "checkpoints")[-1:]
-            if newest and newest[0] != kept:
-                try:
-                    build.keep(newest[0])
-                    kept = newest[0]
-                except OSError as error:
-                    log.warning("checkpoint=%s could not be kept: %s", newest[0].name, error)
+            for checkpoint in worth_keeping(build.out / "checkpoints"):
+                if checkpoint not in kept:
+                    try:
+                        build.keep(checkpoint)
+                        kept.add(checkpoint)
+                    except OSError as error:
+                        log.warning("checkpoint=%s could not be kept: %s", checkpoint.name, error)
             if is_last:
                 return
 

@@ -67,7 +67,7 @@ def train(job: dict[str, Any], out: Path) -> None:
     from sft_core.train.model import load_model, save_adapter, save_checkpoint, skeleton
     from sft_core.train.schedule import step_packs, training_flops
     from sft_core.train.strategy import SHARED, prepare_deepspeed
-    from sft_core.train.trainer import LogFile, PackTrainer, discard_staged
+    from sft_core.train.trainer import LogEvents, PackTrainer, discard_staged
 
     prepare_deepspeed()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -82,7 +82,7 @@ def train(job: dict[str, Any], out: Path) -> None:
             "(max_position_embeddings); lower packing.max_length"
         )
     if int(os.environ.get("RANK", "0")) == 0:
-        check_room(out, bytes_on_disk(shape.num_parameters(), training, job["runtime"]))
+        check_room(out, bytes_on_disk(shape.num_parameters(), training, job["runtime"], job.get("selection")))
     linear, quadratic = training_flops(shape)
     schedule = step_packs(
         pack_costs(collator.plan.num_tokens, collator.plan.offsets, linear=linear, quadratic=quadratic),
@@ -113,14 +113,15 @@ def train(job: dict[str, Any], out: Path) -> None:
         data_collator=collator,
         processing_class=tokenizer,
         peft_config=_lora(training["lora"], model, job["tokenizer"]["add_special_tokens"], tokenizer),
-        callbacks=[LogFile(out / "logs" / "log.jsonl")],
+        callbacks=[LogEvents(out / "logs" / "log.jsonl")],
         sources=job["sources"],
         strategy=job["runtime"]["distributed"],
         folder=out / "checkpoints",
         keep=job["runtime"]["keep_checkpoints"],
         flops=(linear, quadratic),
+        selection=_selection(job, len(schedule), len(collator.plan)),
     )
-    trainer.remove_callback(PrinterCallback)  # LogFile prints
+    trainer.remove_callback(PrinterCallback)  # LogEvents prints
     checkpoint = latest(out / "checkpoints")
     if checkpoint is not None:
         log.info("resume checkpoint=%s", checkpoint.name)
@@ -128,6 +129,7 @@ def train(job: dict[str, Any], out: Path) -> None:
     step = trainer.state.global_step
     if stop_request(out).exists() and step < len(schedule):
         raise Stopped(f"stopped at step {step} of {len(schedule)}, as asked; its checkpoint is whole: a retry goes on")
+    trainer.load_best()
     is_shared = job["runtime"]["distributed"] in SHARED  # then all ranks gather the weights, for the first
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_shared else None
     if trainer.accelerator.is_main_process:
@@ -140,15 +142,37 @@ def train(job: dict[str, Any], out: Path) -> None:
     trainer.accelerator.end_training()
 
 
-def bytes_on_disk(num_parameters: int, training: dict[str, Any], runtime: dict[str, Any]) -> int:
+def _selection(job: dict[str, Any], num_steps: int, num_packs: int) -> Any:
+    """What is evaluated while training goes on; None without evaluation.during_training."""
+    if "selection" not in job:
+        return None
+    from sft_core.train.collate import PackCollator
+    from sft_core.train.selection import SelectionLosses, evaluation_steps
+    from sft_core.train.trainer import Selection
+
+    tokens = [list(map(Path, folders)) for folders in job["tokens"]]
+    collator = PackCollator.open(Path(job["selection"]["packs"]), tokens)
+    steps_per_epoch = num_packs / job["training"]["global_batch_size"]
+    return Selection(
+        SelectionLosses(collator, job["sources"]),
+        evaluation_steps(num_steps, steps_per_epoch, job["selection"]["every_epochs"]),
+        Path(job["out"]) / "logs" / "selection.jsonl",
+        keep_best=job["selection"]["keep_best"],
+    )
+
+
+def bytes_on_disk(
+    num_parameters: int, training: dict[str, Any], runtime: dict[str, Any], selection: dict[str, Any] | None
+) -> int:
     """At most what checkpoints and the model take: fp32 weights and AdamW's two moments, 12 bytes a parameter.
 
     DeepSpeed's hold the weights in 16 bits besides, twice under zero3. One more checkpoint than are kept is there while
-    it is staged. LoRA's are left out: they are small.
+    it is staged, and the best one. LoRA's are left out: they are small.
     """
     by_deepspeed = runtime["distributed"] in ("zero2", "zero3")
     checkpoint = 0 if training["lora"] is not None else (16 if by_deepspeed else 12) * num_parameters
-    return checkpoint * (runtime["keep_checkpoints"] + 1) + 4 * num_parameters
+    num_kept = runtime["keep_checkpoints"] + 1 + bool(selection and selection["keep_best"])
+    return checkpoint * num_kept + 4 * num_parameters
 
 
 def _lora(lora: dict[str, Any] | None, model: Any, added: list[str], tokenizer: Any) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import dataclasses
 import shutil
 import time
 from pathlib import Path
@@ -15,9 +14,21 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTTrainer
 
 from sft_core.train import checkpoints
+from sft_core.train.log_file import LogFile
 from sft_core.train.loss import LossBySource, trained_token_nll
+from sft_core.train.selection import EvaluateSelection, SelectionLosses
 from sft_core.train.speed import batch_flops, peak_flops_per_s, peak_memory_gib
 from sft_core.train.strategy import check_engaged
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What is evaluated while training goes on, after which steps, and whether the best step's weights are wanted."""
+
+    losses: SelectionLosses
+    steps: list[int]
+    log: Path
+    keep_best: bool
 
 
 class PackTrainer(SFTTrainer):
@@ -25,12 +36,20 @@ class PackTrainer(SFTTrainer):
     accumulated micro-batches), where W is the sum of their weights w, so that neither ranks nor accumulation change
     the result. A token's weight is its turn's, 1 unless the data says otherwise: then W is the number of tokens.
 
-    args.output_dir is where checkpoints are staged; whole ones are in `folder`, the newest `keep` of them.
+    args.output_dir is where checkpoints are staged; whole ones are in `folder`, the newest `keep` of them and the best.
     flops: (linear, quadratic) as schedule.training_flops gives them, for the speed that is logged.
     """
 
     def __init__(
-        self, *, sources: list[str], strategy: str, folder: Path, keep: int, flops: tuple[float, float], **kwargs: Any
+        self,
+        *,
+        sources: list[str],
+        strategy: str,
+        folder: Path,
+        keep: int,
+        flops: tuple[float, float],
+        selection: Selection | None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if self.aux_loss_enabled:
@@ -41,6 +60,13 @@ class PackTrainer(SFTTrainer):
         self._folder, self._keep = folder, keep
         self._stop = StopRequest(folder.parent)
         self.add_callback(self._stop)
+        self._keeps_best, self._evaluation = selection is not None and selection.keep_best, None
+        if selection is not None:
+            self._selection = selection.losses
+            self._evaluation = EvaluateSelection(
+                self._measure_selection, selection.steps, selection.log, save_best=selection.keep_best
+            )
+            self.add_callback(self._evaluation)
         self._loss_by_source = LossBySource(len(sources))
         self._flops, self._flops_done = flops, 0.0
         self._tokens_seen = 0
@@ -57,13 +83,42 @@ class PackTrainer(SFTTrainer):
         if self._strategy is not None:
             check_engaged(self._strategy, self.accelerator, model)
             self._strategy = None
-        fused = inputs["input_ids"].device.type == "cuda"
-        nll_N, targets_N = trained_token_nll(model, inputs, fused_lm_head=fused)
+        nll_N, targets_N = trained_token_nll(model, inputs, fused_lm_head=self._has_fused_head)
         self._loss_by_source.add(nll_N, inputs["source"][0, targets_N])
         self._tokens_seen += inputs["input_ids"].numel()
         self._flops_done += batch_flops(inputs["position_ids"], *self._flops)
         # DDP averages over ranks, and num_items_in_batch sums over all of them: the product restores the sum.
         return (nll_N * inputs["weights"][0, targets_N]).sum() / num_items_in_batch * self.accelerator.num_processes
+
+    @property
+    def _has_fused_head(self) -> bool:
+        return self.args.device.type == "cuda"
+
+    def _measure_selection(self) -> dict[str, float]:
+        losses = self._selection.measure(
+            self.model_wrapped,
+            device=self.args.device,
+            rank=self.accelerator.process_index,
+            num_ranks=self.accelerator.num_processes,
+            sum_over_ranks=self._sum_over_ranks,
+            fused_lm_head=self._has_fused_head,
+        )
+        by_source = {f"eval_selection_loss/{source}": loss for source, loss in losses.items()}
+        should_log = self.control.should_log  # what training logs at this step; logging takes the wish for done
+        self.log({"eval_selection_loss": sum(losses.values()) / len(losses), **by_source})
+        self.control.should_log = should_log
+        return losses
+
+    def load_best(self) -> None:
+        """Takes the weights of the step with the lowest selection loss. Raises RuntimeError when they are damaged."""
+        step = self.state.best_global_step
+        if not self._keeps_best or step == self.state.global_step:
+            return
+        best = self._folder / f"checkpoint-{step}"
+        if not checkpoints.is_whole(best):
+            raise RuntimeError(f"{best}: the checkpoint of the lowest selection loss is damaged or gone; train anew")
+        self.state.best_model_checkpoint = str(best)
+        self._load_best_model()
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: Any) -> torch.Tensor:
         """The sum of the trained tokens' weights over the global batch: what the Trainer counts, with weights."""
@@ -79,6 +134,8 @@ class PackTrainer(SFTTrainer):
         if "loss" in logs:
             means, counts = self._loss_by_source.take(self._sum_over_ranks)
             seconds = time.monotonic() - self._last_log
+            if self._evaluation is not None:
+                seconds, self._evaluation.seconds = seconds - self._evaluation.seconds, 0.0
             own = torch.tensor(
                 [float(self._tokens_seen), self._flops_done], dtype=torch.float64, device=self.args.device
             )
@@ -104,7 +161,8 @@ class PackTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             staged = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            checkpoints.publish(staged, self._folder, keep=self._keep)
+            best = self.state.best_global_step if self._keeps_best else None
+            checkpoints.publish(staged, self._folder, keep=self._keep, best=best)
         self.accelerator.wait_for_everyone()
 
 
@@ -123,29 +181,20 @@ class StopRequest(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-class LogFile(TrainerCallback):
-    """One JSON line a log event, on rank 0. A resumed run takes back what was logged after its checkpoint."""
+class LogEvents(TrainerCallback):
+    """What the Trainer logs of training, into a file and in short on rank 0's output."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self._log = LogFile(path)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero and self._path.exists():
-            kept = []
-            for line in self._path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # a full disk cut the last line short: its step is run again
-                    if json.loads(line)["step"] <= state.global_step:
-                        kept.append(line)
-            rewritten = self._path.with_suffix(".tmp")
-            rewritten.write_text("".join(line + "\n" for line in kept))
-            rewritten.replace(self._path)
+        if state.is_world_process_zero:
+            self._log.rewind(state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if state.is_world_process_zero and "loss" in logs:
-            event = {"step": state.global_step, "of": state.max_steps, **logs}
-            with self._path.open("a") as file:
-                file.write(json.dumps(event) + "\n")
+            self._log.add({"step": state.global_step, "of": state.max_steps, **logs})
             shown = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "trained_tokens_per_s", "mfu", "memory_gib")
             values = " ".join(f"{name}={float(logs[name]):.4g}" for name in shown if name in logs)
             print(f"step={state.global_step}/{state.max_steps} {values}", flush=True)

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_core.data import splits
+from sft_core.data.held_out import held_out_rows
 from sft_core.data.shards import INDEX, TokenRow
-from sft_core.evaluate.tasks import report_rows, served_prompt
+from sft_core.evaluate.tasks import served_prompt
 
 SHARES = {"selection_share": 0.2, "report_share": 0.5}
 
@@ -26,7 +27,7 @@ def index_of(
 
 
 def chosen(index: pa.Table) -> tuple[np.ndarray, list[int]]:
-    rows = report_rows(index, **SHARES)
+    rows = held_out_rows(index, splits.REPORT, **SHARES)
     return rows, index["prompt_hash"].to_numpy()[rows].tolist()
 
 

@@ -31,6 +31,8 @@ def make_job(store: Store) -> Callable[[PinnedRecipe, Path], dict[str, Any]]:
         needs = TRAINED.needs(pinned, {"round": 0})
         folders = {name: store.path(store.ensure(stage, pinned, **part)) for name, (stage, part) in needs.items()}
         job = (located.identity["section"] | TRAINED.places(pinned, {"round": 0}))["job"]
+        if "selection" in job:
+            job["selection"] |= {"packs": str(folders["selection"])}
         return {
             **job,
             "out": str(out),

@@ -1,0 +1,137 @@
+"""Losses on the selection split while training goes on: right, without a trace in the training, and of use."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sft_core.data import splits
+from sft_core.data.shards import TokenShards, read_index
+from sft_core.evaluate.tasks import row_losses
+from sft_core.pins import pin
+from sft_core.recipe import parse_recipe
+from sft_core.store import Store
+from sft_core.train.checkpoints import numbered, step_of
+from sft_core.train.selection import evaluation_steps
+from steps.selection import SELECTION
+from steps.tokenize import TOKENS
+from tests.train.tiny import LLAMA, SOURCES, Run, tiny_recipe
+
+NUM_STEPS = 8
+SELECTION_ROWS = {"evaluation": {"during_training": {"every_epochs": 0.5, "max_rows": 5}}}
+MIXTURE = {"dataset_mixture": {"selection_share": 0.2}}
+# It learns, then a rate that is far too high spoils it: the best step is neither the first nor the last.
+SPOILT = {"training": {"max_steps": NUM_STEPS, "learning_rate": 0.1, "lr_scheduler_type": "constant"}}
+
+
+def measured(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.folder / "logs" / "selection.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def watched(train_here: Callable[..., Run]) -> Run:
+    return train_here(tiny_recipe(**MIXTURE, **SELECTION_ROWS))
+
+
+def test_selection_steps_are_the_start_each_part_of_an_epoch_and_the_end():
+    assert evaluation_steps(6, 1.75, 0.5) == [0, 1, 2, 3, 4, 5, 6]
+    assert evaluation_steps(100, 100, 0.25) == [0, 25, 50, 75, 100]
+    assert evaluation_steps(10, 8, 1) == [0, 8, 10]
+    assert evaluation_steps(2, 100, 0.25) == [0, 2]
+
+
+def test_selection_rows_are_unique_held_out_prompts_that_are_not_trained_on(store: Store, watched: Run):
+    folder = store.path(store.ensure(SELECTION, watched.pinned))
+    plan = pq.read_table(folder / "packs.parquet").to_pandas()
+    shares = {"selection_share": 0.2, "report_share": 0.3}
+    for number, source in enumerate(SOURCES):
+        index = read_index(store.path(store.ensure(TOKENS, watched.pinned, source=source)))
+        rows = np.sort(plan["row"][plan["source"] == number])
+        hashes = index["prompt_hash"].to_numpy()
+        in_split = splits.assign(hashes, **shares) == splits.SELECTION
+        assert len(rows) == min(5, len(np.unique(hashes[in_split]))) > 0
+        assert in_split[rows].all()
+        assert len(np.unique(hashes[rows])) == len(rows)
+
+
+def test_selection_losses_are_those_of_each_row_by_itself(store: Store, watched: Run):
+    from transformers import AutoModelForCausalLM
+
+    events = measured(watched)
+    assert [event["step"] for event in events] == evaluation_steps(6, 7 / 4, 0.5)
+    assert events[0]["loss"] > 1.2 * events[-1]["loss"], "it learns"
+    model = AutoModelForCausalLM.from_pretrained(watched.model)
+    plan = pq.read_table(store.path(store.ensure(SELECTION, watched.pinned)) / "packs.parquet").to_pandas()
+    for number, source in enumerate(SOURCES):
+        shards = TokenShards(store.path(store.ensure(TOKENS, watched.pinned, source=source)))
+        rows = [shards[row] for row in plan["row"][plan["source"] == number]]
+        trained = sum(int(row.trained[1:].sum()) for row in rows)
+        assert events[-1]["losses"][source] == pytest.approx(row_losses(model, rows).sum() / trained, rel=1e-5)
+    assert events[-1]["loss"] == pytest.approx(np.mean([events[-1]["losses"][source] for source in SOURCES]))
+
+
+def test_selection_losses_leave_the_training_as_it_is(train_here: Callable[..., Run], watched: Run):
+    dropout = {"model": {"config": {**LLAMA, "attention_dropout": 0.2}}}
+    alone = train_here(tiny_recipe(**MIXTURE, **dropout))
+    beside = train_here(tiny_recipe(**MIXTURE, **dropout, **SELECTION_ROWS))
+
+    assert len(measured(beside)) > 3
+    assert len(beside.events) == 6
+    assert [event["loss"] for event in beside.events] == [event["loss"] for event in alone.events]
+    assert beside.events[-1]["loss"] != watched.events[-1]["loss"], "dropout is on"
+    one, other = (load_file(run.model / "model.safetensors") for run in (alone, beside))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_selection_keep_best_ends_with_the_weights_of_the_lowest_loss(store: Store, train_here: Callable[..., Run]):
+    during = {**SELECTION_ROWS["evaluation"]["during_training"], "keep_best": True}
+    recipe = tiny_recipe(**MIXTURE, **SPOILT, evaluation={"during_training": during}, runtime={"keep_checkpoints": 1})
+    run = train_here(recipe)
+    events = measured(run)
+    best = min(events[1:], key=lambda event: event["loss"])
+    assert 0 < best["step"] < NUM_STEPS - 1, events
+
+    kept = {step_of(path) for path in numbered(run.folder / "checkpoints")}
+    assert kept == {best["step"], NUM_STEPS}
+    stored = load_file(run.folder / "checkpoints" / f"checkpoint-{best['step']}" / "model.safetensors")
+    ended = load_file(run.model / "model.safetensors")
+    assert all(torch.equal(stored[name], ended[name]) for name in ended)
+    last = load_file(run.folder / "checkpoints" / f"checkpoint-{NUM_STEPS}" / "model.safetensors")
+    assert any(not torch.equal(last[name], ended[name]) for name in ended)
+
+
+def test_selection_source_without_rows_is_an_error(store: Store):
+    recipe = tiny_recipe(dataset_mixture={"selection_share": 1e-6}, **SELECTION_ROWS)
+    del recipe["limit"]
+    with pytest.raises(ValueError, match="copy_no_think has no selection row"):
+        store.ensure(SELECTION, pin(parse_recipe(recipe)))
+
+
+def test_selection_of_a_smoke_run_takes_training_rows(store: Store, caplog: pytest.LogCaptureFixture):
+    recipe = tiny_recipe(dataset_mixture={"selection_share": 1e-6}, **SELECTION_ROWS)
+    ref = store.ensure(SELECTION, pin(parse_recipe(recipe)))
+    assert store.manifest(ref)["counts"]["sources"][SOURCES[0]]["rows"] == 5
+    assert "this smoke run takes training rows" in caplog.text
+
+
+def test_selection_without_a_split_is_refused():
+    with pytest.raises(ValueError, match="no prompt is in the selection split"):
+        parse_recipe(tiny_recipe(dataset_mixture={"selection_share": 0.0}, **SELECTION_ROWS))
+
+
+def test_selection_card_shows_each_sources_curve(watched: Run):
+    from sft_core.report.plots import selection_curve
+
+    values = selection_curve(measured(watched))["data"]["values"]
+    assert {value["source"] for value in values} == {"mean", *SOURCES}
+    assert all(math.isfinite(value["loss"]) for value in values)
+    assert len(values) == 3 * len(measured(watched))
+
+
