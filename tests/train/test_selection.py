@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from sft_core.data import splits
 from sft_core.data.shards import TokenShards, read_index
 from sft_core.evaluate.tasks import row_losses
-from sft_core.pins import pin
+from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
 from sft_core.train.checkpoints import numbered, step_of
 from sft_core.train.selection import evaluation_steps
 from steps.selection import SELECTION
 from steps.tokenize import TOKENS
+from steps.train import TRAINED
 from tests.train.tiny import LLAMA, SOURCES, Run, tiny_recipe
 
 NUM_STEPS = 8
@@ -61,20 +62,27 @@ def test_selection_rows_are_unique_held_out_prompts_that_are_not_trained_on(stor
         assert len(np.unique(hashes[rows])) == len(rows)
 
 
-def test_selection_losses_are_those_of_each_row_by_itself(store: Store, watched: Run):
+def losses_of(model_folder: Path, store: Store, pinned: PinnedRecipe) -> dict[str, float]:
+    """Loss of each source's selection rows, each row by itself."""
     from transformers import AutoModelForCausalLM
 
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    plan = pq.read_table(store.path(store.ensure(SELECTION, pinned)) / "packs.parquet").to_pandas()
+    losses = {}
+    for number, source in enumerate(SOURCES):
+        shards = TokenShards(store.path(store.ensure(TOKENS, pinned, source=source)))
+        rows = [shards[row] for row in plan["row"][plan["source"] == number]]
+        losses[source] = row_losses(model, rows).sum() / sum(int(row.trained[1:].sum()) for row in rows)
+    return losses
+
+
+def test_selection_losses_are_those_of_each_row_by_itself(store: Store, watched: Run):
     events = measured(watched)
     assert [event["step"] for event in events] == evaluation_steps(6, 7 / 4, 0.5)
     assert events[0]["loss"] > 1.2 * events[-1]["loss"], "it learns"
-    model = AutoModelForCausalLM.from_pretrained(watched.model)
-    plan = pq.read_table(store.path(store.ensure(SELECTION, watched.pinned)) / "packs.parquet").to_pandas()
-    for number, source in enumerate(SOURCES):
-        shards = TokenShards(store.path(store.ensure(TOKENS, watched.pinned, source=source)))
-        rows = [shards[row] for row in plan["row"][plan["source"] == number]]
-        trained = sum(int(row.trained[1:].sum()) for row in rows)
-        assert events[-1]["losses"][source] == pytest.approx(row_losses(model, rows).sum() / trained, rel=1e-5)
-    assert events[-1]["loss"] == pytest.approx(np.mean([events[-1]["losses"][source] for source in SOURCES]))
+    expected = losses_of(watched.model, store, watched.pinned)
+    assert events[-1]["losses"] == pytest.approx(expected, rel=1e-5)
+    assert events[-1]["loss"] == pytest.approx(np.mean(list(expected.values())))
 
 
 def test_selection_losses_leave_the_training_as_it_is(train_here: Callable[..., Run], watched: Run):
@@ -107,6 +115,20 @@ def test_selection_keep_best_ends_with_the_weights_of_the_lowest_loss(store: Sto
     assert any(not torch.equal(last[name], ended[name]) for name in ended)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_selection_keep_best_on_two_ranks(strategy: str, store: Store, tmp_path: Path):
+    during = {**SELECTION_ROWS["evaluation"]["during_training"], "keep_best": True}
+    runtime = {"num_processes": 2, "distributed": strategy}
+    data = tiny_recipe(**MIXTURE, **SPOILT, evaluation={"during_training": during}, runtime=runtime)
+    pinned = pin(parse_recipe(data))
+    run = Run(pinned, tmp_path / "run")
+    store.path(store.ensure(TRAINED, pinned, round=0)).rename(run.folder)  # else it is a hit for the next strategy
+    events = measured(run)
+    best = min(events[1:], key=lambda event: event["loss"])
+    assert 0 < best["step"] < NUM_STEPS, events
+    assert best["losses"] == pytest.approx(losses_of(run.model, store, pinned), rel=1e-4)
+
+
 def test_selection_source_without_rows_is_an_error(store: Store):
     recipe = tiny_recipe(dataset_mixture={"selection_share": 1e-6}, **SELECTION_ROWS)
     del recipe["limit"]
@@ -133,5 +155,3 @@ def test_selection_card_shows_each_sources_curve(watched: Run):
     assert {value["source"] for value in values} == {"mean", *SOURCES}
     assert all(math.isfinite(value["loss"]) for value in values)
     assert len(values) == 3 * len(measured(watched))
-
-

@@ -45,7 +45,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def recipe(rows: list[dict[str, Any]], **runtime: Any) -> dict[str, Any]:
     return tiny_recipe(
-        dataset_mixture={"datasets": rows, "selection_share": 0.0, "report_share": 0.0},
+        dataset_mixture={"datasets": rows, "selection_share": 0.2, "report_share": 0.0},
+        evaluation={"during_training": {"every_epochs": 0.5, "keep_best": True}},
         packing={"max_length": 160},  # two rows
         training={"max_steps": NUM_STEPS},
         runtime=runtime,
@@ -68,6 +69,11 @@ def one(store: Store, rows: list[dict[str, Any]], tmp_path_factory: pytest.TempP
 
 def curve_of(run: Run) -> list[tuple[float, float]]:
     return [(event["loss"], event["grad_norm"]) for event in run.events]
+
+
+def selection_of(run: Run) -> list[dict[str, float]]:
+    lines = (run.folder / "logs" / "selection.jsonl").read_text().splitlines()
+    return [{"step": event["step"], **event["losses"]} for event in map(json.loads, lines)]
 
 
 def test_one_rank_learns_and_its_ranks_would_train_unequal_numbers_of_tokens(one: Run, store: Store) -> None:
@@ -96,6 +102,7 @@ def test_two_ranks_by_any_strategy_equal_one(
     for name in ("loss/asks", "loss/answers"):
         found, expected = ([event[name] for event in run.events if name in event] for run in (two, one))
         assert found == pytest.approx(expected, rel=1e-4)
+    assert selection_of(two) == [pytest.approx(losses, rel=1e-4) for losses in selection_of(one)]
     assert sorted(path.name for path in two.folder.iterdir()) == ["logs", "manifest.json", "model"]
 
 
