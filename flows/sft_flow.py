@@ -21,14 +21,31 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # a task's log is no terminal
 if sys.stdout.isatty():
     os.environ.setdefault("TTY_COMPATIBLE", "1")  # but one that is read in a terminal may have colours
 
-from metaflow import Config, FlowSpec, Parameter, card, current, package_sources, step  # noqa: E402
+from metaflow import (  # noqa: E402
+    Config,
+    FlowSpec,
+    Parameter,
+    card,
+    config_expr,
+    current,
+    package_sources,
+    parallel,
+    resources,
+    step,
+)
 
 from steps.recipes import effective, parse_config  # noqa: E402
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
 
-@package_sources(["../steps", "../sft_core"], suffixes=[".py", ".yaml", ".jinja"])
+def asks(work):
+    """What the recipe's runtime.resources want of a cluster for a task of this kind of work."""
+    amounts = ("cpu", "memory", "gpu", "shared_memory")
+    return resources(**{name: config_expr(f"recipe.runtime.resources.{work}.{name}") for name in amounts})
+
+
+@package_sources(["../steps", "../sft_core", "../configs"], suffixes=[".py", ".yaml", ".jinja"])
 class SFTFlow(FlowSpec):
     """foreach source: download → render → tokenize; mix → pack → train ⟲; foreach task: evaluate; report."""
 
@@ -46,6 +63,7 @@ class SFTFlow(FlowSpec):
         self.recipe_name, self.sources, self.tasks = recipe.name, recipe.sources, recipe.tasks
         self.next(self.download, foreach="sources")
 
+    @asks("data")
     @step
     def download(self):
         """The source's rows as canonical conversations."""
@@ -55,6 +73,7 @@ class SFTFlow(FlowSpec):
         self.conversations = self.ensure(CONVERSATIONS, source=self.source)
         self.next(self.render)
 
+    @asks("data")
     @step
     def render(self):
         """Conversations as text, with the spans that are trained."""
@@ -63,6 +82,7 @@ class SFTFlow(FlowSpec):
         self.rendered = self.ensure(RENDERED, source=self.source)
         self.next(self.tokenize)
 
+    @asks("data")
     @card(type="blank")
     @step
     def tokenize(self):
@@ -73,6 +93,7 @@ class SFTFlow(FlowSpec):
         current.card.extend(tokenize.card(self.store, self.ref(self.tokens)))
         self.next(self.mix)
 
+    @asks("data")
     @card(type="blank")
     @step
     def mix(self, inputs):
@@ -86,40 +107,64 @@ class SFTFlow(FlowSpec):
         current.card.extend(mix.card(self.store, self.ref(self.mixture)))
         self.next(self.pack)
 
+    @asks("data")
     @card(type="blank")
     @step
     def pack(self):
         """Rows into packs, first-fit-decreasing."""
-        from steps import pack
+        from steps import pack, selection, train
 
         self.packed = self.ensure(pack.PACKED)
+        if self.pinned.recipe.evaluation.during_training:
+            self.selection = self.ensure(selection.SELECTION)
         current.card.extend(pack.card(self.store, self.ref(self.packed)))
         self.num_rounds = 0
-        self.next(self.train)
+        self.place = train.place(self.store, self.pinned)
+        self.next({"here": self.train, "nodes": self.gather}, condition="place")
 
+    @asks("train")
     @card(type="blank", refresh_interval=2)
     @step
     def train(self):
         """One round of training. A search asks for more of them, plain SFT for one."""
-        from sft_core.lifetime import die_with_parent
+        from sft_core.search.sft import propose
+
+        self.train_round(propose(self.num_rounds))
+        self.verdict = "again" if propose(self.num_rounds) else "done"
+        self.next({"again": self.train, "done": self.fan_out}, condition="verdict")
+
+    @step
+    def gather(self):
+        """A condition and a gang cannot stand in one step."""
+        self.next(self.train_on_nodes, num_parallel=self.pinned.recipe.runtime.num_nodes)
+
+    @asks("train")
+    @card(type="blank", refresh_interval=2)
+    @parallel
+    @step
+    def train_on_nodes(self):
+        """All rounds of training, each on several nodes. The first one decides and stores, the others train along."""
         from sft_core.search.sft import propose
         from steps import train
 
-        die_with_parent()  # a killed scheduler must not leave a trainer behind
-        rollout = propose(self.num_rounds)
-        with train.live_card(self.store, self.pinned, {"round": rollout.round}, current.card):
-            self.trained = self.ensure(train.TRAINED, round=rollout.round)
-        self.checkpoint = str(self.store.path(self.ref(self.trained)) / "model")
-        current.card.extend(train.card(self.store.path(self.ref(self.trained))))
-        self.num_rounds += 1
-        self.verdict = "again" if propose(self.num_rounds) else "done"
-        self.next({"again": self.train, "done": self.fan_out}, condition="verdict")
+        train.meet_other_nodes(current.parallel, f"{current.run_id}/{current.retry_count}")
+        while rollout := propose(self.num_rounds):
+            self.train_round(rollout)
+        self.next(self.part)
+
+    @step
+    def part(self, inputs):
+        """The gang's tasks become one again."""
+        kept = ["pins", "recipe_name", "tasks", "trained", "checkpoint", "num_rounds"]
+        self.merge_artifacts(inputs, include=kept)
+        self.next(self.fan_out)
 
     @step
     def fan_out(self):
         """A condition and a foreach cannot stand in one step."""
         self.next(self.evaluate, foreach="tasks")
 
+    @asks("evaluate")
     @card(type="blank")
     @step
     def evaluate(self):
@@ -155,6 +200,21 @@ class SFTFlow(FlowSpec):
         print(summary(self.scores, self.thinking, self.checkpoint))
 
     # What the steps share; no artifacts.
+
+    def train_round(self, rollout):
+        """Ensures what the round trains, with a live card; on a node that is not the first, trains along."""
+        from sft_core.lifetime import die_with_parent
+        from steps import train
+
+        die_with_parent()  # a killed scheduler must not leave a trainer behind
+        if current.get("parallel") and current.parallel.node_index > 0:
+            self.trained = train.along(self.store, self.pinned, {"round": rollout.round})
+        else:
+            with train.live_card(self.store, self.pinned, {"round": rollout.round}, current.card):
+                self.trained = self.ensure(train.TRAINED, round=rollout.round)
+        self.checkpoint = str(self.store.path(self.ref(self.trained)) / "model")
+        current.card.extend(train.card(self.store.path(self.ref(self.trained))))
+        self.num_rounds += 1
 
     @property
     def pinned(self):

@@ -281,11 +281,27 @@ class Evaluation(_Section):
     during_training: DuringTraining | None = None
 
 
+class Resources(_Section):
+    """What a task asks of a cluster, as Metaflow's @resources has it; on one's own machine it changes nothing."""
+
+    cpu: PositiveInt = 8
+    memory: PositiveInt = Field(32_000, description="MB")
+    gpu: Annotated[int, Field(ge=0)] = 0
+    shared_memory: PositiveInt | None = Field(None, description="MB, which NCCL wants for several GPUs")
+
+
+class ClusterResources(_Section):
+    data: Resources = Field(Resources(), description="of a task that downloads, renders, tokenizes, mixes or packs")
+    train: Resources = Field(Resources(), description="of a training task: one a node")
+    evaluate: Resources = Field(Resources(), description="of the task that scores one task of the recipe")
+
+
 class Runtime(_Section):
     """Where and how it runs. Never part of an identity: a change rebuilds nothing."""
 
     store: str = Field("store", description="a folder, or a URL as s3://bucket/prefix")
-    num_processes: PositiveInt = Field(1, description="training ranks: this machine's GPUs")
+    num_nodes: PositiveInt = Field(1, description="machines that train together, each a Metaflow task of its own")
+    num_processes: PositiveInt = Field(1, description="training ranks of a machine: its GPUs")
     distributed: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
         "ddp", description="how ranks share the model: configs/accelerate/*.yaml"
     )
@@ -296,6 +312,12 @@ class Runtime(_Section):
     keep_checkpoints: PositiveInt = Field(2, description="the newest ones that are kept while training")
     logging_steps: PositiveInt = 5
     report_to: tuple[str, ...] = Field((), description="trackers of transformers.Trainer, for example wandb")
+    resources: ClusterResources = ClusterResources()
+
+    @property
+    def num_ranks(self) -> int:
+        """Training ranks on all machines."""
+        return self.num_nodes * self.num_processes
 
     @field_validator("store")
     @classmethod
@@ -325,10 +347,11 @@ class Recipe(_Section):
             for name in getattr(self.evaluation, key) or ():
                 if name not in self.sources:
                     raise ValueError(f"evaluation.{key}: found {name!r}; it is no source{_nearest(name, self.sources)}")
-        if self.training.global_batch_size % self.runtime.num_processes:
+        if self.training.global_batch_size % self.runtime.num_ranks:
             raise ValueError(
                 f"training.global_batch_size: found {self.training.global_batch_size}; it is a multiple of "
-                f"runtime.num_processes ({self.runtime.num_processes}), so that every rank gets as many packs"
+                f"runtime.num_nodes * runtime.num_processes ({self.runtime.num_ranks}), so that every rank gets as "
+                "many packs"
             )
         if self.packing.over_long == "split" and self.training.loss_scope == "all":
             raise ValueError("packing.over_long: found 'split'; training.loss_scope all knows no turns to cut at")

@@ -20,10 +20,10 @@ def parse_config(text: str) -> dict[str, Any]:
 
     try:
         data = read_yaml(text)
-        parse_recipe(data)
+        recipe = parse_recipe(data)
     except ValueError as error:
         raise InvalidRecipe(str(error)) from None
-    return data
+    return {**data, "runtime": recipe.runtime.model_dump(mode="json")}  # whole: decorators of the flow read it
 
 
 def effective(data: Mapping[str, Any], overrides: Iterable[str] | None, limit: int | None) -> Recipe:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import loss_curve, selection_curve
 from sft_core.store import Needs, Part, Stage, Store
-from sft_core.train.launch import build_trained
+from sft_core.train.launch import among_nodes, build_trained, train_along
 from steps.cards import chart, facts
 from steps.pack import PACKED, rows_to_pack
 from steps.selection import SELECTION
@@ -93,6 +95,34 @@ def card(folder: Path) -> list[Any]:
         lowest = {"lowest mean over sources": f"{best['loss']:.4f} at step {best['step']}"}
         components += [*facts("Loss on the selection split", lowest), chart(selection_curve(measured))]
     return components
+
+
+def place(store: Store, pinned: PinnedRecipe) -> str:
+    """Where it is trained: `here`, in this task or because it is there already, or on several `nodes`."""
+    is_there = store.locate(TRAINED, pinned, {"round": 0}).status == "hit"
+    return "nodes" if pinned.recipe.runtime.num_nodes > 1 and not is_there else "here"
+
+
+def meet_other_nodes(parallel: Any, attempt: str) -> None:
+    """Tells the ranks of this task where those of the gang's other tasks are. parallel: Metaflow's current.parallel.
+
+    attempt: names this try of this run. It gives the port, so that what is left of another try is not met.
+    """
+    port = 20_000 + zlib.crc32(attempt.encode()) % 10_000
+    nodes = {"node": parallel.node_index, "num_nodes": parallel.num_nodes}
+    os.environ.update(among_nodes(**nodes, address=parallel.main_ip, port=port))
+
+
+def along(store: Store, pinned: PinnedRecipe, part: Part) -> str:
+    """Trains along with the gang's first task; the address of what that one stores."""
+    located = store.locate(TRAINED, pinned, part)
+    assert located.ref is not None, "the packs were made before"
+    train_along(
+        store.scratch(located.ref),
+        pinned.recipe.runtime,
+        lambda: store.locate(TRAINED, pinned, part).status == "hit",
+    )
+    return str(located.ref)
 
 
 @contextlib.contextmanager

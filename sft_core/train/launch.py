@@ -1,4 +1,7 @@
-"""Start the training ranks, wait for them, and leave none behind."""
+"""Start the training ranks, wait for them, and leave none behind.
+
+On several nodes each starts its own: the first one builds the output, the others train along.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +32,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 KEEP_S = 2.0  # between looks for a new checkpoint
+LOOK_S = 1.0  # between looks for what another node does
+SEEN_WITHIN_S = 1800.0  # the first node may have to download its inputs
+STORED_WITHIN_S = 7200.0  # and to upload what came out
 
 
 def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str, Any]:
     """Trains in a process group of its own and leaves model/ and logs/. Raises RuntimeError with the rank's error."""
     runtime = build.runtime
-    num_threads = runtime.num_threads or max(1, (os.cpu_count() or 1) // runtime.num_processes)
     (build.out / "logs").mkdir(exist_ok=True)
     for stale in (*build.out.glob("error-rank*.txt"), *build.out.glob(stop_request(build.out).name)):
         stale.unlink()
@@ -47,20 +53,55 @@ def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str,
             if "selection" in job
             else {}
         ),
-        "runtime": {**runtime.model_dump(mode="json"), "num_threads": num_threads},
+        "runtime": {**runtime.model_dump(mode="json"), "num_threads": num_threads(runtime)},
     }
-    path = build.out / "logs" / "job.json"
+    path, output = build.out / "logs" / "job.json", build.out / "logs" / "train.log"
     path.write_text(json.dumps(settings, indent=1))
     with sigterm_asks_to_stop(build.out), kept_checkpoints(build):
-        run(path, [*torchrun(runtime), "-m", "sft_core.train.main"], settings["runtime"], build.out)
+        run(path, [*torchrun(runtime), "-m", "sft_core.train.main"], settings["runtime"], build.out, log=output)
     if job["training"]["lora"] is not None:
-        run(path, ["-m", "sft_core.train.merge"], {**settings["runtime"], "distributed": None}, build.out)
+        run(path, ["-m", "sft_core.train.merge"], {**settings["runtime"], "distributed": None}, build.out, log=output)
     for leftover in ("checkpoints", "staging"):
         shutil.rmtree(build.out / leftover, ignore_errors=True)
     for leftover in ("trainer.lock", stop_request(build.out).name):
         (build.out / leftover).unlink(missing_ok=True)
     events = [json.loads(line) for line in (build.out / "logs" / "log.jsonl").read_text().splitlines()]
     return {"round": round, "steps": events[-1]["of"], "first_loss": events[0]["loss"], "last_loss": events[-1]["loss"]}
+
+
+def train_along(out: Path, runtime: Runtime, is_done: Callable[[], bool]) -> None:
+    """What a node does that is not the first: its ranks join the first one's, which writes what comes out.
+
+    out: where the first node builds, in a folder that all nodes see. is_done: whether the output is whole.
+    Raises FileNotFoundError when nothing is seen of the first node, and RuntimeError with a failing rank's error.
+    """
+    job = out / "logs" / "job.json"
+    if not _comes_true(lambda: job.exists() or is_done(), SEEN_WITHIN_S):
+        raise FileNotFoundError(
+            f"{job}: not there after {SEEN_WITHIN_S:.0f} s; the first node writes it, so the folder is not the same "
+            "on all nodes: runtime.store (of a URL: SFT_CACHE) has to be on a file system that they share"
+        )
+    if is_done():
+        return
+    settings = {**runtime.model_dump(mode="json"), "num_threads": num_threads(runtime)}
+    with sigterm_asks_to_stop(out):
+        run(job, [*torchrun(runtime), "-m", "sft_core.train.main"], settings, out, log=None)
+    if not _comes_true(is_done, STORED_WITHIN_S):
+        raise RuntimeError(f"{out}: the ranks ended, and the first node did not store what came out")
+
+
+def _comes_true(condition: Callable[[], bool], within_s: float) -> bool:
+    end = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(LOOK_S)
+    return True
+
+
+def num_threads(runtime: Runtime) -> int:
+    """CPU threads of a rank."""
+    return runtime.num_threads or max(1, (os.cpu_count() or 1) // runtime.num_processes)
 
 
 def token_folders(inputs: Mapping[str, Path], source: str) -> list[str]:
@@ -118,7 +159,18 @@ def sigterm_asks_to_stop(out: Path) -> Iterator[None]:
 
 
 def torchrun(runtime: Runtime) -> list[str]:
-    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={runtime.num_processes}"]
+    """Of this node's ranks. Which of how many nodes it is stands in the environment (see `among_nodes`)."""
+    alone = [] if "PET_NNODES" in os.environ else ["--standalone"]
+    return ["-m", "torch.distributed.run", *alone, f"--nproc_per_node={runtime.num_processes}"]
+
+
+def among_nodes(*, node: int, num_nodes: int, address: str, port: int) -> dict[str, str]:
+    """The environment by which torchrun (torch 2.13) knows its node: each option's name after PET_.
+
+    address, port: of the first node, where all ranks meet.
+    """
+    options = {"nnodes": num_nodes, "node_rank": node, "master_addr": address, "master_port": port}
+    return {f"PET_{name.upper()}": str(value) for name, value in options.items()}
 
 
 def variables(runtime: dict[str, Any], out: Path) -> dict[str, str]:
@@ -137,8 +189,8 @@ def variables(runtime: dict[str, Any], out: Path) -> dict[str, str]:
     }
 
 
-def run(job: Path, command: list[str], runtime: dict[str, Any], out: Path) -> None:
-    """Runs Python in a process group of its own; its output goes to logs/train.log and to this process's own.
+def run(job: Path, command: list[str], runtime: dict[str, Any], out: Path, *, log: Path | None) -> None:
+    """Runs Python in a process group of its own; its output goes to this process's own, and to the log.
 
     Raises RuntimeError with the error of the rank that failed first.
     """
@@ -155,7 +207,7 @@ def run(job: Path, command: list[str], runtime: dict[str, Any], out: Path) -> No
     tail: collections.deque[str] = collections.deque(maxlen=40)
     try:
         assert process.stdout is not None
-        with (out / "logs" / "train.log").open("a") as file:
+        with (log or Path(os.devnull)).open("a") as file:
             for line in process.stdout:
                 file.write(line)
                 file.flush()
