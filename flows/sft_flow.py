@@ -206,6 +206,7 @@ class SFTFlow(FlowSpec):
         from sft_core.lifetime import die_with_parent
         from steps import train
 
+        train.check_machine(self.store, self.pinned, {"round": rollout.round})
         die_with_parent()  # a killed scheduler must not leave a trainer behind
         if current.get("parallel") and current.parallel.node_index > 0:
             self.trained = train.along(self.store, self.pinned, {"round": rollout.round})

@@ -286,7 +286,7 @@ class Resources(_Section):
 
     cpu: PositiveInt = 8
     memory: PositiveInt = Field(32_000, description="MB")
-    gpu: Annotated[int, Field(ge=0)] = 0
+    gpu: PositiveInt | None = None
     shared_memory: PositiveInt | None = Field(None, description="MB, which NCCL wants for several GPUs")
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import Recipe
 from sft_core.store import Located, Stage, Store, Unresolved
-from sft_core.train.accelerator import lost_updates, unmet_demands
+from sft_core.train.accelerator import check_machine, has_gpu, lost_updates
 from sft_core.train.arguments import check_extra
 from steps.evaluate import check_report_prompts, count_report_prompts
 from steps.pack import PACKED
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 
 def prepare(recipe: Recipe) -> PinnedRecipe:
     """The recipe with its names resolved. Raises ValueError or OSError for what would fail later and cost more."""
+    check_place(recipe)
     pinned = pin(recipe)
     store = Store(recipe.runtime.store)
     check_report_prompts(count_report_prompts(store, pinned), pinned)
@@ -29,11 +32,31 @@ def prepare(recipe: Recipe) -> PinnedRecipe:
         store.check_writable()
     check_training(planned, pinned)
     if trains(planned):
-        if unmet := unmet_demands(recipe):
-            raise ValueError(unmet)
+        if not on_cluster():
+            check_machine(recipe)
         if warning := lost_updates(recipe):
             log.warning(warning)
     return pinned
+
+
+def on_cluster() -> bool:
+    """Whether this task runs on Kubernetes or AWS Batch, where each may be on another machine."""
+    return "METAFLOW_KUBERNETES_WORKLOAD" in os.environ or "AWS_BATCH_JOB_ID" in os.environ
+
+
+def check_place(recipe: Recipe) -> None:
+    """Raises ValueError for a store that a cluster's tasks do not share, and for nodes that would share their GPUs."""
+    if recipe.runtime.num_nodes > 1 and has_gpu() and not on_cluster():
+        raise ValueError(
+            f"runtime.num_nodes: found {recipe.runtime.num_nodes}; here all of them would train on this machine's GPUs. "
+            "Run `--with kubernetes` or `--with batch`, or --set runtime.num_nodes=1"
+        )
+    store = recipe.runtime.store
+    if on_cluster() and "://" not in store and not Path(store).is_absolute():
+        raise ValueError(
+            f"runtime.store: found {store!r}; tasks on a cluster share no working folder: name a URL such as "
+            "s3://bucket/prefix, or an absolute path on a file system that all of them mount"
+        )
 
 
 def trains(planned: list[Located]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import loss_curve, selection_curve
 from sft_core.store import Needs, Part, Stage, Store
+from sft_core.train import accelerator
 from sft_core.train.launch import among_nodes, build_trained, train_along
 from steps.cards import chart, facts
 from steps.pack import PACKED, rows_to_pack
@@ -101,6 +102,12 @@ def place(store: Store, pinned: PinnedRecipe) -> str:
     """Where it is trained: `here`, in this task or because it is there already, or on several `nodes`."""
     is_there = store.locate(TRAINED, pinned, {"round": 0}).status == "hit"
     return "nodes" if pinned.recipe.runtime.num_nodes > 1 and not is_there else "here"
+
+
+def check_machine(store: Store, pinned: PinnedRecipe, part: Part) -> None:
+    """Raises ValueError for what this machine cannot train. On a cluster only the task itself knows its machine."""
+    if store.locate(TRAINED, pinned, part).status != "hit":
+        accelerator.check_machine(pinned.recipe)
 
 
 def meet_other_nodes(parallel: Any, attempt: str) -> None:

@@ -62,6 +62,12 @@ def unmet_demands(recipe: Recipe) -> str | None:
     return f"{'; '.join(asked)}: needs a GPU, and this machine has none; to train here set it otherwise"
 
 
+def check_machine(recipe: Recipe) -> None:
+    """Raises ValueError for what this machine, which trains, cannot do."""
+    if unmet := unmet_demands(recipe):
+        raise ValueError(unmet)
+
+
 def lost_updates(recipe: Recipe) -> str | None:
     """A warning where weights are in bfloat16 alone: an update under 1/256 of a weight is rounded away."""
     sharded_by_deepspeed = recipe.runtime.distributed in ("zero2", "zero3")  # which keeps fp32 masters by itself
