@@ -48,8 +48,8 @@ def check_place(recipe: Recipe) -> None:
     """Raises ValueError for a store that a cluster's tasks do not share, and for nodes that would share their GPUs."""
     if recipe.runtime.num_nodes > 1 and has_gpu() and not on_cluster():
         raise ValueError(
-            f"runtime.num_nodes: found {recipe.runtime.num_nodes}; here all of them would train on this machine's GPUs. "
-            "Run `--with kubernetes` or `--with batch`, or --set runtime.num_nodes=1"
+            f"runtime.num_nodes: found {recipe.runtime.num_nodes}; here all of them would train on this machine's "
+            "GPUs. Run `--with kubernetes` or `--with batch`, or --set runtime.num_nodes=1"
         )
     store = recipe.runtime.store
     if on_cluster() and "://" not in store and not Path(store).is_absolute():
