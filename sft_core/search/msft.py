@@ -1,0 +1,172 @@
+"""mSFT (Koh et al. 2026, arXiv 2603.21606): train all tasks, drop the one that over-fits first, roll back, go on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sft_core.search.peaks import fall_of, first_highest, peak_of
+from sft_core.search.rollouts import Best, Curves, Decision, Point, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Where a search ends though it could go on."""
+
+    max_rollouts: int
+    max_epochs: float | None = None  # of training that was kept, over all roll-outs
+    max_idle: int | None = None  # roll-outs in a row without a task dropped
+
+
+@dataclasses.dataclass
+class Msft:
+    """Exactly what the released code does: the preset `paper`.
+
+    A task's peak is its first highest score, at the start of the roll-out too. Of the tasks that peak earliest the
+    first by name is dropped; when all peak at the last evaluation nobody is. Roll-outs always run to their end.
+    """
+
+    tasks: Sequence[str]
+    epochs_per_rollout: float
+    limits: Limits
+
+    def __post_init__(self) -> None:
+        self._active = tuple(self.tasks)
+        self._round = self._num_idle = 0
+        self._start: Point | None = None
+        self._epochs = 0.0
+        self._best = Best()
+        self._at_drop: dict[str, np.ndarray] = {}  # the rows' scores of a dropped task where it was dropped
+
+    def propose(self) -> Rollout | None:
+        if self.ended_by is not None:
+            return None
+        return Rollout(self._round, self._start, self._active, self.epochs_per_rollout)
+
+    @property
+    def best(self) -> Point | None:
+        return self._best.point
+
+    @property
+    def ended_by(self) -> str | None:
+        limits = self.limits
+        if not self._active:
+            return "every task is dropped"
+        if self._round >= limits.max_rollouts:
+            return f"max_rollouts: {limits.max_rollouts} roll-outs are done"
+        if limits.max_epochs is not None and self._epochs >= limits.max_epochs:
+            return f"max_epochs: {self._epochs:g} epochs are trained, of {limits.max_epochs:g}"
+        if limits.max_idle is not None and self._num_idle >= limits.max_idle:
+            return f"max_idle: {self._num_idle} roll-outs in a row dropped no task"
+        return None
+
+    def observe(self, curves: Curves) -> Decision:
+        rollout = self.propose()
+        assert rollout is not None, "the search is over"
+        self._best.see(rollout.round, curves)
+        evaluation, dropped, evidence = self._judge(curves)
+        readmitted = self._forgotten(curves, evaluation)
+        self._at_drop |= {task: curves.rows[task][evaluation] for task in dropped}
+        self._active = tuple(
+            task for task in self.tasks if task in (*self._active, *readmitted) and task not in dropped
+        )
+        # The start of a roll-out is where the one before it went on from: rolling back to it changes nothing.
+        self._start = Point(rollout.round, evaluation)
+        self._epochs += float(curves.epochs[evaluation])
+        self._num_idle = 0 if dropped else self._num_idle + 1
+        self._round += 1
+        return Decision(
+            rollout.round,
+            tuple(dropped),
+            readmitted,
+            self._start,
+            self._epochs,
+            self._reason(dropped, curves, evaluation),
+            evidence,
+        )
+
+    def wanted(self, curves: Curves) -> set[int]:
+        peaks = {first_highest(curves.of(task)) for task in self._active}
+        return {*peaks, len(curves.epochs) - 1, *self._best.would_be(curves)}
+
+    def is_decided(self, curves: Curves) -> bool:
+        return False
+
+    def _judge(self, curves: Curves) -> tuple[int, list[str], dict[str, Mapping[str, Any]]]:
+        """Where to go on from, who is dropped there, and why."""
+        last = len(curves.epochs) - 1
+        peaks = {task: first_highest(curves.of(task)) for task in self._active}
+        evidence: dict[str, Mapping[str, Any]] = {
+            task: {"peak": peak, "score": float(curves.of(task)[peak]), "last": float(curves.of(task)[last])}
+            for task, peak in peaks.items()
+        }
+        earliest = min(peaks.values())
+        if earliest == last:
+            return last, [], evidence
+        return earliest, [min(task for task, peak in peaks.items() if peak == earliest)], evidence
+
+    def _forgotten(self, curves: Curves, evaluation: int) -> tuple[str, ...]:
+        return ()
+
+    def _reason(self, dropped: Sequence[str], curves: Curves, evaluation: int) -> str:
+        if not dropped:
+            return "no task is past its peak: the training goes on from the last evaluation"
+        return f"{', '.join(dropped)} peaked first, {curves.epochs[evaluation]:g} epochs into the roll-out"
+
+
+@dataclasses.dataclass
+class RobustMsft(Msft):
+    """The same search for noisy scores: the preset `robust`.
+
+    A task is past its peak where a unimodal fit of its scores has turned and a paired one-sided test of its rows says
+    that they have fallen, at `alpha` over the number of active tasks (Bonferroni). All whose fit turned there are
+    dropped together. A roll-out ends as soon as no other task can turn out to have peaked earlier. With `readmit`, an
+    excluded task comes back once its rows have fallen, by the same test, below where it was dropped.
+    """
+
+    alpha: float = 0.05
+    readmit: bool = False
+
+    def wanted(self, curves: Curves) -> set[int]:
+        peaks = {peak_of(curves.rows[task]).evaluation for task in self._active}
+        # A fit turns elsewhere when more is seen, but not far from where the score itself is highest or was.
+        near = {evaluation + step for evaluation in peaks for step in (-1, 0, 1)}
+        within = {evaluation for evaluation in near if 0 <= evaluation < len(curves.epochs)}
+        return {*within, *super().wanted(curves)}
+
+    def is_decided(self, curves: Curves) -> bool:
+        evaluation, dropped, _ = self._judge(curves)
+        others = [task for task in self._active if task not in dropped]
+        peaks = [peak_of(curves.rows[task]).evaluation for task in others]
+        return bool(dropped) and all(peak > evaluation for peak in peaks)
+
+    def _judge(self, curves: Curves) -> tuple[int, list[str], dict[str, Mapping[str, Any]]]:
+        peaks = {task: peak_of(curves.rows[task]) for task in self._active}
+        level = self.alpha / len(self._active)
+        past = {task: peak.evaluation for task, peak in peaks.items() if peak.fall.p < level}
+        evidence: dict[str, Mapping[str, Any]] = {
+            task: {
+                "peak": peak.evaluation,
+                "score": float(curves.of(task)[peak.evaluation]),
+                "last": float(curves.of(task)[-1]),
+                **dataclasses.asdict(peak.fall),
+                "level": level,
+            }
+            for task, peak in peaks.items()
+        }
+        if not past:
+            return len(curves.epochs) - 1, [], evidence
+        earliest = min(past.values())
+        dropped = [task for task, evaluation in past.items() if evaluation == earliest]
+        return earliest, dropped, evidence
+
+    def _forgotten(self, curves: Curves, evaluation: int) -> tuple[str, ...]:
+        excluded = [task for task in self.tasks if task not in self._active]
+        if not self.readmit or not excluded:
+            return ()
+        falls = {task: self._at_drop[task] - curves.rows[task][evaluation] for task in excluded}
+        level = self.alpha / len(excluded)
+        return tuple(task for task, fallen in falls.items() if fall_of(fallen).p < level)

@@ -1,0 +1,128 @@
+"""What a search trains and what it learns from it: plain values, without weights, files or clocks.
+
+A strategy proposes a roll-out, is shown what it measured, and proposes again until it is done. What it does depends on
+what it was shown alone, so a journal of curves, shown again in order, leads to the same next roll-out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Weights that a roll-out went through: those of its evaluation number `evaluation`, 0 being its start."""
+
+    round: int
+    evaluation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """What to train next, with a new optimizer, from the weights at `start` (None: the start model)."""
+
+    round: int
+    start: Point | None
+    active: tuple[str, ...]  # the tasks whose rows are trained
+    epochs: float  # passes over the active rows
+    shares: Mapping[str, float] | None = None  # of each active task in the rows of an epoch; None: its rows once
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """The selection scores of every task over a roll-out, those that were not trained too. Higher is better.
+
+    epochs: shape (evaluations,), from 0 on. rows: each task's scores by row, shape (evaluations, rows), always of the
+    same rows; a task's score is their mean. Raises ValueError for scores that are no numbers or of another length.
+    """
+
+    epochs: Sequence[float]
+    rows: Mapping[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        for task, scores in self.rows.items():
+            if scores.ndim != 2 or len(scores) != len(self.epochs) or scores.shape[1] == 0:
+                raise ValueError(f"{task}: found scores of shape {scores.shape} for {len(self.epochs)} evaluations")
+            if not np.isfinite(scores).all():
+                raise ValueError(f"{task}: a selection score is not a number; the training has diverged")
+
+    def of(self, task: str) -> np.ndarray:
+        """Shape (evaluations,)."""
+        return self.rows[task].mean(axis=1)
+
+    def pooled(self) -> np.ndarray:
+        """The mean over all rows of all tasks: shape (evaluations,)."""
+        return np.concatenate(list(self.rows.values()), axis=1).mean(axis=1)
+
+    def until(self, evaluation: int) -> Curves:
+        """The first evaluations, up to and with number `evaluation`."""
+        return Curves(self.epochs[: evaluation + 1], {task: rows[: evaluation + 1] for task, rows in self.rows.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What followed from a roll-out. `evidence`: by task, the numbers that it rests on."""
+
+    round: int
+    dropped: tuple[str, ...]
+    readmitted: tuple[str, ...]
+    start: Point  # of what comes next
+    epochs: float  # of training that lead there, over all roll-outs that were kept
+    reason: str
+    evidence: Mapping[str, Mapping[str, Any]]
+
+
+class Search(Protocol):
+    """A strategy. Its methods are called in turn: propose, observe, propose, ..."""
+
+    def propose(self) -> Rollout | None:
+        """What to train next; None when the search is over. The same until `observe` is called."""
+
+    def observe(self, curves: Curves) -> Decision:
+        """Takes in what the proposed roll-out measured."""
+
+    def wanted(self, curves: Curves) -> set[int]:
+        """Evaluations of a roll-out under way whose weights can still be asked for."""
+
+    def is_decided(self, curves: Curves) -> bool:
+        """Whether a roll-out under way can end before its last epoch."""
+
+    @property
+    def best(self) -> Point | None:
+        """The weights to deliver, of all that were seen."""
+
+    @property
+    def ended_by(self) -> str | None:
+        """Why the search is over, in words; None while it is not."""
+
+
+@dataclasses.dataclass
+class Best:
+    """The evaluation of the highest pooled score over all roll-outs; of equals the first."""
+
+    point: Point | None = None
+    score: float = -np.inf
+
+    def see(self, round: int, curves: Curves) -> None:
+        pooled = curves.pooled()
+        evaluation = int(np.argmax(pooled))
+        if pooled[evaluation] > self.score:
+            self.point, self.score = Point(round, evaluation), float(pooled[evaluation])
+
+    def would_be(self, curves: Curves) -> set[int]:
+        evaluation = int(np.argmax(curves.pooled()))
+        return {evaluation} if curves.pooled()[evaluation] > self.score else set()
+
+
+def replay(search: Search, journal: Iterable[Curves]) -> list[Decision]:
+    """Shows the search what its roll-outs have measured so far. Raises ValueError for more than it would have run."""
+    decisions: list[Decision] = []
+    for curves in journal:
+        if search.propose() is None:
+            raise ValueError(f"the journal has more roll-outs than the {len(decisions)} that the search would run")
+        decisions.append(search.observe(curves))
+    return decisions
