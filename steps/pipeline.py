@@ -10,7 +10,7 @@ from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import Recipe
 from sft_core.store import Located, Stage, Store, Unresolved
 from sft_core.train.accelerator import lost_updates, unmet_demands
-from sft_core.train.arguments import check_extra
+from sft_core.train.arguments import check_extra, check_report_to
 from steps.evaluate import check_report_prompts, count_report_prompts
 from steps.pack import PACKED
 from steps.report import REPORT
@@ -31,6 +31,7 @@ def prepare(recipe: Recipe) -> PinnedRecipe:
     if trains(planned):
         if unmet := unmet_demands(recipe):
             raise ValueError(unmet)
+        check_report_to(recipe.runtime.report_to)
         if warning := lost_updates(recipe):
             log.warning(warning)
     return pinned
