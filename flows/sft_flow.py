@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("METAFLOW_USER", os.environ.get("USER") or "sft")  # Metaflow does not start without a name
 os.environ.setdefault("METAFLOW_RUN_MAX_WORKERS", "2")  # as many evaluations at a time share the machine's cores
+os.environ.setdefault("SFT_STARTED_BY", str(os.getpid()))  # by the scheduler, whose tasks end with it
 os.environ.setdefault("TQDM_DISABLE", "1")  # a task's log is no terminal
 if sys.stdout.isatty():
     os.environ.setdefault("TTY_COMPATIBLE", "1")  # but one that is read in a terminal may have colours

@@ -267,11 +267,10 @@ def init(model: str, data: tuple[str, ...], output: str) -> None:
 @click.option(
     "--num-processes",
     type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Ranks that the other recipe was run with; its batch is for each.",
+    help="Ranks that the other recipe was run with; its batch is for each. Default: accelerate's config's, or 1.",
 )
-def import_recipe(recipe: str, output: str, num_processes: int) -> None:
+@click.option("--accelerate-config", help="The config that the other recipe was launched with.")
+def import_recipe(recipe: str, output: str, num_processes: int | None, accelerate_config: str | None) -> None:
     """Turn a recipe of the alignment-handbook or TRL (`trl sft --config`) into one of ours.
 
     Says for each of its keys whether it is carried, carried with a change, or not, and why.
@@ -282,7 +281,8 @@ def import_recipe(recipe: str, output: str, num_processes: int) -> None:
     from steps.import_recipe import write_imported
     from steps.import_text import account_text
 
-    found = write_imported(Path(recipe), Path(output), num_processes)
+    launched = Path(accelerate_config) if accelerate_config else None
+    found = write_imported(Path(recipe), Path(output), num_processes, launched)
     beside = f" and {Path(output).with_suffix('.jinja')}" if found.template is not None else ""
     click.echo(f"{account_text(found)}\n\nwrote {output}{beside}\n\n  sft plan {output}")
 

@@ -16,6 +16,7 @@ from sft_core.recipe import parse_recipe, read_yaml
 from sft_core.train.arguments import check_extra
 from steps.import_account import Imported, number, readings, short, switch
 from steps.import_datasets import read_datasets
+from steps.import_strategy import SETTINGS, read_strategy
 from steps.import_text import recipe_text
 
 # The same thing under the same or another name: TRL's key, ours.
@@ -55,8 +56,6 @@ _SAVING = "checkpoints are by steps (runtime.save_steps), the newest ones kept"
 _LOGGING = "logs are by steps (runtime.logging_steps)"
 _AHEAD = "data is prepared ahead of training, and ranks do not wait for it"
 _STORE = "outputs have addresses of their own in runtime.store"
-_QUANTIZED = "weights are not quantized; LoRA trains over them as they are"
-_RANKS = "how ranks share a model is no part of a recipe here"
 _NOT_CARRIED = {
     "hub_token": "a recipe is stored with what it makes; set HF_TOKEN in the environment",
     "push_to_hub_token": "a recipe is stored with what it makes; set HF_TOKEN in the environment",
@@ -76,17 +75,20 @@ _NOT_CARRIED = {
     "resume_from_checkpoint": "an interrupted training goes on by itself",
     "average_tokens_across_devices": "always so: the mean over all trained tokens of the global batch",
     "padding_free": "always so: packs hold no padding",
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant"), _QUANTIZED),
-    **dict.fromkeys(("bnb_4bit_quant_type", "bnb_4bit_quant_storage", "bnb_4bit_compute_dtype"), _QUANTIZED),
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config"), _RANKS),
+    **dict.fromkeys(("fsdp_config", "parallelism_config", "accelerator_config"), SETTINGS),
     "fp16": "training.bf16 is the only mixed precision",
 }
 _NEWER = {"gradient_checkpointing_kwargs": "activation_checkpointing_kwargs"}  # in transformers
 _NOT_CARRIED_PREFIXES = {"hub_": _PUSH, "eval_": _EVALUATION}
 
 
-def import_recipe(source: dict[str, Any], *, output: Path, num_processes: int = 1) -> Imported:
-    """source: plain data of the other recipe. Raises ValueError where it has no model or data that ours could have."""
+def import_recipe(
+    source: dict[str, Any], *, output: Path, num_processes: int = 1, accelerate: dict[str, Any] | None = None
+) -> Imported:
+    """source: plain data of the other recipe; accelerate: of the config that it was launched with.
+
+    Raises ValueError where it has no model or data that ours could have.
+    """
     name = "".join(c if (c.isascii() and c.isalnum()) or c in "._-" else "-" for c in output.stem)
     found = Imported({"name": name, "model": {}})
     left = dict(source)
@@ -101,6 +103,7 @@ def import_recipe(source: dict[str, Any], *, output: Path, num_processes: int = 
     _schedule(found, left)
     _lora(found, left)
     _runtime(found, left)
+    read_strategy(found, left, accelerate or {})
     _simple(found, left)
     _rest(found, left)
     for ours, value in _TRL_DEFAULTS.items():
@@ -264,8 +267,9 @@ def _lora(found: Imported, left: dict[str, Any]) -> None:
     is_on = switch(left.pop("use_peft", None))
     names = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
     names |= {"lora_target_modules": "target_modules"}
+    names |= {key: key for key in ("use_dora", "use_rslora", "load_in_4bit")}
     if not is_on:
-        for key in [key for key in left if key.startswith("lora_")]:
+        for key in [key for key in left if key.startswith("lora_") or key in names]:
             found.not_carried[key] = "use_peft is not true"
             del left[key]
     else:
@@ -281,11 +285,29 @@ def _lora(found: Imported, left: dict[str, Any]) -> None:
         if "target_modules" not in lora:
             told = "TRL leaves it to PEFT, which knows some architectures (often q_proj and v_proj)"
             found.assume("training.lora.target_modules", "all-linear", told)
-        for key in [key for key in left if key.startswith(("lora_", "use_rslora", "use_dora"))]:
+        for key in [key for key in left if key.startswith("lora_")]:
             found.not_carried[key] = "training.lora has no such key"
             del left[key]
+    _quantization(found, left)
     if given:
         found.changed["use_peft"] = ("training.lora", "given" if is_on else "left out")
+
+
+def _quantization(found: Imported, left: dict[str, Any]) -> None:
+    """Ours quantizes in one way, that of the QLoRA paper: NF4, its constants too, computing in bfloat16."""
+    in_4bit = found.get("training.lora.load_in_4bit") is True
+    as_here = {"bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    if in_4bit and not switch(left.get("use_bnb_nested_quant")):
+        found.assumed["training.lora.load_in_4bit"] = "the constants are quantized too, which TRL leaves off"
+    keys = (*as_here, "bnb_4bit_quant_storage", "load_in_8bit")
+    for key in [key for key in keys if key in left]:
+        value = left.pop(key)
+        if in_4bit and key in as_here and as_here[key] in (value, switch(value)):
+            found.changed[key] = ("training.lora.load_in_4bit", f"{short(as_here[key])}: always so")
+        elif in_4bit:
+            found.not_carried[key] = "training.lora.load_in_4bit is NF4, its constants quantized too, in bfloat16"
+        else:
+            found.not_carried[key] = "weights are quantized under training.lora.load_in_4bit alone"
 
 
 def _runtime(found: Imported, left: dict[str, Any]) -> None:
@@ -341,24 +363,30 @@ def _rest(found: Imported, left: dict[str, Any]) -> None:
             found.not_carried[key] = refused
 
 
-def write_imported(path: Path, output: Path, num_processes: int) -> Imported:
-    """Reads the other recipe and writes ours, with its template beside it where that stood inline.
-
-    Raises ValueError for what cannot be one of ours, FileExistsError rather than replace a file.
-    """
-    from sft_core.data.templates import compile_template
-
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe (looked in {Path.cwd()})")
     try:
-        source = read_yaml(path.read_text(encoding="utf-8"))
+        return read_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: a recipe is UTF-8 text; byte {error.start} is not") from None
+
+
+def write_imported(path: Path, output: Path, num_processes: int | None, accelerate: Path | None = None) -> Imported:
+    """Reads the other recipe and writes ours, with its template beside it where that stood inline.
+
+    num_processes: by default those of accelerate's config, or 1. Raises ValueError for what cannot be one of ours,
+    FileExistsError rather than replace a file.
+    """
+    from sft_core.data.templates import compile_template
+
+    source, launched = _read(path), _read(accelerate) if accelerate else {}
     template = output.with_suffix(".jinja")
     for file in [output, *([template] if source.get("chat_template") else [])]:
         if file.exists():
             raise FileExistsError(f"{file} exists; name another with --output")
-    found = import_recipe(source, output=output, num_processes=num_processes)
+    ranks = num_processes or max(1, int(number(launched.get("num_processes")) or 1))
+    found = import_recipe(source, output=output, num_processes=ranks, accelerate=launched)
     # Before it is written: a faulty file would stand in the way of the next try.
     parse_recipe(found.data)
     text = recipe_text(found, f"From {path.name} by `sft import`. `sft plan {output}` says what a run will do.")

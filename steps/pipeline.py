@@ -12,7 +12,7 @@ from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import Recipe
 from sft_core.store import Located, Stage, Store, Unresolved
 from sft_core.train.accelerator import check_machine, has_gpu, lost_updates
-from sft_core.train.arguments import check_extra
+from sft_core.train.arguments import check_extra, check_report_to
 from steps.evaluate import check_report_prompts, count_report_prompts
 from steps.pack import PACKED
 from steps.report import REPORT
@@ -34,6 +34,7 @@ def prepare(recipe: Recipe) -> PinnedRecipe:
     if trains(planned):
         if not on_cluster():
             check_machine(recipe)
+        check_report_to(recipe.runtime.report_to)
         if warning := lost_updates(recipe):
             log.warning(warning)
     return pinned

@@ -14,6 +14,17 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return  # torch takes seconds to import
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 def _small_recipe(store: Path) -> dict[str, Any]:
     sizes = {"vocab_size": 291, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     return {

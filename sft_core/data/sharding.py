@@ -152,9 +152,6 @@ def _same(work: Work) -> Work:
 def _start(work: Callable[[], Work]) -> None:
     global _work
     die_with_parent()
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid != os.getppid():  # it ended before the call
-        sys.exit()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells of an interrupt, once
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     _work = work()

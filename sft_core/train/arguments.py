@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import typing
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sft_core.train.accelerator import liger
@@ -53,6 +54,24 @@ def check_extra(extra: dict[str, Any]) -> None:
             TypeAdapter(hints[name]).validate_python(value, strict=not isinstance(value, str))
         except ValidationError as error:
             raise ValueError(f"training.extra.{name}: found {value!r}; {error.errors()[0]['msg'].lower()}") from None
+
+
+def check_report_to(trackers: Sequence[str]) -> None:
+    """Raises ValueError for a tracker that the Trainer does not know, or whose package is not there."""
+    if not trackers or list(trackers) in (["all"], ["none"]):  # what is installed, and nothing
+        return
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for tracker in trackers:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            close = difflib.get_close_matches(tracker, INTEGRATION_TO_CALLBACK, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it knows {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            raise ValueError(f"runtime.report_to: found {tracker!r}, which is no tracker of the Trainer's; {hint}")
+        try:
+            INTEGRATION_TO_CALLBACK[tracker]()  # as the Trainer will
+        except (ImportError, RuntimeError, ValueError) as error:
+            told = str(error).strip().rstrip(".")
+            raise ValueError(f"runtime.report_to: {tracker} cannot be used here: {told}; or leave it out") from None
 
 
 def training_arguments(

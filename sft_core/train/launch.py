@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_core.data.over_long import windows_of
-from sft_core.lifetime import die_with_parent
+from sft_core.lifetime import STARTED_BY, die_with_parent
 from sft_core.train.accelerator import has_gpu
 from sft_core.train.checkpoints import stop_request, worth_keeping
 from sft_core.train.strategy import environment
@@ -178,6 +179,7 @@ def variables(runtime: dict[str, Any], out: Path) -> dict[str, str]:
     return {
         "TENSORBOARD_LOGGING_DIR": str((out / "logs" / "tensorboard").resolve()),
         **os.environ,
+        STARTED_BY: str(os.getpid()),
         "OMP_NUM_THREADS": str(runtime["num_threads"]),
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait cost a shared machine most of its speed
         "TOKENIZERS_PARALLELISM": "false",
@@ -202,7 +204,7 @@ def run(job: Path, command: list[str], runtime: dict[str, Any], out: Path, *, lo
         errors="replace",
         env=variables(runtime, out),
         start_new_session=True,
-        preexec_fn=die_with_parent,
+        preexec_fn=functools.partial(die_with_parent, os.getpid()),
     )
     tail: collections.deque[str] = collections.deque(maxlen=40)
     try:

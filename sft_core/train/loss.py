@@ -43,10 +43,19 @@ class LossBySource:
         self._sums[0].index_add_(0, source_N, nll_N.detach().double())
         self._sums[1].index_add_(0, source_N, torch.ones_like(nll_N, dtype=torch.float64))
 
+    @property
+    def sums(self) -> torch.Tensor:
+        """(2, sources): of losses and of tokens on this rank."""
+        assert self._sums is not None
+        return self._sums
+
+    def go_on_from(self, sums: torch.Tensor) -> None:
+        self._sums = sums
+
     def take(self, reduce: object) -> tuple[list[float], list[int]]:
         """(mean loss, trained tokens) of each source; `reduce` sums a tensor over the ranks."""
-        assert self._sums is not None and callable(reduce)
-        total = reduce(self._sums)
-        self._sums = torch.zeros_like(self._sums)
+        assert callable(reduce)
+        total = reduce(self.sums)
+        self._sums = torch.zeros_like(self.sums)
         means = (total[0] / total[1]).tolist()
         return means, [int(count) for count in total[1].tolist()]

@@ -62,8 +62,9 @@ def train(job: dict[str, Any], out: Path) -> None:
 
     from sft_core.data.balance import pack_costs
     from sft_core.train.arguments import training_arguments
-    from sft_core.train.checkpoints import check_room, latest, stop_request
+    from sft_core.train.checkpoints import check_room, stop_request
     from sft_core.train.collate import PackCollator
+    from sft_core.train.continuation import resumable
     from sft_core.train.model import load_model, save_adapter, save_checkpoint, skeleton
     from sft_core.train.schedule import step_packs, training_flops
     from sft_core.train.strategy import SHARED, prepare_deepspeed
@@ -94,6 +95,7 @@ def train(job: dict[str, Any], out: Path) -> None:
     staging = out / "staging"
     if int(os.environ.get("RANK", "0")) == 0:
         discard_staged(staging)
+    checkpoint = resumable(out / "checkpoints", job["runtime"]["distributed"], world_size)
     in_4bit = training["lora"] is not None and training["lora"]["load_in_4bit"]
     load = functools.partial(
         load_model, **job["model"], tokenizer=job["tokenizer"], seed=training["seed"], load_in_4bit=in_4bit
@@ -122,10 +124,7 @@ def train(job: dict[str, Any], out: Path) -> None:
         selection=_selection(job, len(schedule), len(collator.plan)),
     )
     trainer.remove_callback(PrinterCallback)  # LogEvents prints
-    checkpoint = latest(out / "checkpoints")
-    if checkpoint is not None:
-        log.info("resume checkpoint=%s", checkpoint.name)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train_from(checkpoint)
     step = trainer.state.global_step
     if stop_request(out).exists() and step < len(schedule):
         raise Stopped(f"stopped at step {step} of {len(schedule)}, as asked; its checkpoint is whole: a retry goes on")

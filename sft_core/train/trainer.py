@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTTrainer
 
 from sft_core.train import checkpoints
+from sft_core.train.continuation import Continuation
 from sft_core.train.log_file import LogFile
 from sft_core.train.loss import LossBySource, trained_token_nll
 from sft_core.train.selection import EvaluateSelection, SelectionLosses
@@ -56,7 +58,7 @@ class PackTrainer(SFTTrainer):
             raise ValueError("the model wants a router loss (MoE), which is not trained here; set its coefficient to 0")
         self.model_accepts_loss_kwargs = True  # the count comes to compute_loss, whatever the model's forward takes
         self._sources = sources
-        self._strategy: str | None = strategy  # until it is seen at work
+        self._strategy, self._is_engaged = strategy, False  # until it is seen at work
         self._folder, self._keep = folder, keep
         self._stop = StopRequest(folder.parent)
         self.add_callback(self._stop)
@@ -69,8 +71,15 @@ class PackTrainer(SFTTrainer):
             self.add_callback(self._evaluation)
         self._loss_by_source = LossBySource(len(sources))
         self._flops, self._flops_done = flops, 0.0
-        self._tokens_seen = 0
+        self._tokens_seen = self._trained_tokens_seen = 0
         self._last_log = time.monotonic()
+        self.add_callback(AtTrainBegin(self._go_on))
+        self._resumed_from: Path | None = None
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """To the end of the schedule, from its start or from a checkpoint."""
+        self._resumed_from = checkpoint
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         assert self.train_dataset is not None
@@ -80,12 +89,13 @@ class PackTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         assert num_items_in_batch is not None and not return_outputs
-        if self._strategy is not None:
+        if not self._is_engaged:
             check_engaged(self._strategy, self.accelerator, model)
-            self._strategy = None
+            self._is_engaged = True
         nll_N, targets_N = trained_token_nll(model, inputs, fused_lm_head=self._has_fused_head)
         self._loss_by_source.add(nll_N, inputs["source"][0, targets_N])
         self._tokens_seen += inputs["input_ids"].numel()
+        self._trained_tokens_seen += len(targets_N)
         self._flops_done += batch_flops(inputs["position_ids"], *self._flops)
         # DDP averages over ranks, and num_items_in_batch sums over all of them: the product restores the sum.
         return (nll_N * inputs["weights"][0, targets_N]).sum() / num_items_in_batch * self.accelerator.num_processes
@@ -136,11 +146,11 @@ class PackTrainer(SFTTrainer):
             seconds = time.monotonic() - self._last_log
             if self._evaluation is not None:
                 seconds, self._evaluation.seconds = seconds - self._evaluation.seconds, 0.0
-            own = torch.tensor(
-                [float(self._tokens_seen), self._flops_done], dtype=torch.float64, device=self.args.device
-            )
-            tokens, flops = self._sum_over_ranks(own).tolist()
-            self._tokens_seen, self._flops_done, self._last_log = 0, 0.0, time.monotonic()
+            seen = [float(self._tokens_seen), float(self._trained_tokens_seen), self._flops_done]  # by this process
+            own = torch.tensor(seen, dtype=torch.float64, device=self.args.device)
+            tokens, trained_tokens, flops = self._sum_over_ranks(own).tolist()
+            self._tokens_seen, self._trained_tokens_seen, self._flops_done = 0, 0, 0.0
+            self._last_log = time.monotonic()
             flops_per_s = flops / seconds / self.accelerator.num_processes
             logs["tflops_per_s"] = float(f"{flops_per_s / 1e12:.4g}")  # of a rank
             if peak := peak_flops_per_s(self.args.device):
@@ -148,7 +158,7 @@ class PackTrainer(SFTTrainer):
             memory = torch.tensor([peak_memory_gib(self.args.device)], dtype=torch.float64, device=self.args.device)
             logs["memory_gib"] = round(self.accelerator.gather(memory).max().item(), 3)
             logs["tokens_per_s"] = round(tokens / seconds, 1)
-            logs["trained_tokens_per_s"] = round(sum(counts) / seconds, 1)
+            logs["trained_tokens_per_s"] = round(trained_tokens / seconds, 1)
             logs |= {f"loss/{name}": mean for name, mean, n in zip(self._sources, means, counts, strict=True) if n}
         super().log(logs, start_time)
 
@@ -158,12 +168,44 @@ class PackTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Past SFTTrainer's own, which writes a model card for each checkpoint.
         super(SFTTrainer, self)._save_checkpoint(model, trial)
+        continuation = self._continuation()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             staged = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            continuation.write(staged)
             best = self.state.best_global_step if self._keeps_best else None
             checkpoints.publish(staged, self._folder, keep=self._keep, best=best)
         self.accelerator.wait_for_everyone()
+
+    def _continuation(self) -> Continuation:
+        own = torch.cat([self._tr_loss.double().reshape(1), self._loss_by_source.sums.ravel()])
+        by_rank = self.accelerator.gather(own[None])
+        return Continuation(
+            strategy=self._strategy,
+            num_ranks=self.accelerator.num_processes,
+            logged=self._globalstep_last_logged,
+            losses=by_rank[:, 0].tolist(),
+            sums=by_rank[:, 1:].reshape(len(by_rank), 2, -1).tolist(),
+        )
+
+    def _go_on(self) -> None:
+        if self._resumed_from is None:
+            return
+        written = Continuation.read(self._resumed_from)
+        loss, sums = written.share(self.accelerator.process_index, self.accelerator.num_processes)
+        self._tr_loss.fill_(loss)
+        self._loss_by_source.go_on_from(torch.tensor(sums, dtype=torch.float64, device=self.args.device))
+        self._globalstep_last_logged = written.logged
+
+
+class AtTrainBegin(TrainerCallback):
+    """Calls a function when the Trainer has set its sums to zero, before the first step."""
+
+    def __init__(self, function: Callable[[], None]):
+        self._function = function
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._function()
 
 
 class StopRequest(TrainerCallback):

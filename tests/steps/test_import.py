@@ -194,7 +194,8 @@ def test_trl_recipe_is_what_the_file_says_and_its_defaults_are_trls():
     assert data["packing"] == {"packing_strategy": "none", "max_length": 1024, "over_long": "truncate"}
     training = data["training"]
     assert training["loss_scope"] == "completion" and training["global_batch_size"] == 64
-    assert training["lora"] == {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
+    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
+    assert training["lora"] == {**lora, "load_in_4bit": True}
     assert training["extra"] == {
         "adam_beta2": 0.98,
         "optim": "adamw_torch",
@@ -206,10 +207,16 @@ def test_trl_recipe_is_what_the_file_says_and_its_defaults_are_trls():
     assert math.ceil(training["warmup_ratio"] * 100) == 7
     assert data["runtime"] == {"save_steps": 100}
     assert {key for key in found.assumed if key.startswith("training.")} == {
-        *("training.num_train_epochs", "training.bf16", "training.gradient_checkpointing", "training.lora.lora_dropout")
+        *(
+            "training.num_train_epochs",
+            "training.bf16",
+            "training.gradient_checkpointing",
+            "training.lora.lora_dropout",
+        ),
+        "training.lora.load_in_4bit",
     }
     assert set(found.not_carried) == {
-        *("dataset_test_split", "output_dir", "lora_modules_to_save", "load_in_4bit", "logging_steps"),
+        *("dataset_test_split", "output_dir", "lora_modules_to_save", "logging_steps"),
         *("eval_strategy", "eval_steps", "beta", "hub_token", "env"),
     }
     assert "no field of trl.SFTConfig" in found.not_carried["beta"]

@@ -1,6 +1,7 @@
 """`sft import` key by key: carried as it is, carried with a change that is told, or not carried and why."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ from tests.steps.test_import import MINIMAL, change, imported
         ({"chat_template_path": "mine.jinja"}, "chat_template.template", "mine.jinja"),
         ({"use_peft": True, "lora_target_modules": ["all-linear"]}, "training.lora.target_modules", "all-linear"),
         ({"use_peft": "yes", "lora_r": 4.0}, "training.lora.r", 4),
+        ({"use_peft": True, "use_dora": True}, "training.lora.use_dora", True),
+        ({"use_peft": True, "use_rslora": "true"}, "training.lora.use_rslora", True),
+        ({"use_peft": True, "load_in_4bit": True}, "training.lora.load_in_4bit", True),
         ({"dtype": "float32"}, "model.dtype", "float32"),
     ],
 )
@@ -64,6 +68,27 @@ def test_key_is_carried_and_read_as_trl_reads_it(keys: dict[str, Any], ours: str
         ({"test_split_size": 0.1}, "dataset_mixture.report_share", 0.1, "by prompt"),
         ({"report_to": []}, "runtime.report_to", None, "none"),
         ({"use_peft": False}, "training.lora", None, "left out"),
+        (
+            {"use_peft": True, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            *("training.lora.load_in_4bit", True, "'nf4': always so"),
+        ),
+        (
+            {"use_peft": True, "load_in_4bit": True, "use_bnb_nested_quant": "yes"},
+            *("training.lora.load_in_4bit", True, "True: always so"),
+        ),
+        ({"deepspeed": "recipes/zero3.json"}, "runtime.distributed", "zero3", "by the name of recipes/zero3.json"),
+        ({"deepspeed": "ds_z2_offload_config.json"}, "runtime.distributed", "zero2", "by the name"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": "1"}}},
+            *("runtime.distributed", "zero2", "which shares the gradients too"),
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}},
+            *("runtime.distributed", "zero3", "it offloads, which is not carried"),
+        ),
+        ({"deepspeed": {"train_batch_size": 8}}, "runtime.distributed", "ddp", "ZeRO stage 0"),
+        ({"fsdp": "full_shard auto_wrap"}, "runtime.distributed", "fsdp2", "fully_shard"),
+        ({"fsdp": ["full_shard", "offload"]}, "runtime.distributed", "fsdp2", "it offloads"),
         ({"max_steps": "-1"}, "training.max_steps", None, "epochs decide"),
         ({"dataset_train_split": "train[:10%]"}, "dataset_mixture.datasets[0].weight", 0.1, "not the first"),
         ({"dataset_train_split": "train[:500]"}, "dataset_mixture.datasets[0].num_rows", 500, "not the first"),
@@ -97,7 +122,12 @@ def test_key_is_carried_with_a_change_that_is_told(keys: dict[str, Any], ours: s
         ({"max_length": 10, "max_seq_length": 20}, "max_length is given"),
         ({"assistant_only_loss": True, "completion_only_loss": True}, "assistant_only_loss decides"),
         ({"lora_r": 4}, "use_peft is not true"),
-        ({"use_peft": True, "use_dora": True}, "training.lora has no such key"),
+        ({"use_dora": True}, "use_peft is not true"),
+        ({"load_in_4bit": True}, "use_peft is not true"),
+        ({"use_peft": True, "lora_target_parameters": ["a"]}, "training.lora has no such key"),
+        ({"use_peft": True, "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "is NF4"),
+        ({"use_peft": True, "load_in_4bit": True, "use_bnb_nested_quant": False}, "constants quantized too"),
+        ({"use_peft": True, "load_in_8bit": True}, "under training.lora.load_in_4bit alone"),
         ({"activation_checkpointing": True, "gradient_checkpointing": False}, "activation_checkpointing is given"),
         ({"chat_template_path": "org/another"}, "a tokenizer, not a template file"),
         ({"report_to": "all"}, "name the trackers"),
@@ -105,7 +135,11 @@ def test_key_is_carried_with_a_change_that_is_told(keys: dict[str, Any], ours: s
         ({"dataset_mixture": {"datasets": [{"id": "a/c"}]}, "datasets": [{"path": "a/b"}]}, "dataset_mixture is given"),
         ({"datasets": [{"path": "a/b"}], "dataset_config": "x"}, "datasets is given"),
         ({"test_split_size": 1000}, "a share of the prompts"),
-        ({"fsdp": "full_shard"}, "how ranks share"),
+        ({"fsdp": ""}, "it is off"),
+        ({"fsdp_config": {"min_num_params": 1}}, "configs/accelerate"),
+        ({"deepspeed": "fast.json"}, "set runtime.distributed"),
+        ({"deepspeed": {"zero_optimization": {"stage": 4}}}, "ZeRO's stages are 0 to 3"),
+        ({"deepspeed": "zero3.json", "fsdp": "full_shard"}, "runtime.distributed is zero3 by another key"),
         ({"adam_beta1": "x"}, "found 'x'"),
         ({"label_smoothing_factor": 0.1}, "set by the recipe's own keys"),
         ({"learning_rte": 0.1}, "did you mean 'learning_rate'"),
@@ -233,3 +267,49 @@ def test_import_of_any_keys_loses_none_in_silence():
 
     check()
     assert min(num_keys.values()) > 30, num_keys
+
+
+ACCELERATE = {
+    "distributed_type": "DEEPSPEED",
+    "deepspeed_config": {"zero_stage": 3, "offload_optimizer_device": "cpu"},
+    "mixed_precision": "bf16",
+    "num_processes": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "strategy"),
+    [
+        (ACCELERATE, "zero3"),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}, "zero2"),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "a/stage3.json"}}, "zero3"),
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}}, "fsdp2"),
+        ({"distributed_type": "MULTI_GPU"}, "ddp"),
+        ({"distributed_type": "NO"}, "ddp"),
+        ({"distributed_type": "MEGATRON_LM"}, None),
+    ],
+)
+def test_accelerate_config_is_the_strategy_and_each_key_of_it_is_told(config: dict[str, Any], strategy: str | None):
+    found = import_recipe(read_yaml(MINIMAL), output=Path("mine.yaml"), accelerate=config)
+    assert found.get("runtime.distributed") == strategy
+    if strategy is not None:
+        assert parse_recipe(found.data).runtime.distributed == strategy
+    told = {**found.carried, **found.changed, **found.not_carried}
+    assert {f"accelerate config: {key}" for key in config} <= told.keys()
+
+
+def test_accelerate_config_that_offloads_is_told():
+    found = import_recipe(read_yaml(MINIMAL), output=Path("mine.yaml"), accelerate=ACCELERATE)
+    assert "it offloads" in found.not_carried["accelerate config: deepspeed_config"]
+
+
+@pytest.mark.parametrize(("given", "batch"), [([], 64), (["--num-processes", "2"], 16)])
+def test_accelerate_config_s_ranks_count_for_the_batch_unless_given(given: list[str], batch: int, sft, tmp_path: Path):
+    (tmp_path / "sft.yaml").write_text(MINIMAL)
+    (tmp_path / "zero3.yaml").write_text(json.dumps(ACCELERATE))
+    output = tmp_path / "mine.yaml"
+    arguments = ["import", str(tmp_path / "sft.yaml"), "--output", str(output)]
+    done = sft(*arguments, "--accelerate-config", tmp_path / "zero3.yaml", *given)
+    recipe = parse_recipe(read_yaml(output.read_text()))
+    assert (recipe.training.global_batch_size, recipe.runtime.distributed) == (batch, "zero3")
+    assert "accelerate config: distributed_type" in done.output

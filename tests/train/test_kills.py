@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
-from sft_core.train.checkpoints import numbered
+from sft_core.train.checkpoints import numbered, stop_request
+from sft_core.train.strategy import environment
 from steps.pack import PACKED
 from steps.train import TRAINED
 from tests.train.tiny import LLAMA, ROOT, tiny_recipe
@@ -45,6 +46,8 @@ def rank(job: str, number: int, size: int, port: int, log: str) -> None:
     group = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in group.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
+    strategy = json.loads(Path(job).read_text())["runtime"]["distributed"]
+    os.environ.update({**environment(strategy), "DS_ACCELERATOR": "cpu"})
     from sft_core.train.main import main
 
     main(Path(job))
@@ -91,14 +94,35 @@ def libraries() -> None:
 
 
 @pytest.fixture(scope="module")
-def start(libraries: None, make_job: Callable[[PinnedRecipe, Path], dict[str, Any]]) -> Callable[[Path, int], Attempt]:
-    def begin(out: Path, size: int) -> Attempt:
+def start(libraries: None, make_job: Callable[[PinnedRecipe, Path], dict[str, Any]]) -> Callable[..., Attempt]:
+    def begin(out: Path, size: int, **runtime: Any) -> Attempt:
         (out / "logs").mkdir(parents=True, exist_ok=True)
-        job = make_job(pin(parse_recipe(RECIPE)), out)
+        for stale in (*out.glob("error-rank*.txt"), *out.glob(stop_request(out).name)):  # as the launcher does
+            stale.unlink()
+        recipe = {**RECIPE, "runtime": {**RECIPE["runtime"], **runtime}}
+        job = make_job(pin(parse_recipe(recipe)), out)
         (out / "logs" / "job.json").write_text(json.dumps(job))
         return Attempt(out / "logs" / "job.json", size, out / "logs" / "ranks.log")
 
     return begin
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """What was logged, without what depends on the machine's speed."""
+    events = [json.loads(line) for line in (folder / "logs" / "log.jsonl").read_text().splitlines()]
+    speeds = ("tokens_per_s", "trained_tokens_per_s", "tflops_per_s", "memory_gib")
+    return [{name: value for name, value in event.items() if name not in speeds} for event in events]
+
+
+def error_of(out: Path) -> str:
+    """With which the ranks ended."""
+    return "\n".join(path.read_text().rstrip() for path in sorted(out.glob("error-rank*.txt")))
+
+
+def wait_for_checkpoint(out: Path, step: int, attempt: Attempt) -> None:
+    end = time.monotonic() + 90
+    while not (out / "checkpoints" / f"checkpoint-{step}").exists() and attempt.is_alive() and time.monotonic() < end:
+        time.sleep(0.005)
 
 
 def steps_of(text: str) -> list[int]:
@@ -107,7 +131,7 @@ def steps_of(text: str) -> list[int]:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_killed_at_random_instants_ends_with_the_same_bits(
-    size: int, start: Callable[[Path, int], Attempt], tmp_path: Path
+    size: int, start: Callable[..., Attempt], tmp_path: Path
 ) -> None:
     assert start(tmp_path / "whole", size).wait(120)
     assert steps_of((tmp_path / "whole" / "logs" / "ranks.log").read_text()) == list(range(1, NUM_STEPS + 1))
@@ -145,9 +169,62 @@ def test_killed_at_random_instants_ends_with_the_same_bits(
     assert [event["loss"] for event in logged] == [event["loss"] for event in expected_log]
 
 
-def test_other_number_of_ranks_goes_on_with_the_same_stream(
-    start: Callable[[Path, int], Attempt], tmp_path: Path
+BETWEEN = {"save_steps": 3, "logging_steps": 5}
+
+
+def assert_same_log_and_bits(resumed: Path, whole: Path) -> None:
+    expected = log_of(whole)
+    assert [event["step"] for event in expected] == [1, 5, 10, 15, 20]
+    assert {"loss", "grad_norm", "learning_rate", "loss/copy_no_think", "loss/checksum_think"} <= expected[2].keys()
+    assert log_of(resumed) == expected
+    weights, expected_weights = (folder / "model" / "model.safetensors" for folder in (resumed, whole))
+    assert weights.read_bytes() == expected_weights.read_bytes()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_killed_between_two_lines_of_the_log_writes_the_same_log(
+    size: int, start: Callable[..., Attempt], tmp_path: Path
 ) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole, size, **BETWEEN).wait(120)
+    attempt = start(killed, size, **BETWEEN)
+    wait_for_checkpoint(killed, 6, attempt)
+    attempt.kill()
+    newest = int(numbered(killed / "checkpoints")[-1].name.removeprefix("checkpoint-"))
+    assert newest < NUM_STEPS and newest % 5, "not between two lines of the log"
+    assert start(killed, size, **BETWEEN).wait(120)
+    assert f"resume checkpoint=checkpoint-{newest}\n" in (killed / "logs" / "ranks.log").read_text()
+    assert_same_log_and_bits(killed, whole)
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_zero_stopped_goes_on_to_the_same_bits_and_otherwise_not_at_all(
+    strategy: str, start: Callable[..., Attempt], tmp_path: Path
+) -> None:
+    settings, whole, stopped = {**BETWEEN, "distributed": strategy}, tmp_path / "whole", tmp_path / "stopped"
+    assert start(whole, 2, **settings).wait(120)
+    attempt = start(stopped, 2, **settings)
+    wait_for_checkpoint(stopped, 6, attempt)
+    stop_request(stopped).touch()  # as the launcher does on SIGTERM
+    assert attempt.wait(60)
+    newest = numbered(stopped / "checkpoints")[-1].name
+    assert f"stopped at step {newest.removeprefix('checkpoint-')} of {NUM_STEPS}, as asked" in error_of(stopped)
+    log = (stopped / "logs" / "log.jsonl").read_text()
+
+    written = f"{newest} was written under {strategy} by 2 ranks"
+    for size, other, told in (
+        (1, strategy, f"runtime.num_processes: found 1 rank, and {written}"),
+        (2, "ddp", f"runtime.distributed: found ddp, and {written}"),
+    ):
+        assert start(stopped, size, **{**settings, "distributed": other}).wait(60)
+        assert told in error_of(stopped).splitlines()[-1]
+    assert (stopped / "logs" / "log.jsonl").read_text() == log
+
+    assert start(stopped, 2, **settings).wait(120)
+    assert_same_log_and_bits(stopped, whole)
+
+
+def test_other_number_of_ranks_goes_on_with_the_same_stream(start: Callable[..., Attempt], tmp_path: Path) -> None:
     assert start(tmp_path / "whole", 1).wait(120)
     attempt = start(tmp_path / "moved", 1)
     end = time.monotonic() + 60
@@ -176,7 +253,7 @@ Store(sys.argv[1]).ensure(TRAINED, pin(parse_recipe(json.loads(sys.argv[2]))), r
 
 
 def test_sigterm_saves_and_another_machine_goes_on_to_the_same_bits(
-    start: Callable[[Path, int], Attempt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Attempt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = {**RECIPE, "runtime": {**RECIPE["runtime"], "save_steps": 1000}}
     pinned, url = pin(parse_recipe(recipe)), f"file://{tmp_path}/bucket"
