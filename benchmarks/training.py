@@ -4,8 +4,8 @@
 
 Needs `make smollm2`. SmolLM2-135M is trained on the first rows of each source of configs/smollm2-135m.yaml, bf16
 autocast over fp32 weights, two threads. Ours is the train stage as the flow runs it, and its speed is that of its log.
-TRL is a plain SFTTrainer of the same conversations, template and settings, twice: padded, at the fastest size of batch
-of those tried here (2 of 2, 4, 8 and 16), and packed by itself (bfd), one pack a forward as ours. Without flash
+TRL is a plain SFTTrainer of the same conversations, template and settings, twice: padded, `--batch-size` conversations
+a forward and as many forwards as make our steps, and packed by itself (bfd), one pack a forward as ours. Without flash
 attention TRL packs all the same: positions that restart keep sdpa within a document, on both sides.
 
 All train the same conversations for two epochs of as many steps; the first warms up and the second counts, in which
@@ -50,8 +50,7 @@ ROUNDS = 2
 NUM_THREADS = 2
 ROWS_OF_A_SOURCE, CAPACITY, PACKS_A_STEP = 7, 1024, 2
 NUM_CONVERSATIONS, STEPS_AN_EPOCH = 63, 2
-# Conversations a forward and forwards a step; packs for the packed one. As many steps as ours then has.
-BATCHES = {"trl_padded": (2, 16), "trl_packed": (1, PACKS_A_STEP)}
+PADDED_A_STEP = 32  # conversations: as many steps as ours then has
 LABELS = {
     "ours": "ours: FFD packs",
     "trl_packed": "TRL, packing=True (bfd)",
@@ -118,6 +117,7 @@ if __name__ == "__main__":
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--batch-size", type=int, choices=(1, 2, 4, 8, 16, 32), default=4, help="of padded TRL")
     parser.add_argument("--trl", nargs=4, metavar=("SIDE", "FORWARD", "ACCUMULATED", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.chdir(ROOT)  # to which the recipe's paths are relative
@@ -125,7 +125,8 @@ def main() -> None:
         side, *numbers = options.trl
         print(json.dumps(run_trl(side, *map(int, numbers))))
         return
-    runs = training_runs(options.rounds)
+    batch = {"trl_padded": (options.batch_size, PADDED_A_STEP // options.batch_size), "trl_packed": (1, PACKS_A_STEP)}
+    runs = training_runs(options.rounds, batch)
     speeds = {side: statistics.median(one["speed"] for one in found) for side, found in runs.items()}
     warm_s, empty_s = warm_run(options.rounds)
     show(runs, speeds, warm_s, empty_s)
@@ -159,12 +160,13 @@ def show(runs: dict[str, list[dict[str, Any]]], speeds: dict[str, float], warm_s
 # Training
 
 
-def training_runs(rounds: int) -> dict[str, list[dict[str, Any]]]:
+def training_runs(rounds: int, batch: dict[str, tuple[int, int]]) -> dict[str, list[dict[str, Any]]]:
+    """batch: of each of TRL's sides, rows a forward and forwards a step."""
     from tqdm import tqdm
 
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in LABELS}
     for number, side in tqdm(list(itertools.product(range(rounds), LABELS)), disable=None, desc="training runs"):
-        runs[side].append(run_ours(number) if side == "ours" else alone(side, number))
+        runs[side].append(run_ours(number) if side == "ours" else alone(side, batch[side], number))
     found = [one for of_side in runs.values() for one in of_side]
     assert len({(one["trained"], one["digest"]) for one in found}) == 1, "the sides trained on different tokens"
     # TRL tokenizes a whole text, where two newlines before an answer are two tokens; served, and in ours, they are one.
@@ -234,11 +236,11 @@ def trained_of(ids: np.ndarray) -> dict[str, Any]:
     return {"trained": len(ids), "digest": hashlib.sha256(np.sort(ids).astype(np.int64).tobytes()).hexdigest()}
 
 
-def alone(side: str, seed: int) -> dict[str, Any]:
+def alone(side: str, batch: tuple[int, int], seed: int) -> dict[str, Any]:
     """TRL in a process of its own, with the environment that our ranks get."""
     from sft_core.train.launch import variables
 
-    command = [sys.executable, __file__, "--trl", side, *map(str, BATCHES[side]), str(seed)]
+    command = [sys.executable, __file__, "--trl", side, *map(str, batch), str(seed)]
     with tempfile.TemporaryDirectory() as folder:
         settings = variables({"num_threads": NUM_THREADS, "distributed": None}, Path(folder))
         done = subprocess.run(command, env=settings, cwd=ROOT, capture_output=True, text=True)
