@@ -150,7 +150,7 @@ def show(runs: dict[str, list[dict[str, Any]]], speeds: dict[str, float], warm_s
         (LABELS[side], round(speed, 1), speeds["ours"] / speed, runs[side][0]["tokens"], runs[side][0]["in_forward"])
         for side, speed in speeds.items()
     ]
-    header = ("an epoch's second pass", "trained tokens/s", "ours is x", "tokens", "with padding")
+    header = ("the second epoch", "trained tokens/s", "ours is x", "tokens", "with padding")
     print(f"{NUM_CONVERSATIONS} conversations, {runs['ours'][0]['trained']} trained tokens on each side\n")
     print(text_table(header, rows))
     flows = [("quickstart, all in the store", warm_s), ("empty flow of its shape", empty_s)]
