@@ -27,7 +27,7 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup  ## the benchmarks, each against what one would use instead
+bench: setup smollm2  ## the benchmarks, each against what one would use instead
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 smollm2: setup  ## weights and data of configs/smollm2-135m.yaml, without a hub
