@@ -113,14 +113,14 @@ class SFTFlow(FlowSpec):
     @step
     def pack(self):
         """Rows into packs, first-fit-decreasing."""
-        from steps import pack, selection, train
+        from steps import pack, search, selection
 
         self.packed = self.ensure(pack.PACKED)
         if self.pinned.recipe.evaluation.during_training:
             self.selection = self.ensure(selection.SELECTION)
         current.card.extend(pack.card(self.store, self.ref(self.packed)))
         self.num_rounds = 0
-        self.place = train.place(self.store, self.pinned)
+        self.place = search.place(self.store, self.pinned)
         self.next({"here": self.train, "nodes": self.gather}, condition="place")
 
     @asks("train")
@@ -128,10 +128,8 @@ class SFTFlow(FlowSpec):
     @step
     def train(self):
         """One round of training. A search asks for more of them, plain SFT for one."""
-        from sft_core.search.sft import propose
-
-        self.train_round(propose(self.num_rounds))
-        self.verdict = "again" if propose(self.num_rounds) else "done"
+        self.train_round()
+        self.verdict = "again" if self.num_rounds < self.num_known_rounds else "done"
         self.next({"again": self.train, "done": self.fan_out}, condition="verdict")
 
     @step
@@ -145,24 +143,28 @@ class SFTFlow(FlowSpec):
     @step
     def train_on_nodes(self):
         """All rounds of training, each on several nodes. The first one decides and stores, the others train along."""
-        from sft_core.search.sft import propose
         from steps import train
 
         train.meet_other_nodes(current.parallel, f"{current.run_id}/{current.retry_count}")
-        while rollout := propose(self.num_rounds):
-            self.train_round(rollout)
+        while self.num_rounds < self.num_known_rounds:
+            self.train_round()
         self.next(self.part)
 
     @step
     def part(self, inputs):
         """The gang's tasks become one again."""
-        kept = ["pins", "recipe_name", "tasks", "trained", "checkpoint", "num_rounds"]
+        kept = ["pins", "recipe_name", "tasks", "trained", "num_rounds"]
         self.merge_artifacts(inputs, include=kept)
         self.next(self.fan_out)
 
     @step
     def fan_out(self):
-        """A condition and a foreach cannot stand in one step."""
+        """What training ends with. A condition and a foreach cannot stand in one step."""
+        from steps.deliver import delivered
+
+        stage, part = delivered(self.pinned)
+        self.delivered = self.ensure(stage, **part)
+        self.checkpoint = str(self.store.path(self.ref(self.delivered)) / "model")
         self.next(self.evaluate, foreach="tasks")
 
     @asks("evaluate")
@@ -202,33 +204,41 @@ class SFTFlow(FlowSpec):
 
     # What the steps share; no artifacts.
 
-    def train_round(self, rollout):
-        """Ensures what the round trains, with a live card; on a node that is not the first, trains along."""
+    @property
+    def num_known_rounds(self):
+        """Rounds of training that are done or come next."""
+        from steps.search import progress
+
+        return progress(self.store, self.pinned).num_rounds
+
+    def train_round(self):
+        """Ensures what the next round trains, with a live card; on a node that is not the first, trains along."""
         from sft_core.lifetime import die_with_parent
         from steps import train
 
-        train.check_machine(self.store, self.pinned, {"round": rollout.round})
+        round = {"round": self.num_rounds}
+        train.check_machine(self.store, self.pinned, round)
         die_with_parent()  # a killed scheduler must not leave a trainer behind
         if current.get("parallel") and current.parallel.node_index > 0:
-            self.trained = train.along(self.store, self.pinned, {"round": rollout.round})
+            self.trained = train.along(self.store, self.pinned, round)
         else:
-            with train.live_card(self.store, self.pinned, {"round": rollout.round}, current.card):
-                self.trained = self.ensure(train.TRAINED, round=rollout.round)
-        self.checkpoint = str(self.store.path(self.ref(self.trained)) / "model")
+            with train.live_card(self.store, self.pinned, round, current.card):
+                self.trained = self.ensure(train.TRAINED, **round)
         current.card.extend(train.card(self.store.path(self.ref(self.trained))))
         self.num_rounds += 1
 
     @property
     def pinned(self):
         from sft_core.pins import PinnedRecipe
+        from steps.search import progress
 
-        return PinnedRecipe(effective(self.recipe, self.set, self.limit), self.pins)
+        return progress(self.store, PinnedRecipe(effective(self.recipe, self.set, self.limit), self.pins)).pinned
 
     @property
     def store(self):
         from sft_core.store import Store
 
-        return Store(self.pinned.recipe.runtime.store)
+        return Store(effective(self.recipe, self.set, self.limit).runtime.store)
 
     def ensure(self, stage, **part):
         """The output's address as text, which the UI shows."""

@@ -10,12 +10,15 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft_core.data.hub_token import check_token
 from sft_core.data.sources import digest_files, list_files
 from sft_core.recipe import Recipe
 from sft_core.store import Unresolved
+
+if TYPE_CHECKING:
+    from sft_core.search.rollouts import Point, Rollout
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "configs" / "templates"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -29,6 +32,11 @@ class PinnedRecipe:
     recipe: Recipe
     pins: dict[str, Any]
     unresolved: tuple[str, ...] = ()  # why pins are None, a line for each reason
+    # What a search has led to so far, as the store's outputs tell it (steps.search): each roll-out that is or will be
+    # trained, and the evaluation whose weights are delivered once the search is over.
+    rollouts: tuple[Rollout, ...] = ()
+    sizes: tuple[tuple[str, int], ...] = ()  # the rows of each task in an epoch of the whole mixture
+    delivered: Point | None = None
 
     def source_pin(self, source: str) -> str:
         """Raises Unresolved."""

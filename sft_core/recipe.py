@@ -266,6 +266,23 @@ class DuringTraining(_Section):
     )
 
 
+class Search(_Section):
+    """Who trains how long: roll-outs from one another's checkpoints, decided on the selection split."""
+
+    strategy: Literal["sft", "msft", "sro", "soft_sro", "continual"]
+    epochs_per_rollout: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the rows that are trained")
+    evaluations_per_epoch: PositiveInt = 4
+    max_rows: PositiveInt = Field(200, description="unique selection prompts of each source, at most")
+    preset: Literal["robust", "paper"] = Field(
+        "robust", description="msft: knows noise, or exactly as published; see sft_core/search/msft.py"
+    )
+    max_rollouts: PositiveInt = Field(10, description="msft: a larger one goes on where a smaller one ended")
+    max_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="msft: epochs that were kept, in all")
+    max_idle: PositiveInt | None = Field(None, description="msft: roll-outs in a row without a task dropped")
+    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="robust: chance of a drop that is none")
+    readmit: bool = Field(False, description="robust: a dropped task comes back when it is forgotten")
+
+
 class Evaluation(_Section):
     """What is scored: base and tuned model on the report split of each task."""
 
@@ -336,6 +353,7 @@ class Recipe(_Section):
     packing: Packing = Packing()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+    search: Search | None = None
     runtime: Runtime = Runtime()
     limit: PositiveInt | None = Field(None, description="only the first rows of each source: a smoke run")
 
@@ -355,14 +373,41 @@ class Recipe(_Section):
             )
         if self.packing.over_long == "split" and self.training.loss_scope == "all":
             raise ValueError("packing.over_long: found 'split'; training.loss_scope all knows no turns to cut at")
-        if self.evaluation.during_training is not None and self.dataset_mixture.selection_share == 0:
+        if self.selection_rows is not None and self.dataset_mixture.selection_share == 0:
+            key = "search" if self.search is not None else "evaluation.during_training"
             raise ValueError(
-                "evaluation.during_training: no prompt is in the selection split; give "
-                "dataset_mixture.selection_share more than 0"
+                f"{key}: no prompt is in the selection split; give dataset_mixture.selection_share more than 0"
             )
+        if self.search is not None:
+            self._check_search(self.search)
         if self.packing.max_length < 2:
             raise ValueError("packing.max_length: found 1; a pack holds at least 2 tokens")
         return self
+
+    def _check_search(self, search: Search) -> None:
+        training = self.training
+        for key in ("num_train_epochs", "max_steps"):
+            if key in training.model_fields_set:
+                raise ValueError(f"training.{key}: a search trains search.epochs_per_rollout at a time; remove it")
+        if training.lr_scheduler_type not in ("constant", "constant_with_warmup") and search.strategy != "sft":
+            raise ValueError(
+                f"training.lr_scheduler_type: found {training.lr_scheduler_type!r}; a search does not know how long it "
+                "will train: constant, or constant_with_warmup at the start of each roll-out"
+            )
+        if training.lora is not None:
+            raise ValueError("training.lora: a search goes back to whole checkpoints; remove search or lora")
+        if self.evaluation.during_training is not None:
+            raise ValueError("evaluation.during_training: a search evaluates by itself; remove it")
+        if self.dataset_mixture.datasets[0].trained_token_share is not None:
+            raise ValueError("trained_token_share: a search trains a task's rows or does not; give weights or num_rows")
+
+    @property
+    def selection_rows(self) -> int | None:
+        """Selection prompts of each source that are evaluated while training goes on; None: there are none."""
+        if self.search is not None:
+            return self.search.max_rows
+        during = self.evaluation.during_training
+        return None if during is None else during.max_rows
 
     @property
     def sources(self) -> list[str]:

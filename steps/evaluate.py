@@ -14,10 +14,10 @@ from sft_core.evaluate.rows import read_rows
 from sft_core.evaluate.tasks import build_evaluated
 from sft_core.pins import PinnedRecipe
 from sft_core.store import Needs, Part, Ref, Stage, Store
+from steps import deliver
 from steps.cards import facts, table
 from steps.download import CONVERSATIONS
 from steps.tokenize import TOKENS
-from steps.train import TRAINED
 
 MODELS = ("base", "tuned")
 MAX_SCANNED_BYTES = 256 * 2**20  # larger local sources are counted once they are downloaded
@@ -42,7 +42,7 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
     tokens: Needs = {"tokens": (TOKENS, {"source": part["task"]})}
-    return tokens if part["model"] == "base" else {**tokens, "trained": (TRAINED, {"round": 0})}
+    return tokens if part["model"] == "base" else {**tokens, "trained": deliver.delivered(pinned)}
 
 
 # The version stands for sft_core/evaluate: raise it when a change there changes a score.

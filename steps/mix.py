@@ -21,22 +21,34 @@ SHARES_HEADER = ("source", "asked", "available", "kept", "trained tokens: reques
 def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     mixture = pinned.recipe.dataset_mixture
     by_token = mixture.datasets[0].trained_token_share is not None
+    sources = [
+        {
+            "name": dataset.source,
+            "weight": dataset.weight,
+            "num_rows": dataset.num_rows,
+            "trained_token_share": dataset.trained_token_share,
+        }
+        for dataset in mixture.datasets
+    ]
     return {
-        "sources": [
-            {
-                "name": dataset.source,
-                "weight": dataset.weight,
-                "num_rows": dataset.num_rows,
-                "trained_token_share": dataset.trained_token_share,
-            }
-            for dataset in mixture.datasets
-        ],
+        "sources": [_in_rollout(source, part) for source in sources],
         "selection_share": mixture.selection_share,
         "report_share": mixture.report_share,
         "seed": mixture.seed,
         "num_trained_tokens": mixture.num_trained_tokens,
         "max_repeats": mixture.max_repeats if by_token else None,
     }
+
+
+def _in_rollout(source: dict[str, Any], part: Part) -> dict[str, Any]:
+    """How much of a source a roll-out trains. part: `active` names those that it does, with their rows if it says."""
+    if "active" not in part:
+        return source
+    active = dict(one.partition(":")[::2] for one in part["active"].split(","))
+    if source["name"] not in active:
+        return {**source, "weight": 0.0, "num_rows": None}
+    rows = active[source["name"]]
+    return {**source, "weight": None, "num_rows": int(rows)} if rows else source
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:

@@ -32,7 +32,7 @@ def rows_to_pack(pinned: PinnedRecipe) -> Needs:
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
-    return {"mixture": (MIXTURE, {}), **rows_to_pack(pinned)}
+    return {"mixture": (MIXTURE, part), **rows_to_pack(pinned)}
 
 
 PACKED = Stage("packed", build_packs, section=_section, needs=_needs)

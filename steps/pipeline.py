@@ -16,6 +16,7 @@ from sft_core.train.arguments import check_extra, check_report_to
 from steps.evaluate import check_report_prompts, count_report_prompts
 from steps.pack import PACKED
 from steps.report import REPORT
+from steps.search import progress
 from steps.train import TRAINED
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,8 @@ def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> str
 
 
 def plan(store: Store, pinned: PinnedRecipe) -> list[Located]:
-    """Every output of the recipe, inputs before what reads them."""
+    """Every output of the recipe, inputs before what reads them; of a search those that are known by now."""
+    pinned = progress(store, pinned).pinned
     found: dict[tuple[str, str], Located] = {}
     seen: dict[Any, Any] = {}
 
@@ -110,7 +112,7 @@ def plan(store: Store, pinned: PinnedRecipe) -> list[Located]:
 ORDER = [
     *("conversations", "rendered", "tokens"),
     *("signatures", "duplicates", "report_prompts", "contamination"),  # where the recipe asks for them
-    *("mixture", "windows", "packed", "selection", "trained", "evaluated", "report"),
+    *("mixture", "windows", "packed", "selection", "trained", "delivered", "evaluated", "report"),
 ]
 
 

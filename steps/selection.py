@@ -10,12 +10,11 @@ from steps.tokenize import TOKENS
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     recipe = pinned.recipe
-    assert recipe.evaluation.during_training is not None
     return {
         "sources": recipe.sources,
         "selection_share": recipe.dataset_mixture.selection_share,
         "report_share": recipe.dataset_mixture.report_share,
-        "max_rows": recipe.evaluation.during_training.max_rows,
+        "max_rows": recipe.selection_rows,
         "max_length": recipe.packing.max_length,
         "smoke": recipe.limit is not None,
     }

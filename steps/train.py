@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 import time
@@ -14,9 +13,11 @@ from typing import Any
 
 from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import loss_curve, selection_curve
+from sft_core.search.strategies import CAPS
 from sft_core.store import Needs, Part, Stage, Store
 from sft_core.train import accelerator
 from sft_core.train.launch import among_nodes, build_trained, train_along
+from sft_core.train.log_file import read_events
 from steps.cards import chart, facts
 from steps.pack import PACKED, rows_to_pack
 from steps.selection import SELECTION
@@ -37,6 +38,17 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     }
     if (during := pinned.recipe.evaluation.during_training) is not None:
         job["selection"] = {"every_epochs": during.every_epochs, "keep_best": during.keep_best}
+    if (search := pinned.recipe.search) is not None:
+        rollout = pinned.rollouts[part["round"]]
+        training["num_train_epochs"] = rollout.epochs
+        job["selection"] = {"every_epochs": 1 / search.evaluations_per_epoch, "keep_best": False}
+        job["rollout"] = {
+            "search": {name: value for name, value in search.model_dump(mode="json").items() if name not in CAPS},
+            "tasks": pinned.recipe.dataset_mixture.trained_sources,
+            "sizes": dict(pinned.sizes) if search.strategy == "soft_sro" else {},
+            "active": list(rollout.active),
+            "start": None if rollout.start is None else rollout.start._asdict(),
+        }
     return {"job": job, "round": part["round"]}
 
 
@@ -47,8 +59,21 @@ def _places(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
-    needs: Needs = {"packs": (PACKED, {}), **rows_to_pack(pinned)}
-    return needs if pinned.recipe.evaluation.during_training is None else {**needs, "selection": (SELECTION, {})}
+    needs: Needs = {"packs": (PACKED, _packs_of(pinned, part)), **rows_to_pack(pinned)}
+    if pinned.recipe.selection_rows is not None:
+        needs["selection"] = (SELECTION, {})
+    # Decisions rest on all that was measured before.
+    return needs | {f"round:{number}": (TRAINED, {"round": number}) for number in range(part["round"])}
+
+
+def _packs_of(pinned: PinnedRecipe, part: Part) -> Part:
+    """The part of PACKED that a round trains on."""
+    if pinned.recipe.search is None:
+        return {}
+    rollout = pinned.rollouts[part["round"]]
+    if rollout.rows is not None:
+        return {"active": ",".join(f"{task}:{num_rows}" for task, num_rows in rollout.rows.items())}
+    return {} if list(rollout.active) == pinned.recipe.sources else {"active": ",".join(rollout.active)}
 
 
 # The version stands for sft_core/train: raise it when a change there changes what is trained.
@@ -65,14 +90,8 @@ TRAINED = Stage(
 
 
 def events(folder: Path, name: str = "log.jsonl") -> list[dict[str, Any]]:
-    """The events of a log so far; a line that is being written is left for the next look."""
-    path = folder / "logs" / name
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+    """What a training has written down so far."""
+    return read_events(folder / "logs" / name)
 
 
 def card(folder: Path) -> list[Any]:
@@ -96,12 +115,6 @@ def card(folder: Path) -> list[Any]:
         lowest = {"lowest mean over sources": f"{best['loss']:.4f} at step {best['step']}"}
         components += [*facts("Loss on the selection split", lowest), chart(selection_curve(measured))]
     return components
-
-
-def place(store: Store, pinned: PinnedRecipe) -> str:
-    """Where it is trained: `here`, in this task or because it is there already, or on several `nodes`."""
-    is_there = store.locate(TRAINED, pinned, {"round": 0}).status == "hit"
-    return "nodes" if pinned.recipe.runtime.num_nodes > 1 and not is_there else "here"
 
 
 def check_machine(store: Store, pinned: PinnedRecipe, part: Part) -> None:

@@ -62,8 +62,8 @@ def build_selection(
         rows = fits[:max_rows]
         if len(rows) == 0:
             raise ValueError(
-                f"evaluation.during_training: {source} has no selection row of at most {max_length} tokens; raise "
-                "dataset_mixture.selection_share or add data"
+                f"{source} has no selection row of at most {max_length} tokens, and losses on them are asked for; "
+                "raise dataset_mixture.selection_share or add data"
             )
         counts[source] = {"rows": len(rows), "over_long": len(found) - len(fits), "tokens": int(num_tokens[rows].sum())}
         columns.append(np.stack([np.full(len(rows), number), rows, num_tokens[rows]]))

@@ -56,6 +56,9 @@ class _Planned:
     def wanted(self, curves: Curves) -> set[int]:
         return {len(curves.epochs) - 1, self._go_on_from(curves), *self._best.would_be(curves)}
 
+    def kept(self, curves: Curves) -> set[int]:
+        return {self._go_on_from(curves), *self._best.would_be(curves)}
+
     def is_decided(self, curves: Curves) -> bool:
         return False
 
@@ -122,5 +125,7 @@ class SoftSro(_Planned):
         total = sum(amounts.values())
         if total == 0:
             return  # nothing has helped anyone: the start is the best there is
-        shares = {task: amount / total for task, amount in amounts.items() if amount}
-        self._planned.append(Rollout(1, None, tuple(shares), self.epochs_per_rollout, shares))
+        # As many rows an epoch as the mixture has.
+        scale = sum(self.sizes.values()) / total
+        rows = {task: max(1, round(amount * scale)) for task, amount in amounts.items() if amount}
+        self._planned.append(Rollout(1, None, tuple(rows), self.epochs_per_rollout, rows))

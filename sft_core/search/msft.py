@@ -92,6 +92,9 @@ class Msft:
         peaks = {first_highest(curves.of(task)) for task in self._active}
         return {*peaks, len(curves.epochs) - 1, *self._best.would_be(curves)}
 
+    def kept(self, curves: Curves) -> set[int]:
+        return {self._judge(curves)[0], *self._best.would_be(curves)}
+
     def is_decided(self, curves: Curves) -> bool:
         return False
 

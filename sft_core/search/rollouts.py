@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """Weights that a roll-out went through: those of its evaluation number `evaluation`, 0 being its start."""
 
     round: int
@@ -29,7 +28,7 @@ class Rollout:
     start: Point | None
     active: tuple[str, ...]  # the tasks whose rows are trained
     epochs: float  # passes over the active rows
-    shares: Mapping[str, float] | None = None  # of each active task in the rows of an epoch; None: its rows once
+    rows: Mapping[str, int] | None = None  # of each active task in an epoch; None: all of its rows, once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +86,9 @@ class Search(Protocol):
 
     def wanted(self, curves: Curves) -> set[int]:
         """Evaluations of a roll-out under way whose weights can still be asked for."""
+
+    def kept(self, curves: Curves) -> set[int]:
+        """Evaluations of a finished roll-out, not observed yet, whose weights are asked for."""
 
     def is_decided(self, curves: Curves) -> bool:
         """Whether a roll-out under way can end before its last epoch."""

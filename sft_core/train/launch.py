@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from sft_core.data.over_long import windows_of
 from sft_core.lifetime import STARTED_BY, die_with_parent
 from sft_core.train.accelerator import has_gpu
-from sft_core.train.checkpoints import stop_request, worth_keeping
+from sft_core.train.checkpoints import numbered, step_of, stop_request, worth_keeping
+from sft_core.train.log_file import read_events
 from sft_core.train.strategy import environment
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str,
         stale.unlink()
     settings = {
         **job,
+        "round": round,
         "out": str(build.out.resolve()),
         "packs": str(build.inputs["packs"].resolve()),
         "tokens": [token_folders(build.inputs, source) for source in job["sources"]],
@@ -56,10 +58,12 @@ def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str,
         ),
         "runtime": {**runtime.model_dump(mode="json"), "num_threads": num_threads(runtime)},
     }
+    if "rollout" in job:
+        settings |= _rollout(build, job, round)
     path, output = build.out / "logs" / "job.json", build.out / "logs" / "train.log"
     path.write_text(json.dumps(settings, indent=1))
     with sigterm_asks_to_stop(build.out), kept_checkpoints(build):
-        run(path, [*torchrun(runtime), "-m", "sft_core.train.main"], settings["runtime"], build.out, log=output)
+        run(path, [*torchrun(runtime), "-m", rank_module(settings)], settings["runtime"], build.out, log=output)
     if job["training"]["lora"] is not None:
         run(path, ["-m", "sft_core.train.merge"], {**settings["runtime"], "distributed": None}, build.out, log=output)
     for leftover in ("checkpoints", "staging"):
@@ -68,6 +72,37 @@ def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str,
         (build.out / leftover).unlink(missing_ok=True)
     events = [json.loads(line) for line in (build.out / "logs" / "log.jsonl").read_text().splitlines()]
     return {"round": round, "steps": events[-1]["of"], "first_loss": events[0]["loss"], "last_loss": events[-1]["loss"]}
+
+
+def rank_module(job: dict[str, Any]) -> str:
+    """What a rank runs. A roll-out's ranks know the search, which stands above training."""
+    return "sft_core.search.main" if "rollout" in job else "sft_core.train.main"
+
+
+def _rollout(build: Build, job: dict[str, Any], round: int) -> dict[str, Any]:
+    """What a roll-out's job says besides: where the ones before it are, and the weights that it starts from."""
+    before = [str(build.inputs[f"round:{number}"].resolve()) for number in range(round)]
+    changed: dict[str, Any] = {"rollout": {**job["rollout"], "before": before}}
+    if (start := job["rollout"]["start"]) is not None:
+        weights = evaluation_folder(Path(before[start["round"]]), start["evaluation"])
+        changed["model"] = {**job["model"], "path": str(weights), "revision": None, "config": None}
+    drop_checkpoints_without_weights(build.out)
+    return changed
+
+
+def evaluation_folder(out: Path, evaluation: int) -> Path:
+    """Where a roll-out keeps the weights of one of its evaluations."""
+    return out / "evaluations" / f"{evaluation:03}"
+
+
+def drop_checkpoints_without_weights(out: Path) -> None:
+    """A roll-out goes on from no checkpoint whose kept evaluations are gone, as on another machine: it begins anew."""
+    newest = numbered(out / "checkpoints")[-1:]
+    events = read_events(out / "logs" / "selection.jsonl") if newest else []
+    known = [event for event in events if event["step"] <= step_of(newest[0])]
+    if known and not all(evaluation_folder(out, evaluation).is_dir() for evaluation in known[-1]["kept"]):
+        log.warning("checkpoint=%s the weights of earlier evaluations are gone: begins anew", newest[0].name)
+        shutil.rmtree(out / "checkpoints")
 
 
 def train_along(out: Path, runtime: Runtime, is_done: Callable[[], bool]) -> None:
@@ -86,7 +121,8 @@ def train_along(out: Path, runtime: Runtime, is_done: Callable[[], bool]) -> Non
         return
     settings = {**runtime.model_dump(mode="json"), "num_threads": num_threads(runtime)}
     with sigterm_asks_to_stop(out):
-        run(job, [*torchrun(runtime), "-m", "sft_core.train.main"], settings, out, log=None)
+        module = rank_module(json.loads(job.read_text()))
+        run(job, [*torchrun(runtime), "-m", module], settings, out, log=None)
     if not _comes_true(is_done, STORED_WITHIN_S):
         raise RuntimeError(f"{out}: the ranks ended, and the first node did not store what came out")
 

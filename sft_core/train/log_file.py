@@ -8,6 +8,15 @@ from pathlib import Path
 from typing import Any
 
 
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events so far. A line that is being written, or that a full disk cut short, is left out."""
+    events = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return events
+
+
 class LogFile:
     """Events with a `step`, in the order in which they are added."""
 
@@ -18,13 +27,9 @@ class LogFile:
         """Takes back what came after that step."""
         if not self._path.exists():
             return
-        kept = []
-        for line in self._path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a full disk cut the last line short: its step is run again
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
+        kept = [event for event in read_events(self._path) if event["step"] <= step]
         rewritten = self._path.with_suffix(".tmp")
-        rewritten.write_text("".join(line + "\n" for line in kept))
+        rewritten.write_text("".join(json.dumps(event) + "\n" for event in kept))
         rewritten.replace(self._path)
 
     def add(self, event: dict[str, Any]) -> None:

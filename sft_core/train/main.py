@@ -9,13 +9,19 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft_core.lifetime import die_with_parent
+
+if TYPE_CHECKING:
+    from sft_core.train.selection import Selection, Watch
+    from sft_core.train.trainer import PackTrainer
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +30,8 @@ class Stopped(RuntimeError):
     """Training ended before its last step because somebody asked for it."""
 
 
-def main(job_path: Path) -> None:
+def main(job_path: Path, train: Callable[[dict[str, Any], Path], None]) -> None:
+    """What a rank does around its training: logs, one trainer a folder, an error that the launcher finds."""
     die_with_parent()
     job = json.loads(job_path.read_text())
     out, rank = Path(job["out"]), int(os.environ.get("RANK", "0"))
@@ -55,7 +62,18 @@ def _alone(out: Path) -> Any:
 
 
 def train(job: dict[str, Any], out: Path) -> None:
-    """Train to the end of the schedule, from the last whole checkpoint when there is one."""
+    """Trains to the end of the schedule, from the last whole checkpoint when there is one, and writes model/."""
+    trainer = trained(job, out)
+    trainer.load_best()
+    trainer.save_weights(out / "model")
+    trainer.accelerator.end_training()
+
+
+def trained(job: dict[str, Any], out: Path, watch: Callable[[int], Watch] | None = None) -> PackTrainer:
+    """The trainer after its last step.
+
+    watch: of a number of steps an epoch, who looks at the selection losses. Raises Stopped when it was asked to stop.
+    """
     import torch
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
@@ -65,9 +83,9 @@ def train(job: dict[str, Any], out: Path) -> None:
     from sft_core.train.checkpoints import check_room, stop_request
     from sft_core.train.collate import PackCollator
     from sft_core.train.continuation import resumable
-    from sft_core.train.model import load_model, save_adapter, save_checkpoint, skeleton
+    from sft_core.train.model import load_model, skeleton
     from sft_core.train.schedule import step_packs, training_flops
-    from sft_core.train.strategy import SHARED, prepare_deepspeed
+    from sft_core.train.strategy import prepare_deepspeed
     from sft_core.train.trainer import LogEvents, PackTrainer, discard_staged
 
     prepare_deepspeed()
@@ -90,7 +108,7 @@ def train(job: dict[str, Any], out: Path) -> None:
         global_batch_size=training["global_batch_size"],
         num_epochs=training["num_train_epochs"],
         max_steps=training["max_steps"],
-        seed=training["seed"],
+        seed=training["seed"] + job["round"],  # a roll-out goes through its rows in an order of its own
     )
     staging = out / "staging"
     if int(os.environ.get("RANK", "0")) == 0:
@@ -121,42 +139,47 @@ def train(job: dict[str, Any], out: Path) -> None:
         folder=out / "checkpoints",
         keep=job["runtime"]["keep_checkpoints"],
         flops=(linear, quadratic),
-        selection=_selection(job, len(schedule), len(collator.plan)),
+        selection=_selection(job, len(schedule), len(collator.plan), watch),
+        write_model=functools.partial(_write_model, tokenizer, job["chat_template"], training["lora"] is not None),
     )
     trainer.remove_callback(PrinterCallback)  # LogEvents prints
     trainer.train_from(checkpoint)
     step = trainer.state.global_step
     if stop_request(out).exists() and step < len(schedule):
         raise Stopped(f"stopped at step {step} of {len(schedule)}, as asked; its checkpoint is whole: a retry goes on")
-    trainer.load_best()
-    is_shared = job["runtime"]["distributed"] in SHARED  # then all ranks gather the weights, for the first
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_shared else None
-    if trainer.accelerator.is_main_process:
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        if training["lora"] is not None:
-            save_adapter(trained, weights, tokenizer, out / "model" / "adapter")
-        else:
-            save_checkpoint(trained, tokenizer, job["chat_template"], out / "model", weights)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    return trainer
 
 
-def _selection(job: dict[str, Any], num_steps: int, num_packs: int) -> Any:
-    """What is evaluated while training goes on; None without evaluation.during_training."""
+def _write_model(
+    tokenizer: Any, chat_template: str | None, is_adapter: bool, model: Any, weights: Any, folder: Path
+) -> None:
+    from sft_core.train.model import save_adapter, save_checkpoint
+
+    if is_adapter:
+        save_adapter(model, weights, tokenizer, folder / "adapter")
+    else:
+        save_checkpoint(model, tokenizer, chat_template, folder, weights)
+
+
+def _selection(
+    job: dict[str, Any], num_steps: int, num_packs: int, watch: Callable[[int], Watch] | None
+) -> Selection | None:
+    """What is evaluated while training goes on; None where nothing is."""
     if "selection" not in job:
         return None
     from sft_core.train.collate import PackCollator
-    from sft_core.train.selection import SelectionLosses, evaluation_steps
-    from sft_core.train.trainer import Selection
+    from sft_core.train.selection import Selection, SelectionLosses, evaluation_steps
 
     tokens = [list(map(Path, folders)) for folders in job["tokens"]]
     collator = PackCollator.open(Path(job["selection"]["packs"]), tokens)
-    steps_per_epoch = num_packs / job["training"]["global_batch_size"]
+    steps_per_epoch = math.ceil(num_packs / job["training"]["global_batch_size"])
     return Selection(
-        SelectionLosses(collator, job["sources"]),
+        SelectionLosses(collator),
+        job["sources"],
         evaluation_steps(num_steps, steps_per_epoch, job["selection"]["every_epochs"]),
         Path(job["out"]) / "logs" / "selection.jsonl",
         keep_best=job["selection"]["keep_best"],
+        watch=watch(steps_per_epoch) if watch is not None else None,
     )
 
 
@@ -199,4 +222,4 @@ def _lora(lora: dict[str, Any] | None, model: Any, added: list[str], tokenizer: 
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), train)

@@ -116,8 +116,11 @@ def save_checkpoint(
 
     weights: all of the model's, where this rank holds but a share of them.
     """
-    model.config.use_cache = True
-    model.save_pretrained(folder, state_dict=weights)
+    in_training, model.config.use_cache = model.config.use_cache, True
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+    finally:
+        model.config.use_cache = in_training
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)

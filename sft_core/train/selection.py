@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft_core.train.collate import PackCollator
-from sft_core.train.log_file import LogFile
-from sft_core.train.loss import LossBySource, trained_token_nll
+from sft_core.train.log_file import LogFile, read_events
+from sft_core.train.loss import trained_token_nll
 from sft_core.train.schedule import EMPTY
 
 
-def evaluation_steps(num_steps: int, steps_per_epoch: float, every_epochs: float) -> list[int]:
+def evaluation_steps(num_steps: int, steps_per_epoch: int, every_epochs: float) -> list[int]:
     """After which optimizer steps to evaluate: 0, each `every_epochs`, and the last; each step once.
 
     >>> evaluation_steps(10, 8, 0.5)
@@ -28,11 +30,42 @@ def evaluation_steps(num_steps: int, steps_per_epoch: float, every_epochs: float
     return sorted({*(step for step in steps if step <= num_steps), num_steps})
 
 
-class SelectionLosses:
-    """The mean loss of each source's selection rows. Ranks share the packs; all get the result."""
+@dataclasses.dataclass(frozen=True)
+class RowLosses:
+    """Of each selection row, in the order of the plan: summed loss, trained tokens, and the number of its source."""
 
-    def __init__(self, collator: PackCollator, sources: list[str]):
-        self._collator, self._sources = collator, sources
+    nll: np.ndarray  # float64, shape (rows,)
+    num_trained: np.ndarray  # float64, shape (rows,)
+    source: np.ndarray  # int64, shape (rows,)
+
+    def by_source(self, names: list[str]) -> dict[str, float]:
+        """The loss per trained token."""
+        sums, counts = (np.bincount(self.source, of, len(names)) for of in (self.nll, self.num_trained))
+        return dict(zip(names, (sums / counts).tolist(), strict=True))
+
+
+class Watch(Protocol):
+    """Who looks at the losses of a training under way, keeps weights of it, and may end it."""
+
+    def begin(self, past: list[dict[str, Any]]) -> None:
+        """past: what was written down of it so far, up to the checkpoint that it goes on from."""
+
+    def see(self, step: int, losses: RowLosses, save: Callable[[Path], None]) -> dict[str, Any]:
+        """What to write down of an evaluation. save: writes the weights of now to a folder, on all ranks together."""
+
+    def saved(self) -> None:
+        """A checkpoint is whole: the training will not go back to what was before it. On the first rank only."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the training can end."""
+
+
+class SelectionLosses:
+    """The losses of all selection rows. Ranks share the packs; all get the result."""
+
+    def __init__(self, collator: PackCollator):
+        self._collator = collator
 
     def measure(
         self,
@@ -43,20 +76,24 @@ class SelectionLosses:
         num_ranks: int,
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
         fused_lm_head: bool,
-    ) -> dict[str, float]:
-        """Loss by source. The model is in training mode again when this returns."""
-        losses = LossBySource(len(self._sources))
+    ) -> RowLosses:
+        """The model is in training mode again when this returns."""
+        plan = self._collator.plan
+        sums = torch.zeros(2, len(plan.row), dtype=torch.float64, device=device)  # of loss, of tokens
         model.eval()
         try:
             with torch.no_grad():
                 for pack in self._packs_of(rank, num_ranks):
                     batch = {name: values.to(device) for name, values in self._collator([{"pack": pack}]).items()}
                     nll_N, targets_N = trained_token_nll(model, batch, fused_lm_head=fused_lm_head)
-                    losses.add(nll_N, batch["source"][0, targets_N])
+                    if pack != EMPTY:
+                        document_N = (batch["position_ids"][0] == 0).cumsum(0)[targets_N] - 1 + int(plan.offsets[pack])
+                        sums[0].index_add_(0, document_N, nll_N.double())
+                        sums[1].index_add_(0, document_N, torch.ones_like(nll_N, dtype=torch.float64))
         finally:
             model.train()
-        means, _ = losses.take(sum_over_ranks)
-        return dict(zip(self._sources, means, strict=True))
+        nll, num_trained = sum_over_ranks(sums).cpu().numpy()
+        return RowLosses(nll, num_trained, plan.source.astype(np.int64))
 
     def _packs_of(self, rank: int, num_ranks: int) -> Iterator[int]:
         """Every rank gets as many: one that shares its parameters waits for the others at each forward pass."""
@@ -65,36 +102,61 @@ class SelectionLosses:
             yield first + rank if first + rank < num_packs else EMPTY
 
 
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What is evaluated while training goes on, after which steps, and what for."""
+
+    losses: SelectionLosses
+    sources: list[str]
+    steps: list[int]
+    log: Path
+    keep_best: bool  # whether the weights of the lowest loss are wanted
+    watch: Watch | None = None
+
+
 class EvaluateSelection(TrainerCallback):
     """Measures at the given steps, writes them down, and has the best step's checkpoint saved if that is wanted.
 
     The best is that of the lowest mean over sources, each counting the same; of equals the first, and never step 0.
     """
 
-    def __init__(self, measure: Callable[[], dict[str, float]], steps: list[int], log: Path, *, save_best: bool):
-        self._measure, self._steps, self._save_best = measure, set(steps), save_best
-        self._log = LogFile(log)
+    def __init__(self, selection: Selection, measure: Callable[[], RowLosses], save_weights: Callable[[Path], None]):
+        self._selection, self._measure, self._save_weights = selection, measure, save_weights
+        self._log = LogFile(selection.log)
         self.seconds = 0.0  # spent on it since somebody looked
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        before = state.global_step if state.global_step > 0 else -1  # the start is measured again
+        if self._selection.watch is not None:
+            past = [event for event in read_events(self._selection.log) if event["step"] <= before]
+            self._selection.watch.begin(past)
         if state.is_world_process_zero:
-            self._log.rewind(state.global_step)
+            self._log.rewind(before)
         if state.global_step == 0:
             self._evaluate(state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._evaluate(state, control)
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._selection.watch is not None and state.is_world_process_zero:
+            self._selection.watch.saved()
+
     def _evaluate(self, state: TrainerState, control: TrainerControl) -> None:
-        if state.global_step not in self._steps:
+        if state.global_step not in self._selection.steps:
             return
         started = time.monotonic()
-        losses = self._measure()
+        found = self._measure()
+        losses = found.by_source(self._selection.sources)
         mean = sum(losses.values()) / len(losses)
         if state.global_step > 0 and (state.best_metric is None or mean < state.best_metric):
             state.best_metric, state.best_global_step = mean, state.global_step
-            control.should_save |= self._save_best
+            control.should_save |= self._selection.keep_best
+        event = {"step": state.global_step, "of": state.max_steps, "loss": mean, "losses": losses}
+        if (watch := self._selection.watch) is not None:
+            event |= watch.see(state.global_step, found, self._save_weights)
+            control.should_training_stop |= watch.is_decided
         self.seconds += time.monotonic() - started
         if state.is_world_process_zero:
-            self._log.add({"step": state.global_step, "of": state.max_steps, "loss": mean, "losses": losses})
+            self._log.add(event)
             print(f"step={state.global_step}/{state.max_steps} selection_loss={mean:.4g}", flush=True)

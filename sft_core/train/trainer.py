@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import time
 from collections.abc import Callable
@@ -18,19 +17,9 @@ from sft_core.train import checkpoints
 from sft_core.train.continuation import Continuation
 from sft_core.train.log_file import LogFile
 from sft_core.train.loss import LossBySource, trained_token_nll
-from sft_core.train.selection import EvaluateSelection, SelectionLosses
+from sft_core.train.selection import EvaluateSelection, RowLosses, Selection
 from sft_core.train.speed import batch_flops, peak_flops_per_s, peak_memory_gib
-from sft_core.train.strategy import check_engaged
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """What is evaluated while training goes on, after which steps, and whether the best step's weights are wanted."""
-
-    losses: SelectionLosses
-    steps: list[int]
-    log: Path
-    keep_best: bool
+from sft_core.train.strategy import SHARED, check_engaged
 
 
 class PackTrainer(SFTTrainer):
@@ -39,6 +28,8 @@ class PackTrainer(SFTTrainer):
     the result. A token's weight is its turn's, 1 unless the data says otherwise: then W is the number of tokens.
 
     args.output_dir is where checkpoints are staged; whole ones are in `folder`, the newest `keep` of them and the best.
+    write_model(model, weights, folder) makes a checkpoint of it that transformers loads; weights are all of the model's
+    where this rank holds but a share of them.
     flops: (linear, quadratic) as schedule.training_flops gives them, for the speed that is logged.
     """
 
@@ -51,6 +42,7 @@ class PackTrainer(SFTTrainer):
         keep: int,
         flops: tuple[float, float],
         selection: Selection | None,
+        write_model: Callable[[Any, dict[str, Any] | None, Path], None],
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -60,14 +52,13 @@ class PackTrainer(SFTTrainer):
         self._sources = sources
         self._strategy, self._is_engaged = strategy, False  # until it is seen at work
         self._folder, self._keep = folder, keep
+        self._write_model = write_model
         self._stop = StopRequest(folder.parent)
         self.add_callback(self._stop)
         self._keeps_best, self._evaluation = selection is not None and selection.keep_best, None
         if selection is not None:
-            self._selection = selection.losses
-            self._evaluation = EvaluateSelection(
-                self._measure_selection, selection.steps, selection.log, save_best=selection.keep_best
-            )
+            self._selection = selection
+            self._evaluation = EvaluateSelection(selection, self._measure_selection, self.save_weights)
             self.add_callback(self._evaluation)
         self._loss_by_source = LossBySource(len(sources))
         self._flops, self._flops_done = flops, 0.0
@@ -104,8 +95,8 @@ class PackTrainer(SFTTrainer):
     def _has_fused_head(self) -> bool:
         return self.args.device.type == "cuda"
 
-    def _measure_selection(self) -> dict[str, float]:
-        losses = self._selection.measure(
+    def _measure_selection(self) -> RowLosses:
+        found = self._selection.losses.measure(
             self.model_wrapped,
             device=self.args.device,
             rank=self.accelerator.process_index,
@@ -113,11 +104,24 @@ class PackTrainer(SFTTrainer):
             sum_over_ranks=self._sum_over_ranks,
             fused_lm_head=self._has_fused_head,
         )
+        losses = found.by_source(self._selection.sources)
         by_source = {f"eval_selection_loss/{source}": loss for source, loss in losses.items()}
         should_log = self.control.should_log  # what training logs at this step; logging takes the wish for done
         self.log({"eval_selection_loss": sum(losses.values()) / len(losses), **by_source})
         self.control.should_log = should_log
-        return losses
+        return found
+
+    def save_weights(self, folder: Path) -> None:
+        """Writes the model of now to a folder that is whole or absent. On all ranks together."""
+        is_shared = self._strategy in SHARED  # then all ranks gather the weights, for the first
+        weights = self.accelerator.get_state_dict(self.model_wrapped) if is_shared else None
+        if self.accelerator.is_main_process:
+            unfinished = folder.with_name(f".unfinished-{folder.name}")
+            for left in (unfinished, folder):
+                shutil.rmtree(left, ignore_errors=True)
+            self._write_model(self.accelerator.unwrap_model(self.model), weights, unfinished)
+            unfinished.rename(folder)
+        self.accelerator.wait_for_everyone()
 
     def load_best(self) -> None:
         """Takes the weights of the step with the lowest selection loss. Raises RuntimeError when they are damaged."""

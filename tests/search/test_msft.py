@@ -128,6 +128,7 @@ def test_same_journal_leads_to_the_same_decisions_and_weights_that_were_kept(jou
         alive: set[int] = set()
         for evaluation in range(5):
             alive = (alive | {evaluation}) & first.wanted(found.until(evaluation))
+        alive &= first.kept(found)
         decision = first.observe(found)
         assert decision.start.evaluation in alive
         kept |= {Point(rollout.round, evaluation): True for evaluation in alive}

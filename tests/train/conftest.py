@@ -35,6 +35,7 @@ def make_job(store: Store) -> Callable[[PinnedRecipe, Path], dict[str, Any]]:
             job["selection"] |= {"packs": str(folders["selection"])}
         return {
             **job,
+            "round": 0,
             "out": str(out),
             "packs": str(store.path(packs)),
             "tokens": [token_folders(folders, source) for source in job["sources"]],

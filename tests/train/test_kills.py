@@ -48,9 +48,9 @@ def rank(job: str, number: int, size: int, port: int, log: str) -> None:
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
     strategy = json.loads(Path(job).read_text())["runtime"]["distributed"]
     os.environ.update({**environment(strategy), "DS_ACCELERATOR": "cpu"})
-    from sft_core.train.main import main
+    from sft_core.train.main import main, train
 
-    main(Path(job))
+    main(Path(job), train)
 
 
 class Attempt:

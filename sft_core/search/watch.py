@@ -1,0 +1,68 @@
+"""A roll-out under way: its curves, the weights that a roll-back can still want, and when it may end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sft_core.search.rollouts import Curves, Search
+from sft_core.train.launch import evaluation_folder
+from sft_core.train.selection import RowLosses
+
+
+class RolloutWatch:
+    """Scores a selection row by minus its loss per trained token.
+
+    out: where the roll-out is built. tasks: those that the search knows; other sources are not looked at.
+    """
+
+    def __init__(self, search: Search, tasks: list[str], sources: list[str], steps_per_epoch: int, out: Path):
+        self._search, self._tasks, self._sources = search, tasks, sources
+        self._steps_per_epoch, self._out = steps_per_epoch, out
+        self._steps: list[int] = []
+        self._scores: list[dict[str, list[float]]] = []
+        self._kept: set[int] = set()
+        self.most_kept = 0  # evaluations whose weights were there at once
+
+    @property
+    def curves(self) -> Curves:
+        epochs = [step / self._steps_per_epoch for step in self._steps]
+        return Curves(epochs, {task: np.array([scores[task] for scores in self._scores]) for task in self._tasks})
+
+    @property
+    def is_decided(self) -> bool:
+        return self._search.is_decided(self.curves)
+
+    def begin(self, past: list[dict[str, Any]]) -> None:
+        self._steps = [event["step"] for event in past]
+        self._scores = [event["scores"] for event in past]
+        self._kept = set(past[-1]["kept"]) if past else set()
+        self.most_kept = max((len(event["kept"]) for event in past), default=0)
+
+    def see(self, step: int, losses: RowLosses, save: Callable[[Path], None]) -> dict[str, Any]:
+        by_row = -losses.nll / losses.num_trained
+        of_source = {task: losses.source == self._sources.index(task) for task in self._tasks}
+        self._steps.append(step)
+        self._scores.append({task: by_row[is_its].tolist() for task, is_its in of_source.items()})
+        evaluation, wanted = len(self._steps) - 1, self._search.wanted(self.curves)
+        if evaluation in wanted:
+            folder = evaluation_folder(self._out, evaluation)
+            folder.parent.mkdir(exist_ok=True)
+            save(folder)
+        self._kept = (self._kept | {evaluation}) & wanted
+        self.most_kept = max(self.most_kept, len(self._kept))
+        return {"evaluation": evaluation, "scores": self._scores[-1], "kept": sorted(self._kept)}
+
+    def saved(self) -> None:
+        self.keep_only(self._kept)
+
+    def keep_only(self, evaluations: set[int]) -> None:
+        """Removes the weights of all other evaluations."""
+        wanted = {evaluation_folder(self._out, evaluation).name for evaluation in evaluations}
+        for folder in (self._out / "evaluations").iterdir():
+            if folder.name not in wanted:
+                shutil.rmtree(folder)
