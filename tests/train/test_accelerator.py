@@ -6,6 +6,7 @@ import torch
 from sft_core.recipe import parse_recipe
 from sft_core.train import accelerator
 from sft_core.train.accelerator import attention, liger, lost_updates, unmet_demands
+from steps.pipeline import prepare
 from tests.train.tiny import tiny_recipe
 
 
@@ -50,3 +51,11 @@ def test_auto_is_what_runs_on_a_cpu() -> None:
 )
 def test_weights_in_bfloat16_alone_are_warned_of(changes: dict, is_warned: bool) -> None:
     assert bool(lost_updates(parse_recipe(tiny_recipe(**changes)))) == is_warned
+
+
+def test_prepare_bfloat16_without_masters_warns(small_recipe: dict, caplog: pytest.LogCaptureFixture) -> None:
+    prepare(parse_recipe(small_recipe))
+    assert not caplog.text
+    small_recipe["model"]["dtype"] = "bfloat16"
+    prepare(parse_recipe(small_recipe))
+    assert "model.dtype bfloat16 keeps no fp32 master weights" in caplog.text

@@ -27,10 +27,11 @@ from tests.train.tiny import LLAMA, Run, tiny_recipe
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda"
-WIDE = {**SIZES, "hidden_size": 128, "intermediate_size": 256}  # heads of 32: flex attention's kernel takes 16 and more
+# Heads of 32: flex attention's kernel takes 16 and more. Smaller weights: bfloat16's rounding grows with the layers.
+WIDE = {**SIZES, "hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.1}
 NEEDS_FLASH = pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash_attn is not installed")
-# Of the norm; documents that see each other are off by more than LEAK.
-FLOAT32, TF32, BFLOAT16, LEAK = 1e-4, 1e-2, 5e-2, 0.15
+# Of the norm. On a CPU eager and sdpa differ by 0.036 in bfloat16, and documents that see each other by 1.27.
+FLOAT32, TF32, BFLOAT16, LEAK = 1e-4, 1e-2, 0.1, 0.5
 
 Documents = list[tuple[TokenRow, int]]
 
@@ -62,10 +63,9 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+def largest_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     assert found.keys() == expected.keys()
-    errors = {name: error(found[name], expected[name]) for name in expected}
-    assert max(errors.values()) < tolerance, errors
+    return max(error(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_packed_documents_are_those_by_themselves_forward_and_backward(
     documents = random_documents(*lengths)
     expected = nll_and_gradients(model_of("sdpa", dtype), [on(GPU, [document]) for document in documents])
     model, pack = model_of(attention, dtype), on(GPU, documents)
-    assert_equal(nll_and_gradients(model, [pack]), expected, tolerance)
+    assert largest_error(nll_and_gradients(model, [pack]), expected) < tolerance
     one = {**pack, "position_ids": torch.arange(pack["input_ids"].numel(), device=GPU)[None]}
-    assert error(nll_and_gradients(model, [one])["nll"], expected["nll"]) > LEAK, "a leak would not be seen"
+    assert largest_error(nll_and_gradients(model, [one]), expected) > LEAK, "a leak would not be seen"
 
 
 @pytest.fixture
@@ -106,9 +106,9 @@ def test_liger_with_the_fused_head_is_the_plain_model_and_the_labels_reach_the_l
     apply_liger_kernel(model, {"fused_linear_cross_entropy": False})  # as TRL has it
     assert "liger" in model.model.norm.forward.__module__
     add_fused_lm_head(model)
-    assert_equal(nll_and_gradients(model, [batch], fused=True), plain, tolerance)
+    assert largest_error(nll_and_gradients(model, [batch], fused=True), plain) < tolerance
     others = {**batch, "labels": torch.where(batch["labels"] < 0, batch["labels"], batch["labels"] % 7 + 1)}
-    assert error(nll_and_gradients(model, [others], fused=True)["nll"], plain["nll"]) > LEAK
+    assert largest_error(nll_and_gradients(model, [others], fused=True), plain) > LEAK
 
 
 def test_fused_head_on_the_gpu_is_the_plain_head_on_the_cpu() -> None:
@@ -116,7 +116,7 @@ def test_fused_head_on_the_gpu_is_the_plain_head_on_the_cpu() -> None:
     model = model_of()
     add_fused_lm_head(model)
     found = nll_and_gradients(model, [on(GPU, documents)], fused=True)
-    assert_equal(found, nll_and_gradients(model_of(device="cpu"), [on("cpu", documents)]), TF32)
+    assert largest_error(found, nll_and_gradients(model_of(device="cpu"), [on("cpu", documents)])) < TF32
 
 
 def recipe(**changes: dict[str, Any]) -> dict[str, Any]:
