@@ -17,6 +17,7 @@ from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import Recipe, load_recipe, parse_recipe, read_yaml
 from sft_core.store import Store
 from steps.deduplicate import DUPLICATES
+from steps.evaluate import check_report_prompts, count_report_prompts
 from steps.mix import MIXTURE
 from steps.pack import PACKED
 from steps.pipeline import differences
@@ -171,6 +172,13 @@ def test_splits_have_the_published_ones_character(rows: dict[str, list[dict[str,
     for think, no_think in TWINS.items():
         first, second = ([row["messages"][0] for row in rows[source][:100]] for source in (think, no_think))
         assert first == second, think
+
+
+def test_every_task_has_report_prompts_enough(folder: Path, tmp_path: Path) -> None:
+    pinned = small(folder, tmp_path / "store")
+    counts = count_report_prompts(Store(tmp_path / "store"), pinned)
+    assert len(counts) == 25
+    check_report_prompts(counts, pinned)
 
 
 def test_mask_proof_holds_for_rows_of_every_source(folder: Path, tmp_path: Path) -> None:
