@@ -477,7 +477,7 @@ def override(data: dict[str, Any], overrides: tuple[str, ...], limit: int | None
         if not equals or not key.strip():
             raise ValueError(f"--set {text}: expected section.key=value, for example training.learning_rate=1e-5")
         node: Any = data
-        *parents, last = key.strip().split(".")
+        *parents, last = _parts(key.strip(), data)
         for parent in parents:
             node = _child(node, parent, text)
         if isinstance(node, list):
@@ -488,6 +488,19 @@ def override(data: dict[str, Any], overrides: tuple[str, ...], limit: int | None
     if limit is not None:
         data["limit"] = limit
     return data
+
+
+def _parts(key: str, data: dict[str, Any]) -> list[str]:
+    """The key cut at its dots, but for those in a source's name, as in OpenHermes_2.5."""
+    mixture = data.get("dataset_mixture")
+    datasets = mixture.get("datasets") if isinstance(mixture, dict) else None
+    names = [_source_of(element) for element in datasets] if isinstance(datasets, list) else []
+    pieces, parts = key.split("."), []
+    while pieces:
+        size = next((n for n in range(len(pieces), 1, -1) if ".".join(pieces[:n]) in names), 1)
+        parts.append(".".join(pieces[:size]))
+        pieces = pieces[size:]
+    return parts
 
 
 def _child(node: Any, name: str, text: str) -> Any:

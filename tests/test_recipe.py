@@ -152,6 +152,16 @@ def test_override_source_by_name_follows_a_given_name(small_recipe):
     assert parse_recipe(data).dataset("mine").weight == 0.5
 
 
+def test_override_source_with_dots_in_its_name_is_found(small_recipe):
+    small_recipe["dataset_mixture"]["datasets"][0]["name"] = "OpenThoughts3_1.2M_think"
+    texts = ("dataset_mixture.datasets.{}.weight=0.5", "evaluation.max_new_tokens_by_task.{}=7")
+    recipe = parse_recipe(changed(small_recipe, *(text.format("OpenThoughts3_1.2M_think") for text in texts)))
+    assert recipe.dataset("OpenThoughts3_1.2M_think").weight == 0.5
+    assert recipe.evaluation.max_new_tokens_by_task == {"OpenThoughts3_1.2M_think": 7}
+    with pytest.raises(ValueError, match="no element 'OpenThoughts3_1'"):
+        changed(small_recipe, "dataset_mixture.datasets.OpenThoughts3_1.2M.weight=0.5")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
