@@ -22,6 +22,7 @@ RANKS = {
     "sft_core.train": 3,
     "sft_core.evaluate": 4,
     "sft_core.search": 5,
+    "sft_core.release": 5,
     "steps": 6,
     "flows": 7,
 }
