@@ -64,6 +64,11 @@ def test_plan_text_counts_what_is_there(built_recipe, sft, save_recipe):
     assert any(line.startswith("unique report prompts a task: ") for line in lines)
 
 
+def test_plan_lists_the_push_where_the_recipe_says_where_to(built_recipe, planned):
+    without, found = planned(built_recipe), planned(built_recipe, "hub.model_id=me/tiny")
+    assert found == {**without, ("pushed", "-"): (None, "depends")} and list(found)[-1] == ("pushed", "-")
+
+
 def test_plan_other_weight_keeps_every_source(built_recipe, planned):
     before = planned(built_recipe)
     after = planned(built_recipe, "dataset_mixture.datasets.0.weight=0.5")
