@@ -111,6 +111,7 @@ def test_use_passes_the_templates_kwargs_and_the_thinking_switch():
 @given(name=st.text(min_size=1), licence=st.text(min_size=1), value=st.text())
 @example(name=EVIL, licence=EVIL, value=EVIL)
 @example(name="---", licence="- x", value="1e-5")
+@example(name="\x85", licence="\xa0", value="\x85")
 def test_any_text_leaves_markdown_and_yaml_whole(name: str, licence: str, value: str):
     source = Source(name, None, None, None, (name,), "e" * 64, licence, 1, 1, 1, 1, 1.0)
     recipe = {"name": "mine", "chat_template": {"kwargs": {"system": value}}}
