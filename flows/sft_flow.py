@@ -185,14 +185,20 @@ class SFTFlow(FlowSpec):
     @card(type="blank")
     @step
     def report(self, inputs):
-        """The table base → tuned."""
-        from steps import report
+        """The table base → tuned, and the checkpoint with its model card; on the hub where the recipe says so."""
+        from steps import release, report
 
-        self.merge_artifacts(inputs, include=["pins", "recipe_name", "checkpoint"])
+        self.merge_artifacts(inputs, include=["pins", "recipe_name"])
         self.scored = self.ensure(report.REPORT)
         manifest = self.store.manifest(self.ref(self.scored))
         self.scores, self.thinking = manifest["counts"]["scores"], manifest["counts"]["thinking"]
         current.card.extend(report.card(self.store, self.ref(self.scored)))
+        self.released = self.ensure(release.RELEASED)
+        self.checkpoint = str(self.store.path(self.ref(self.released)) / "model")
+        self.hub_url = None
+        if self.pinned.recipe.hub:
+            self.pushed = self.ensure(release.PUSHED)
+            self.hub_url = self.store.manifest(self.ref(self.pushed))["counts"]["url"]
         self.next(self.end)
 
     @step
@@ -200,7 +206,7 @@ class SFTFlow(FlowSpec):
         """Say what came out, and where it is."""
         from steps.report import summary
 
-        print(summary(self.scores, self.thinking, self.checkpoint))
+        print(summary(self.scores, self.thinking, self.checkpoint, self.hub_url))
 
     # What the steps share; no artifacts.
 

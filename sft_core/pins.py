@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sft_core.data.hub_token import check_token
 from sft_core.data.sources import digest_files, list_files
@@ -148,6 +148,8 @@ def pin(recipe: Recipe, *, allow_unresolved: bool = False) -> PinnedRecipe:
     )
     if (template := template_path(recipe)) is not None:
         pins["template"] = hashlib.sha256(template.read_bytes()).hexdigest()
+    if hub.licences:
+        pins["licences"] = hub.licences
     return PinnedRecipe(recipe, pins, hub.problems)
 
 
@@ -161,6 +163,7 @@ class _Hub:
     def __init__(self, allow_unresolved: bool):
         self._allow_unresolved = allow_unresolved
         self._known: dict[tuple[str, str, str], str | None] = {}
+        self.licences: dict[str, str] = {}  # by `kind id`, where the hub was asked and knows one
         self._refused: list[str] = []
         self._unasked: list[str] = []
         self._unreachable = ""
@@ -179,13 +182,13 @@ class _Hub:
 
     def _ask(self, kind: str, id: str, revision: str) -> str | None:
         if not self._allow_unresolved:
-            return resolve_commit(kind, id, revision)
+            return self._noted(kind, id, resolve(kind, id, revision))
         if self._unreachable and not _COMMIT.fullmatch(revision):
             self._unasked.append(f"{kind} {id} at {revision}")
             return None
         try:
             # A plan is looked at by a person who waits, and can do without.
-            return resolve_commit(kind, id, revision, timeout_s=3)
+            return self._noted(kind, id, resolve(kind, id, revision, timeout_s=3))
         except HubUnreachable as error:
             self._unasked.append(f"{kind} {id} at {revision}")
             self._unreachable = str(error).partition(": ")[2]
@@ -193,13 +196,23 @@ class _Hub:
             self._refused.append(str(error))
         return None
 
+    def _noted(self, kind: str, id: str, found: Resolved) -> str:
+        if found.licence is not None:
+            self.licences[f"{kind} {id}"] = found.licence
+        return found.commit
+
 
 def is_local(name: str) -> bool:
     """A folder, or what can only be meant as one. A hub id is `owner/name` and no such folder exists."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def resolve_commit(kind: str, id: str, revision: str, *, timeout_s: float = 10) -> str:
+class Resolved(NamedTuple):
+    commit: str
+    licence: str | None  # what its card says; None where the hub was not asked, or the card does not say
+
+
+def resolve(kind: str, id: str, revision: str, *, timeout_s: float = 10) -> Resolved:
     """The 40-digit commit of a hub dataset's or model's branch or tag. A commit is returned without asking.
 
     A token for what is private comes from the environment (HF_TOKEN) and goes to the hub alone.
@@ -207,7 +220,7 @@ def resolve_commit(kind: str, id: str, revision: str, *, timeout_s: float = 10) 
     Raises Unresolved, saying whether the name is wrong or (HubUnreachable) the hub is out of reach.
     """
     if _COMMIT.fullmatch(revision):
-        return revision
+        return Resolved(revision, None)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -215,7 +228,7 @@ def resolve_commit(kind: str, id: str, revision: str, *, timeout_s: float = 10) 
     api = HfApi()
     ask = api.dataset_info if kind == "dataset" else api.model_info
     try:
-        commit = ask(id, revision=revision, timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or timeout_s)).sha
+        info = ask(id, revision=revision, timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or timeout_s))
     except RevisionNotFoundError:
         raise Unresolved(f"{kind} {id}: has no revision {revision!r}") from None
     except GatedRepoError:
@@ -229,7 +242,15 @@ def resolve_commit(kind: str, id: str, revision: str, *, timeout_s: float = 10) 
             f"{kind} {id} at {revision}: the hub cannot be reached ({reason}); "
             "write a full commit as the revision to work without asking"
         ) from None
-    return str(commit)
+    return Resolved(str(info.sha), _licence(info.card_data))
+
+
+def _licence(card: Any) -> str | None:
+    """What a card says of its licence, in a line."""
+    names = card.get("license") if card is not None else None
+    if names == "other":
+        names = card.get("license_name") or names
+    return ", ".join(map(str, names)) if isinstance(names, list) else str(names) if names else None
 
 
 def template_path(recipe: Recipe) -> Path | None:

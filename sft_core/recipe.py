@@ -11,6 +11,7 @@ import datetime
 import difflib
 import io
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -345,6 +346,34 @@ class Runtime(_Section):
         return store
 
 
+class Hub(_Section):
+    """Where the checkpoint and its card are pushed to. Without this section nothing leaves the machine."""
+
+    model_id: str = Field(description="owner/name; the repository is made where it is missing")
+    private: bool = Field(True, description="who may see it; must agree with a repository that is there")
+    revision: str = Field("main", description="the branch; made where it is missing")
+
+    @field_validator("model_id")
+    @classmethod
+    def _names_a_repository(cls, model_id: str) -> str:
+        owner, _, name = model_id.partition("/")
+        good = all(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_])?", part) for part in (owner, name))
+        if not good or "--" in model_id or ".." in model_id or name.endswith(".git") or len(model_id) > 96:
+            raise ValueError(
+                f"found {_short(model_id)}; it is owner/name, each of letters, digits, '.', '_' and '-', "
+                "96 characters in all at most"
+            )
+        return model_id
+
+    @field_validator("revision")
+    @classmethod
+    def _names_a_branch(cls, revision: str) -> str:
+        is_commit = re.fullmatch(r"[0-9a-f]{40}", revision)
+        if is_commit or ".." in revision or not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9_-])?", revision):
+            raise ValueError(f"found {_short(revision)}; it is the name of a branch, as main")
+        return revision
+
+
 class Recipe(_Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     model: Model
@@ -355,6 +384,7 @@ class Recipe(_Section):
     evaluation: Evaluation = Evaluation()
     search: Search | None = None
     runtime: Runtime = Runtime()
+    hub: Hub | None = Field(None, description="where the result is pushed to; default: nowhere")
     limit: PositiveInt | None = Field(None, description="only the first rows of each source: a smoke run")
 
     @model_validator(mode="after")

@@ -68,6 +68,7 @@ class Build:
     inputs: Mapping[str, Path]  # folders of the outputs it reads
     runtime: Runtime
     upload: Callable[[Path], None] | None = None  # of a store behind a URL
+    manifests: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # of all inputs, `mentions` too
 
     def keep(self, folder: Path) -> None:
         """Keeps a finished folder below `out`, such as a checkpoint, where the loss of this machine does not reach it.
@@ -91,9 +92,10 @@ class Stage:
 
     `section` gives the builder's keyword arguments from the recipe: the recipe's part of the identity. `places`
     says where things are (paths, where the section has digests); its values replace the section's of that name
-    for the builder and are no part of the identity. `needs` names the outputs it reads. `version` replaces the
-    digest of the builder's code where a rename must not cost days of training. The builder returns counts for
-    the manifest: plain JSON, shown on cards.
+    for the builder and are no part of the identity. `needs` names the outputs it reads, `mentions` those of which it
+    reads the manifest alone: nothing else of them is downloaded. `version` replaces the digest of the builder's code
+    where a rename must not cost days of training. The builder returns counts for the manifest: plain JSON, shown on
+    cards.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Stage:
     section: Callable[[PinnedRecipe, Part], dict[str, Any]]
     places: Callable[[PinnedRecipe, Part], dict[str, Any]] = lambda pinned, part: {}
     needs: Callable[[PinnedRecipe, Part], Needs] = lambda pinned, part: {}
+    mentions: Callable[[PinnedRecipe, Part], Needs] = lambda pinned, part: {}
     version: int | None = None
     libraries: tuple[str, ...] = ()
     resumable: bool = False
@@ -111,6 +114,10 @@ class Stage:
         if self.version is not None:
             return self.version
         return code_digest(self.build.__module__, self.libraries)
+
+    def inputs(self, pinned: PinnedRecipe, part: Part) -> Needs:
+        """All outputs that must be there before it is built: what they hold is part of the identity."""
+        return {**self.needs(pinned, part), **self.mentions(pinned, part)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +175,7 @@ class Store:
 
     def _locate(self, stage: Stage, pinned: PinnedRecipe, part: Part, seen: dict) -> Located:
         inputs: dict[str, str | None] = {}
-        for name, (needed, needed_part) in stage.needs(pinned, part).items():
+        for name, (needed, needed_part) in stage.inputs(pinned, part).items():
             found = self.locate(needed, pinned, needed_part, seen)
             inputs[name] = self.manifest(found.ref)["content"] if found.status == "hit" and found.ref else None
         identity = {"stage": stage.name, "part": part, "inputs": inputs, "code": stage.code}
@@ -227,7 +234,7 @@ class Store:
         Raises what the builder raises, with the stage named, and CorruptOutput for a damaged input.
         """
         seen = {} if seen is None else seen
-        for needed, needed_part in stage.needs(pinned, part).values():
+        for needed, needed_part in stage.inputs(pinned, part).values():
             if self.locate(needed, pinned, needed_part, seen).status != "hit":
                 self.ensure(needed, pinned, seen, **needed_part)
                 seen.clear()
@@ -267,12 +274,14 @@ class Store:
         assert ref is not None
         refs = {
             name: self.locate(needed, pinned, part).ref
-            for name, (needed, part) in stage.needs(pinned, located.part).items()
+            for name, (needed, part) in stage.inputs(pinned, located.part).items()
         }
-        inputs = {name: self.path(input_ref) for name, input_ref in refs.items() if input_ref}
+        read = stage.needs(pinned, located.part)
+        inputs = {name: self.path(input_ref) for name, input_ref in refs.items() if input_ref and name in read}
         if stage.verify_inputs:
-            for input_ref in refs.values():
-                self.verify(input_ref)
+            for name in inputs:
+                self.verify(refs[name])
+        manifests = {name: self.manifest(input_ref) for name, input_ref in refs.items() if input_ref}
         out = self.scratch(ref)
         if not stage.resumable:
             shutil.rmtree(out, ignore_errors=True)
@@ -284,7 +293,7 @@ class Store:
         try:
             arguments = located.identity["section"] | stage.places(pinned, located.part)
             upload = functools.partial(self.remote.keep, out.name, out) if self.remote and stage.resumable else None
-            counts = stage.build(Build(out, inputs, pinned.recipe.runtime, upload), **arguments)
+            counts = stage.build(Build(out, inputs, pinned.recipe.runtime, upload, manifests), **arguments)
             files = {str(path.relative_to(out)): digest(path) for path in files_of(out)}
             seconds = round(time.monotonic() - started, 3)
             manifest = {

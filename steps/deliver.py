@@ -14,10 +14,15 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     return {"evaluation": pinned.delivered.evaluation}
 
 
+def round_of(pinned: PinnedRecipe) -> Part:
+    """The round of training that ends with what is delivered; while a search is not over, the last that is known."""
+    if pinned.recipe.search is None:
+        return {"round": 0}
+    return {"round": len(pinned.rollouts) - 1 if pinned.delivered is None else pinned.delivered.round}
+
+
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
-    if pinned.delivered is not None:
-        return {"trained": (TRAINED, {"round": pinned.delivered.round})}
-    return {"trained": (TRAINED, {"round": len(pinned.rollouts) - 1})} if pinned.rollouts else {}
+    return {"trained": (TRAINED, round_of(pinned))}
 
 
 DELIVERED = Stage("delivered", build_delivered, section=_section, needs=_needs)

@@ -50,7 +50,7 @@ _TRL_DEFAULTS = {
     "training.bf16": True,
     "training.gradient_checkpointing": True,
 }
-_PUSH = "nothing is pushed to the hub; upload the checkpoint's folder"
+_PUSH = "a push is asked for anew: hub.model_id, which is private unless told otherwise"
 _EVALUATION = "base and tuned model are scored after training, on held-out prompts (evaluation)"
 _SAVING = "checkpoints are by steps (runtime.save_steps), the newest ones kept"
 _LOGGING = "logs are by steps (runtime.logging_steps)"

@@ -56,6 +56,9 @@ evaluation:
 
 runtime:
   num_processes: 1            # training ranks (GPUs) on this machine
+
+# To push the checkpoint and its model card when all is done, with HF_TOKEN in the environment:
+# hub: {{model_id: owner/name, private: true}}
 """
 
 

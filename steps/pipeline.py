@@ -10,12 +10,13 @@ from typing import Any
 
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import Recipe
+from sft_core.release.push import check_push
 from sft_core.store import Located, Stage, Store, Unresolved
 from sft_core.train.accelerator import check_machine, has_gpu, lost_updates
 from sft_core.train.arguments import check_extra, check_report_to
 from steps.evaluate import check_report_prompts, count_report_prompts
 from steps.pack import PACKED
-from steps.report import REPORT
+from steps.release import PUSHED, RELEASED
 from steps.search import progress
 from steps.train import TRAINED
 
@@ -31,6 +32,8 @@ def prepare(recipe: Recipe) -> PinnedRecipe:
     planned = plan(store, pinned)
     if any(located.status != "hit" for located in planned):
         store.check_writable()
+    if recipe.hub and any(located.stage is PUSHED and located.status != "hit" for located in planned):
+        check_push(recipe.hub.model_id, recipe.hub.private)
     check_training(planned, pinned)
     if trains(planned):
         if not on_cluster():
@@ -100,19 +103,19 @@ def plan(store: Store, pinned: PinnedRecipe) -> list[Located]:
     seen: dict[Any, Any] = {}
 
     def visit(stage: Stage, part: dict[str, Any]) -> None:
-        for needed, needed_part in stage.needs(pinned, part).values():
+        for needed, needed_part in stage.inputs(pinned, part).values():
             visit(needed, needed_part)
         located = store.locate(stage, pinned, part, seen)
         found.setdefault((stage.name, located.name), located)
 
-    visit(REPORT, {})
+    visit(PUSHED if pinned.recipe.hub else RELEASED, {})
     return sorted(found.values(), key=lambda located: ORDER.index(located.stage.name))
 
 
 ORDER = [
     *("conversations", "rendered", "tokens"),
     *("signatures", "duplicates", "report_prompts", "contamination"),  # where the recipe asks for them
-    *("mixture", "windows", "packed", "selection", "trained", "delivered", "evaluated", "report"),
+    *("mixture", "windows", "packed", "selection", "trained", "delivered", "evaluated", "report", "release", "pushed"),
 ]
 
 

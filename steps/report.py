@@ -40,12 +40,14 @@ def card(store: Store, ref: Ref) -> list[Any]:
     return components
 
 
-def summary(scores: list[dict[str, Any]], gains: list[dict[str, Any]], checkpoint: str) -> str:
-    """What the run prints last."""
+def summary(
+    scores: list[dict[str, Any]], gains: list[dict[str, Any]], checkpoint: str, pushed: str | None = None
+) -> str:
+    """What the run prints last. pushed: the checkpoint's address on the hub, if it is there."""
     parts = [text_table(HEADER, [tuple(row.values()) for row in scores])]
     if gains:
         parts.append("What thinking gains (exact match, paired 95 % interval):")
         parts.append(text_table(GAIN_HEADER, [tuple(row.values()) for row in gains]))
-    parts.append(f"checkpoint: {checkpoint}")
+    parts.append(f"checkpoint: {checkpoint}" + (f"\npushed: {pushed}" if pushed else ""))
     parts.append("cards: python flows/sft_flow.py card view report (or train, pack, mix, evaluate, tokenize)")
     return "\n\n".join(["", *parts])

@@ -17,11 +17,12 @@ def last_attempt() -> str:
 
 
 def last_finished() -> dict[str, Any]:
-    """What the newest finished run reports: scores, gains, checkpoint. Raises ValueError when there is none."""
+    """What the newest finished run reports: scores, gains, where the checkpoint is. Raises ValueError for no run."""
     for run in _runs():
         if run.successful:
             data = run["end"].task.data
-            return {"scores": data.scores, "gains": data.thinking, "checkpoint": data.checkpoint}
+            found = {"scores": data.scores, "gains": data.thinking, "checkpoint": data.checkpoint}
+            return {**found, "pushed": getattr(data, "hub_url", None)}
     raise ValueError("no run has finished yet; start one with `python flows/sft_flow.py run`")
 
 

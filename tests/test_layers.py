@@ -13,6 +13,7 @@ RANKS = {
     "sft_core.recipe": 0,
     "sft_core.code": 0,
     "sft_core.lifetime": 0,
+    "sft_core.links": 0,
     "sft_core.manifest": 0,
     "sft_core.remote": 0,
     "sft_core.store": 0,
@@ -22,6 +23,7 @@ RANKS = {
     "sft_core.train": 3,
     "sft_core.evaluate": 4,
     "sft_core.search": 5,
+    "sft_core.release": 5,
     "steps": 6,
     "flows": 7,
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sft_core.pins import PinnedRecipe, Unresolved, is_local, pin, resolve_commit, template_path
+from sft_core.pins import PinnedRecipe, Unresolved, is_local, pin, resolve, template_path
 from sft_core.recipe import override, parse_recipe
 from tests.hub_server import HubServer
 
@@ -160,9 +160,9 @@ def test_is_local_is_told_by_the_name_where_nothing_exists(name: str, local: boo
 
 def test_resolve_commit_full_commit_needs_no_network(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # an import of it fails
-    assert resolve_commit("dataset", "org/none", COMMIT) == COMMIT
+    assert resolve("dataset", "org/none", COMMIT) == (COMMIT, None)
     with pytest.raises(ImportError):
-        resolve_commit("dataset", "org/none", "main")
+        resolve("dataset", "org/none", "main")
 
 
 def test_pin_hub_names_at_a_hub_that_answers_then_goes(small_recipe, tmp_path: Path):
@@ -171,7 +171,7 @@ def test_pin_hub_names_at_a_hub_that_answers_then_goes(small_recipe, tmp_path: P
     code = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
-from tests.test_pins import COMMIT, Unresolved, pinned, resolve_commit
+from tests.test_pins import COMMIT, Unresolved, pinned, resolve
 
 def message(call):
     try:
@@ -183,10 +183,10 @@ data = json.loads(sys.argv[1])
 found = pinned(data)
 result = {{"pins": found.pins, "loader": found.model_loader["revision"]}}
 result["names"] = [
-    message(lambda: resolve_commit("dataset", "org/none", "main")),
-    message(lambda: resolve_commit("model", "org/none", "main")),
-    message(lambda: resolve_commit("dataset", "org/chat", "none")),
-    message(lambda: resolve_commit("dataset", "org/gated", "main")),
+    message(lambda: resolve("dataset", "org/none", "main")),
+    message(lambda: resolve("model", "org/none", "main")),
+    message(lambda: resolve("dataset", "org/chat", "none")),
+    message(lambda: resolve("dataset", "org/gated", "main")),
 ]
 print(json.dumps(result), flush=True)
 input()
@@ -234,6 +234,28 @@ print(json.dumps(result))
     assert gone["allowed"]["model"] is gone["allowed"]["tokenizer"] is None
     assert gone["commits"]["sources"] == {"chat": COMMIT}
     assert gone["commits"]["model"] == gone["commits"]["tokenizer"] == COMMIT
+
+
+def test_pin_licences_are_those_of_the_cards_where_the_hub_is_asked(small_recipe, tmp_path: Path):
+    small_recipe["model"] = {"model_name_or_path": "org/tiny"}
+    small_recipe["dataset_mixture"]["datasets"] = [
+        {"id": f"org/{name}", "split": name} for name in ("one", "two", "other", "none")
+    ]
+    code = MANY.format(root=str(ROOT))
+    with HubServer() as server:
+        server.publish("models", "org/tiny", {"README.md": b"---\nlicense: apache-2.0\n---\n"})
+        server.publish("datasets", "org/one", {"README.md": b"---\nlicense: mit\n---\n"})
+        server.publish("datasets", "org/two", {"README.md": b"---\nlicense: [mit, odc-by]\n---\n"})
+        server.publish("datasets", "org/other", {"README.md": b"---\nlicense: other\nlicense_name: ours\n---\n"})
+        server.publish("datasets", "org/none", {"README.md": b"no metadata"})
+        command = [sys.executable, "-c", code, json.dumps(small_recipe)]
+        done = subprocess.run(
+            command, env=server.environment(tmp_path), capture_output=True, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line)[0]["licences"] for line in done.stdout.splitlines()]
+    datasets = {"dataset org/one": "mit", "dataset org/two": "mit, odc-by", "dataset org/other": "ours"}
+    assert found == [{"model org/tiny": "apache-2.0", **datasets}] * 2
 
 
 MANY = """

@@ -56,6 +56,33 @@ def test_parse_unknown_key_names_the_nearest(small_recipe, key: str, nearest: st
     assert message == f"{key.replace('.0', '[0]')}: unknown key; did you mean {nearest!r}?"
 
 
+@pytest.mark.parametrize("model_id", ["me/tiny", "my-org/a.b_c-1", "M/0"])
+def test_hub_model_id_owner_and_name_is_taken(small_recipe, model_id: str):
+    hub = parse_recipe(changed(small_recipe, f"hub.model_id={model_id}")).hub
+    assert hub is not None and (hub.model_id, hub.private, hub.revision) == (model_id, True, "main")
+    assert parse_recipe(small_recipe).hub is None
+
+
+@pytest.mark.parametrize(
+    "model_id",
+    ["tiny", "me/", "/tiny", "a/b/c", "me/ti ny", "me/a--b", "me/a..b", "me/x.git", "me/é", f"me/{'x' * 94}"],
+)
+def test_hub_model_id_of_another_form_is_refused(small_recipe, model_id: str):
+    data = {**small_recipe, "hub": {"model_id": model_id}}
+    assert error_of(data).startswith(f"hub.model_id: found {model_id!r}; it is owner/name, each of letters, digits")
+
+
+@pytest.mark.parametrize("revision", ["", "a b", "-x", "a..b", "x/", "0" * 40])
+def test_hub_revision_that_is_no_branch_is_refused(small_recipe, revision: str):
+    data = {**small_recipe, "hub": {"model_id": "me/tiny", "revision": revision}}
+    assert error_of(data) == f"hub.revision: found {revision!r}; it is the name of a branch, as main"
+
+
+def test_hub_token_in_the_recipe_is_an_unknown_key(small_recipe):
+    data = {**small_recipe, "hub": {"model_id": "me/tiny", "token": "hf_secret"}}
+    assert error_of(data) == "hub.token: unknown key; known: model_id, private, revision"
+
+
 def test_parse_unknown_key_like_no_other_lists_the_known(small_recipe):
     message = error_of(changed(small_recipe, "packing.zzz=1"))
     assert message == "packing.zzz: unknown key; known: max_length, over_long, packing_strategy"

@@ -27,7 +27,7 @@ from sft_core.store import Build, CorruptOutput, Ref, Stage, Store
 from steps.cli import main
 from steps.pipeline import prepare
 from tests.object_server import ObjectServer
-from tests.test_store import NUMBERS, RECIPE, SUM, builds, flip_first_byte, stage_of, toy, wait_for
+from tests.test_store import NUMBERS, RECIPE, SUM, TOLD, builds, flip_first_byte, stage_of, toy, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -160,6 +160,13 @@ def test_upload_manifest_comes_last_and_a_hit_moves_no_data(machine: Callable, s
     server.requests.clear()
     assert (machine("two").path(ref) / "b.txt").read_text() == "b"
     assert server.requests == []
+
+
+def test_mentioned_output_is_not_downloaded(machine: Callable):
+    numbers = machine("one").ensure(NUMBERS, toy())
+    two = machine("two")
+    two.verify(two.ensure(TOLD, toy()))
+    assert not two.is_here(numbers) and builds(two) == ["told"]
 
 
 def test_upload_killed_leaves_nothing_to_see_and_the_next_ensure_ends_it(

@@ -147,6 +147,29 @@ def test_early_cutoff_same_bytes_keep_the_key_downstream(store: Store):
     assert store.ensure(SUM, toy("training.seed=4")) != first
 
 
+def build_told(build: Build) -> dict[str, Any]:
+    assert build.inputs == {}
+    (build.out / "told.txt").write_text(f"{build.manifests['numbers']['ref']} {build.manifests['numbers']['counts']}")
+    return {}
+
+
+TOLD = Stage(
+    "told", build_told, lambda pinned, part: {}, mentions=lambda pinned, part: {"numbers": (NUMBERS, {})}, version=1
+)
+
+
+def test_mentioned_output_is_built_first_told_by_its_manifest_and_part_of_the_key(store: Store):
+    assert store.locate(TOLD, toy(), {}).status == "depends"
+    ref = store.ensure(TOLD, toy())
+    numbers = store.locate(NUMBERS, toy(), {}).ref
+    assert builds(store) == ["numbers", "told"]
+    assert (store.path(ref) / "told.txt").read_text() == f"{list(numbers)} {{'numbers': 1}}"
+    assert store.manifest(ref)["inputs"] == {"numbers": list(numbers)}
+    changed = toy("training.seed=7")
+    store.ensure(NUMBERS, changed)
+    assert store.locate(TOLD, changed, {}).ref.key != ref.key
+
+
 def test_logs_are_verified_but_no_part_of_the_content(store: Store):
     three, thirteen = (store.manifest(store.ensure(NUMBERS, toy(f"training.seed={s}"))) for s in (3, 13))
     assert three["files"]["logs/log.txt"] != thirteen["files"]["logs/log.txt"]

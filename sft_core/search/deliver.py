@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft_core.links import link_files
 from sft_core.train.launch import evaluation_folder
 
 if TYPE_CHECKING:
@@ -15,13 +13,5 @@ if TYPE_CHECKING:
 
 def build_delivered(build: Build, *, evaluation: int) -> dict[str, Any]:
     """Writes model/: the files of an evaluation of a roll-out, linked where the file system allows."""
-    source = evaluation_folder(build.inputs["trained"], evaluation)
-    shutil.copytree(source, build.out / "model", copy_function=_link)
+    link_files(evaluation_folder(build.inputs["trained"], evaluation), build.out / "model")
     return {"evaluation": evaluation}
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, Path(target))

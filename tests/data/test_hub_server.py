@@ -294,3 +294,44 @@ def test_server_after_its_end_refuses_clients_that_kept_a_connection(tmp_path: P
         assert len(client.stdout.readline().strip()) == 40
     output, _ = client.communicate("\n", timeout=30)
     assert output.strip() in ("ConnectError", "RemoteProtocolError", "ReadError")
+
+
+def test_hub_client_uploads_weights_by_lfs_and_other_files_in_the_commit(server: HubServer, run_client, tmp_path: Path):
+    server.enrol("sesame", "me", orgs={"org": "write", "other": "read"})
+    weights = save({"w": np.arange(6, dtype=np.float32)})
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "README.md").write_bytes(b"---\nlicense: mit\n---\n# card\n")
+    result = run_client(
+        NAME_OF_ERROR
+        + textwrap.dedent(f"""
+        from huggingface_hub import HfApi, ModelCard, hf_hub_download
+
+        api = HfApi(token="sesame")
+        result["name"] = api.whoami()["name"]
+        result["created"] = [str(api.create_repo("org/tiny", private=True, exist_ok=True)) for _ in range(2)]
+        api.create_branch("org/tiny", branch="v2", exist_ok=True)
+        result["commits"] = [api.upload_folder(repo_id="org/tiny", folder_path={str(folder)!r}).oid for _ in range(2)]
+        result["licence"] = api.model_info("org/tiny").card_data.license
+        result["errors"] = [
+            name_of_error(lambda: HfApi(token="wrong").whoami()),
+            name_of_error(lambda: api.create_repo("other/tiny")),
+            name_of_error(lambda: HfApi(token="wrong").create_repo("org/tiny2")),
+            name_of_error(lambda: HfApi(token="wrong").upload_folder(repo_id="org/tiny", folder_path={str(folder)!r})),
+            name_of_error(lambda: api.upload_file(path_or_fileobj=b"---\\na: [\\n---\\n", path_in_repo="README.md",
+                                                  repo_id="org/tiny")),
+        ]
+        with open(hf_hub_download("org/tiny", "model.safetensors", token="sesame"), "rb") as file:
+            result["size"] = len(file.read())
+        """)
+    )
+    assert result["name"] == "me" and len(set(result["created"])) == 1
+    commits = server.commits["models", "org/tiny"]
+    assert set(result["commits"]) == {server.revisions["models", "org/tiny"]["main"]}, "nothing changed: no commit"
+    assert commits[result["commits"][0]]["model.safetensors"] == weights and result["size"] == len(weights)
+    assert set(commits[server.revisions["models", "org/tiny"]["v2"]]) == {".gitattributes"}
+    assert server.access["models", "org/tiny"] == ("private", "sesame")
+    assert [request.status for request in server.requests if request.method == "PUT"] == [200]
+    assert result["licence"] == "mit"
+    assert result["errors"] == [*["HfHubHTTPError"] * 4, "ValueError"]

@@ -16,6 +16,7 @@ TRAINED_ON = {
     "trained 0": 1,
     "evaluated tuned checksum_think": 1,
     "report": 1,
+    "release": 1,
 }
 MIXED_ON = {"mixture": 1, "packed": 1, **TRAINED_ON}
 

@@ -221,7 +221,10 @@ def test_init_writes_a_recipe_that_loads(sft, tmp_path: Path, data: str, expecte
     (dataset,) = recipe.dataset_mixture.datasets
     assert {key: getattr(dataset, key) for key in ("path", "id") if getattr(dataset, key)} == expected
     assert dataset.weight == 1.0
-    assert "#" in output.read_text()
+    assert recipe.hub is None
+    output.write_text(output.read_text().replace("# hub:", "hub:"))
+    pushed = load_recipe(output).hub
+    assert pushed is not None and (pushed.model_id, pushed.private) == ("owner/name", True)
 
 
 def test_init_existing_file_is_not_replaced(sft, tmp_path: Path):

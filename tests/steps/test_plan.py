@@ -38,7 +38,7 @@ def planned(sft, save_recipe):
 def test_plan_nothing_built_builds_the_sources_and_the_rest_depends(small_recipe, planned):
     found = planned(small_recipe)
     evaluated = {("evaluated", f"{model},{task}") for model in MODELS for task in SOURCES}
-    single = {("mixture", "-"), ("packed", "-"), ("trained", "0"), ("report", "-")}
+    single = {("mixture", "-"), ("packed", "-"), ("trained", "0"), ("report", "-"), ("release", "-")}
     assert set(found) == {(stage, source) for stage in DATA for source in SOURCES} | evaluated | single
     assert [stage for stage, _ in found] == sorted((stage for stage, _ in found), key=ORDER.index)
     for (stage, _), (key, status) in found.items():
@@ -51,7 +51,8 @@ def test_plan_data_built_is_hit_and_training_is_next(built_recipe, planned):
     found = planned(built_recipe)
     statuses = {stage: {status for (s, _), (_, status) in found.items() if s == stage} for stage in ORDER}
     assert {s for s, status in statuses.items() if status == {"hit"}} == {*DATA, "mixture", "packed"}
-    assert statuses["trained"] == {"build"} and statuses["report"] == {"depends"}
+    assert statuses["trained"] == {"build"} and statuses["report"] == statuses["release"] == {"depends"}
+    assert statuses["pushed"] == set(), "nothing is pushed unless the recipe says where to"
     assert {found["evaluated", f"base,{task}"][1] for task in SOURCES} == {"build"}
     assert {found["evaluated", f"tuned,{task}"][1] for task in SOURCES} == {"depends"}
 
@@ -59,8 +60,13 @@ def test_plan_data_built_is_hit_and_training_is_next(built_recipe, planned):
 def test_plan_text_counts_what_is_there(built_recipe, sft, save_recipe):
     lines = sft("plan", save_recipe(built_recipe)).stdout.splitlines()
     assert lines[0].split() == ["stage", "name", "key", "status"]
-    assert "8 are there, 3 to build, 3 depend on one to build" in lines
+    assert "8 are there, 3 to build, 4 depend on one to build" in lines
     assert any(line.startswith("unique report prompts a task: ") for line in lines)
+
+
+def test_plan_lists_the_push_where_the_recipe_says_where_to(built_recipe, planned):
+    without, found = planned(built_recipe), planned(built_recipe, "hub.model_id=me/tiny")
+    assert found == {**without, ("pushed", "-"): (None, "depends")} and list(found)[-1] == ("pushed", "-")
 
 
 def test_plan_other_weight_keeps_every_source(built_recipe, planned):
@@ -91,6 +97,7 @@ def test_plan_one_more_source_adds_only_its_branch(built_recipe, planned):
 
 
 RUNTIME = (
+    "num_nodes=2",
     "num_processes=2",
     "distributed=zero3",
     "keep_checkpoints=3",
@@ -103,7 +110,7 @@ RUNTIME = (
 
 
 def test_plan_runtime_changes_nothing(built_recipe, planned):
-    changes = [f"runtime.{text}" for text in (*RUNTIME, "report_to=[wandb]")]
+    changes = [f"runtime.{text}" for text in (*RUNTIME, "report_to=[wandb]", "resources={train: {gpu: 8}}")]
     keys = {text.split("=")[0] for text in changes} | {"runtime.store"}
     known = parse_recipe(built_recipe).runtime.__class__.model_fields
     assert keys == {f"runtime.{name}" for name in known}, "a new key of runtime: add it here"
@@ -167,7 +174,16 @@ def own_identities(data: dict[str, Any], *overrides: str) -> dict[str, list[Any]
 )
 def test_identity_a_changed_key_is_in_the_stages_that_read_it(small_recipe, change: str, stages: set[str]):
     before, after = own_identities(small_recipe), own_identities(small_recipe, change)
-    assert {stage for stage in before if before[stage] != after[stage]} == stages
+    assert {stage for stage in before if before[stage] != after[stage]} == {*stages, "release"}, "its card shows it all"
+
+
+def test_identity_the_hub_is_in_the_push_alone(small_recipe):
+    without, pushed = own_identities(small_recipe), own_identities(small_recipe, "hub.model_id=me/tiny")
+    assert pushed.keys() - without.keys() == {"pushed"}
+    assert {stage for stage in without if without[stage] != pushed[stage]} == set()
+    for change in ("hub.model_id=me/other", "hub.private=false", "hub.revision=v2"):
+        after = own_identities(small_recipe, "hub.model_id=me/tiny", change)
+        assert {stage for stage in pushed if pushed[stage] != after[stage]} == {"pushed"}
 
 
 SHARED = tuple(f"dataset_mixture.datasets.{n}.trained_token_share=1" for n in (0, 1))
@@ -197,7 +213,7 @@ def test_identity_a_changed_key_of_the_mixture_is_in_the_stages_that_read_it(
     small_recipe, before: tuple[str, ...], change: str, stages: set[str]
 ):
     first, second = own_identities(small_recipe, *before), own_identities(small_recipe, *before, change)
-    assert {stage for stage in first if first[stage] != second[stage]} == stages
+    assert {stage for stage in first if first[stage] != second[stage]} == {*stages, "release"}
 
 
 def test_plan_lists_the_stages_of_deduplication_and_decontamination_only_when_asked(built_recipe, planned):

@@ -1,0 +1,317 @@
+"""The model card: README.md in the hub's format, metadata and Markdown. Sees plain numbers and strings only.
+
+Names and licences come from data and from other people's cards, so none of them is Markdown or YAML here: text is
+escaped and kept in one line, metadata is written by the hub's own library, and a fence is longer than what it holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import re
+from typing import Any
+
+from sft_core.report.tables import markdown_table
+
+Z_95 = 1.959964  # two-sided 95 % of the normal distribution
+UNKNOWN = "unknown"
+_FLOW = "sft-flow"
+_SMOKE = (
+    "**A smoke run**, on the first {limit} rows of each source: its scores are no result. A task without held-out "
+    "prompts among them was scored on training rows."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What training started from."""
+
+    name: str  # a hub id, a folder's name, or what random weights are of
+    hub_id: str | None
+    revision: str | None  # the commit, or the digest of local files; None for random weights
+    licence: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A dataset, and what of it one epoch holds."""
+
+    name: str
+    hub_id: str | None
+    config: str | None
+    split: str | None
+    files: tuple[str, ...]
+    revision: str  # the commit, or the digest of local files
+    licence: str | None
+    conversations: int
+    rows: int
+    tokens: int
+    trained_tokens: int
+    share: float  # of the mixture's trained tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    task: str
+    metric: str
+    n: int
+    base: float
+    base_stderr: float | None
+    tuned: float
+    tuned_stderr: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CutOff:
+    """Of `n` answers, how many ended at the limit of new tokens."""
+
+    task: str
+    n: int
+    base: int
+    tuned: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    name: str
+    base: Base
+    sources: list[Source]
+    scores: list[Score]
+    cut_offs: list[CutOff]
+    gains: tuple[tuple[str, ...], list[tuple[Any, ...]]]  # header and rows; no rows where nothing was compared
+    training: dict[str, Any]
+    recipe: dict[str, Any]  # plain data
+    template_kwargs: dict[str, Any]
+    has_thinking_switch: bool
+    lineage: list[tuple[str, str]]  # (what, its address in the store or its commit), from scores back to sources
+
+
+def model_card(card: Card) -> str:
+    """README.md's text. Raises ValueError when the hub's library does not read it back."""
+    from huggingface_hub import ModelCard
+
+    sections = [
+        f"# {_text(card.name)}",
+        _origin(card.base),
+        *_scores(card),
+        *_data(card.sources),
+        "## Training",
+        _bullets(card.training),
+        *_use(card),
+        "## Recipe",
+        "Without `runtime` and `hub`, which change nothing of the result; local paths are file names.",
+        _fenced("yaml", _yaml(card.recipe)),
+        "## Lineage",
+        "Addresses of the store that made it, from the scores back to the sources.",
+        _table(("output", "address"), card.lineage),
+    ]
+    return str(ModelCard(f"---\n{_metadata(card)}\n---\n\n" + "\n\n".join(sections) + "\n"))
+
+
+def _metadata(card: Card) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    by_name = {source.name: source for source in card.sources}
+    results = []
+    for score in card.scores:
+        if not math.isfinite(score.tuned):
+            continue  # the table has it; the hub takes numbers alone
+        source, (low, high) = by_name[score.task], interval(score.metric, score.tuned, score.tuned_stderr, score.n)
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=_line(source.hub_id or source.name),
+                dataset_name=_line(score.task),
+                dataset_config=source.config and _line(source.config),
+                dataset_split=source.split and _line(source.split),
+                dataset_revision=source.revision if source.hub_id else None,
+                metric_type=score.metric,
+                metric_value=score.tuned,
+                metric_name=f"{_words(score.metric)} ({_line(score.task)}, held-out prompts)",
+                metric_args={"n": score.n, "low_95": low, "high_95": high},
+            )
+        )
+    data = ModelCardData(
+        base_model=card.base.hub_id,
+        datasets=sorted({source.hub_id for source in card.sources if source.hub_id}) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["sft", _FLOW],
+        model_name=card.name,
+        eval_results=results or None,
+    )
+    return data.to_yaml()
+
+
+def interval(metric: str, value: float, stderr: float | None, n: int) -> tuple[float | None, float | None]:
+    """The 95 % interval; (None, None) for a single row.
+
+    Of a share, Wilson's (1927): a task with every answer right has no spread, and its interval has a width all the
+    same. Of anything else, the normal one.
+    """
+    if stderr is None or not math.isfinite(value):
+        return None, None
+    if metric == "exact_match":
+        scale = 1 + Z_95**2 / n
+        centre = (value + Z_95**2 / (2 * n)) / scale
+        half = Z_95 * math.sqrt(value * (1 - value) / n + Z_95**2 / (4 * n**2)) / scale
+        return round(max(0.0, centre - half), 6), round(min(1.0, centre + half), 6)
+    return round(value - Z_95 * stderr, 6), round(value + Z_95 * stderr, 6)
+
+
+# Sections
+
+
+def _origin(base: Base) -> str:
+    at = f" at revision `{base.revision}`" if base.revision else ""
+    lines = [f"Fine-tuned on conversations with {_FLOW}, from {_text(base.name)}{at}."]
+    if base.revision:
+        lines.append(f"Licence of the base model: {_text(base.licence or UNKNOWN)}.")
+    return " ".join([*lines, "This card states no licence of its own: it follows from those of the base and the data."])
+
+
+def _scores(card: Card) -> list[str]:
+    rows = [
+        (
+            score.task,
+            _words(score.metric),
+            score.n,
+            _with_interval(score.metric, score.base, score.base_stderr, score.n),
+            _with_interval(score.metric, score.tuned, score.tuned_stderr, score.n),
+        )
+        for score in card.scores
+    ]
+    sections = [
+        "## Scores",
+        "Base and tuned model on the same held-out prompts, with 95 % intervals; answers are generated greedily.",
+        *([_SMOKE.format(limit=card.recipe["limit"])] if card.recipe.get("limit") else []),
+        _table(("task", "metric", "n", "base", "tuned"), rows),
+    ]
+    if card.cut_offs:
+        shares = [
+            (one.task, one.n, *(f"{count / one.n:.1%}" for count in (one.base, one.tuned))) for one in card.cut_offs
+        ]
+        sections += [
+            "Answers that were cut off at the limit of new tokens:",
+            _table(("task", "answers", "base", "tuned"), shares),
+        ]
+    header, gains = card.gains
+    if gains:
+        sections += ["What thinking gains (exact match, paired 95 % interval):", _table(header, gains)]
+    return sections
+
+
+def _data(sources: list[Source]) -> list[str]:
+    rows = [
+        (
+            source.name,
+            ", ".join(filter(None, [source.hub_id, source.config, source.split])) or ", ".join(source.files),
+            source.revision,
+            source.licence or UNKNOWN,
+            source.conversations,
+            source.rows,
+            source.tokens,
+            source.trained_tokens,
+            f"{source.share:.1%}",
+        )
+        for source in sources
+    ]
+    header = ("source", "from", "revision", "licence", "conversations", "rows", "tokens", "trained tokens", "share")
+    return [
+        "## Data",
+        "What an epoch holds of each source, before rows that are too long are left out; the share is of trained "
+        "tokens. A revision is a commit of the hub, or the SHA-256 of local files.",
+        _table(header, rows),
+    ]
+
+
+def _use(card: Card) -> list[str]:
+    kwargs = card.template_kwargs
+    said = ["The chat template is in the checkpoint."]
+    if card.has_thinking_switch:
+        kwargs = {"enable_thinking": True, **kwargs}
+        said.append("`enable_thinking` chooses: `True` for a thinking block before the answer, `False` for none.")
+    passed = "".join(f"    {key}={value!r},\n" for key, value in kwargs.items() if key.isidentifier())
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'name = "."  # this folder, or the id of this repository\n'
+        "tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)\n"
+        "prompt = tokenizer.apply_chat_template(\n"
+        '    [{"role": "user", "content": "Hello"}],\n'
+        "    add_generation_prompt=True,\n"
+        f"{passed}"
+        '    return_tensors="pt",\n'
+        "    return_dict=True,\n"
+        ")\n"
+        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=256)[0]))"
+    )
+    served = (
+        [f"Served by vLLM, requests carry {_code(json.dumps({'chat_template_kwargs': kwargs}, ensure_ascii=False))}."]
+        if kwargs
+        else []
+    )
+    return ["## Use", " ".join(said), _fenced("python", code), *served]
+
+
+# Markdown and YAML
+
+
+def _with_interval(metric: str, value: float, stderr: float | None, n: int) -> str:
+    low, high = interval(metric, value, stderr, n)
+    return f"{value:.4f}" if low is None else f"{value:.4f} ({low:.4f} to {high:.4f})"
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _table(header: tuple[str, ...], rows: list[Any]) -> str:
+    return markdown_table(
+        header, [tuple(_text(value) if isinstance(value, str) else value for value in row) for row in rows]
+    )
+
+
+def _bullets(facts: dict[str, Any]) -> str:
+    return "\n".join(f"- {_text(name)}: {_text(str(value))}" for name, value in facts.items())
+
+
+_SPECIAL = re.compile(r"[\\`*{}\[\]<>#|!&~$]|(?<!\w)_|_(?!\w)")
+
+
+def _text(value: str) -> str:
+    """Text that Markdown shows as it is, in a line."""
+    return _SPECIAL.sub(lambda found: "\\" + found[0], _line(value))
+
+
+def _line(value: str) -> str:
+    """Without what does not show: some such characters are no longer the same when YAML has been read."""
+    return " ".join("".join(c if c.isprintable() else " " for c in value).split())
+
+
+def _code(text: str) -> str:
+    ticks = "`" * (1 + _longest_run(text))
+    return f"{ticks} {text} {ticks}"
+
+
+def _fenced(language: str, text: str) -> str:
+    fence = "`" * max(3, 1 + _longest_run(text))
+    return "\n".join([f"{fence}{language}", text.rstrip("\n"), fence])
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)
+
+
+def _yaml(data: dict[str, Any]) -> str:
+    """YAML 1.2, as a recipe is read."""
+    from ruamel.yaml import YAML
+
+    writer: Any = YAML(typ="safe", pure=True)
+    writer.default_flow_style, writer.width, writer.sort_base_mapping_type_on_output = False, 120, False
+    # Some characters that do not show are read back as others, unless they are escaped.
+    writer.allow_unicode = json.dumps(data, ensure_ascii=False).isprintable()
+    text = io.StringIO()
+    writer.dump(data, text)
+    return text.getvalue()
