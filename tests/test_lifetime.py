@@ -107,7 +107,7 @@ def test_launched_process_whose_starter_ended_before_it_asked_ends(tmp_path: Pat
     script = tmp_path / "agent.py"
     script.write_text(PARENT)  # in torchrun's place: it starts a rank and is gone before the rank asks
     runtime = {"num_threads": 1, "distributed": None}
-    run(tmp_path / "before", [str(script), "from above"], runtime, tmp_path)
+    run(tmp_path / "before", [str(script), "from above"], runtime, tmp_path, log=tmp_path / "logs" / "train.log")
     output = (tmp_path / "logs" / "train.log").read_text()
     assert output.startswith("child")
     assert "asked" not in output

@@ -42,7 +42,9 @@ OTHERWISE = {
     "training.bf16",
     "training.use_liger_kernel",
     "evaluation.max_rows",
+    "runtime.num_nodes",
     "runtime.num_processes",
+    "runtime.store",
     "runtime.save_steps",
     "runtime.report_to",
 }
@@ -102,7 +104,7 @@ def test_sources_columns_and_weights_are_smollm3s(recipe: Recipe) -> None:
 
 def test_settings_differ_from_smollm3_where_the_header_says_so_only(recipe: Recipe) -> None:
     smollm3 = load_recipe(ROOT / "configs" / "smollm3.yaml")
-    exclude = {"dataset_mixture": {"datasets"}}
+    exclude = {"dataset_mixture": {"datasets"}, "runtime": {"resources"}}
     ours, theirs = (one.model_dump(mode="json", exclude=exclude) for one in (recipe, smollm3))
     assert {key for key, _, _ in differences(ours, theirs)} == OTHERWISE
     assert recipe.training.global_batch_size // recipe.runtime.num_processes == 2, "as smollm3's ranks accumulate"
@@ -211,4 +213,4 @@ def test_repeats_and_quoted_prompts_are_found(folder: Path, tmp_path: Path) -> N
     repeats = store.manifest(store.ensure(DUPLICATES, pinned))["counts"]["sources"]
     assert repeats[exact]["exact"] > 0 and repeats[near]["near"] > 0
     assert found["OpenThoughts3_1.2M_no_think_no_think"]["contaminated"] > 0
-    assert all(one["available"] > 0.7 * one["train"] for one in found.values())
+    assert all(one["available"] > 0.6 * one["train"] for one in found.values())

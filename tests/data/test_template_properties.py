@@ -125,4 +125,4 @@ def test_any_conversation_gives_proved_rows_or_a_reason(name: str):
 
     run()
     assert set(outcomes) <= REASONS | {"rows", "several rows", "all", "template_error"}
-    assert outcomes["rows"] + outcomes["several rows"] + outcomes["all"] > 10, "next to nothing was proved"
+    assert outcomes["rows"] + outcomes["several rows"] + outcomes["all"] > 4, "next to nothing was proved"

@@ -36,6 +36,7 @@ def test_two_nodes_train_as_two_ranks_of_one_and_need_no_gang_for_what_is_there(
     assert len(events) == RECIPE["training"]["max_steps"]
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
-    pinned = pin(parse_recipe(recipe | {"runtime": recipe["runtime"] | {"num_nodes": 2}}))
+    recipe["runtime"] |= {"num_nodes": 2, "num_processes": 1}
+    pinned = pin(parse_recipe(recipe))
     assert place(alone, pinned) == "here", "it is there already"
     assert place(Store(tmp_path / "empty"), pinned) == "nodes"

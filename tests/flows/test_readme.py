@@ -41,8 +41,8 @@ def test_pictures_and_folders_in_the_readme_are_there() -> None:
 
 
 def test_checkpoint_answers_by_the_readmes_code(finished: Project) -> None:
-    folder = next(path for path in finished.store.glob("trained/*/model"))
-    code = block("python", "apply_chat_template").replace("store/trained/KEY/model", str(folder))
+    folder = next(path for path in finished.store.glob("release/*/model"))
+    code = block("python", "apply_chat_template").replace("store/release/KEY/model", str(folder))
     assert str(folder) in code
     (finished.folder / "ask.py").write_text(code)
     answer = finished.call([sys.executable, str(Path(finished.folder) / "ask.py")])

@@ -97,7 +97,6 @@ def test_plan_one_more_source_adds_only_its_branch(built_recipe, planned):
 
 
 RUNTIME = (
-    "num_nodes=2",
     "num_processes=2",
     "distributed=zero3",
     "keep_checkpoints=3",
@@ -111,10 +110,11 @@ RUNTIME = (
 
 def test_plan_runtime_changes_nothing(built_recipe, planned):
     changes = [f"runtime.{text}" for text in (*RUNTIME, "report_to=[wandb]", "resources={train: {gpu: 8}}")]
-    keys = {text.split("=")[0] for text in changes} | {"runtime.store"}
+    nodes = ["runtime.num_nodes=2"]  # by itself: the batch is no multiple of both
+    keys = {text.split("=")[0] for text in [*changes, *nodes]} | {"runtime.store"}
     known = parse_recipe(built_recipe).runtime.__class__.model_fields
     assert keys == {f"runtime.{name}" for name in known}, "a new key of runtime: add it here"
-    assert planned(built_recipe, *changes) == planned(built_recipe)
+    assert planned(built_recipe, *changes) == planned(built_recipe, *nodes) == planned(built_recipe)
 
 
 def own_identities(data: dict[str, Any], *overrides: str) -> dict[str, list[Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import TrainerControl, TrainerState
 
-from sft_core.train.trainer import LogFile
+from sft_core.train.trainer import LogEvents
 from tests.train.tiny import Run, tiny_recipe
 
 
@@ -43,7 +43,7 @@ def test_log_resumed_takes_back_what_comes_after_the_checkpoint(tmp_path: Path) 
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3, 4)]
     path.write_text("\n".join([*lines, '{"step": 5, "lo']))  # the disk was full
     state = TrainerState(is_world_process_zero=True, global_step=3)
-    LogFile(path).on_train_begin(None, state, TrainerControl())  # type: ignore[arg-type]
+    LogEvents(path).on_train_begin(None, state, TrainerControl())  # type: ignore[arg-type]
     assert path.read_text().splitlines() == lines[:3]
 
 
@@ -51,5 +51,5 @@ def test_log_of_a_run_without_a_checkpoint_starts_anew(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n')
     state = TrainerState(is_world_process_zero=True, global_step=0)
-    LogFile(path).on_train_begin(None, state, TrainerControl())  # type: ignore[arg-type]
+    LogEvents(path).on_train_begin(None, state, TrainerControl())  # type: ignore[arg-type]
     assert path.read_text() == ""

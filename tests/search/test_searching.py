@@ -1,0 +1,230 @@
+"""A search that trains for real: roll-outs as outputs of the store, from one another's weights."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from sft_core.data.packing import PackPlan
+from sft_core.pins import PinnedRecipe, pin
+from sft_core.recipe import parse_recipe
+from sft_core.search.journal import CURVES, read_curves
+from sft_core.search.rollouts import Curves
+from sft_core.store import Store, Unresolved
+from sft_core.train.checkpoints import numbered
+from sft_core.train.launch import evaluation_folder
+from steps.deliver import DELIVERED
+from steps.mix import MIXTURE
+from steps.pack import PACKED
+from steps.pipeline import plan
+from steps.search import Progress, progress
+from steps.train import TRAINED
+from tests.train.tiny import ROOT, SOURCES, tiny_recipe
+
+SEARCH = {"strategy": "msft", "preset": "paper", "epochs_per_rollout": 2.0, "evaluations_per_epoch": 2, "max_rows": 10}
+
+
+def recipe(**search: Any) -> dict[str, Any]:
+    data = tiny_recipe(
+        dataset_mixture={"selection_share": 0.2},
+        training={"learning_rate": 0.02, "lr_scheduler_type": "constant"},
+        search={**SEARCH, "max_rollouts": 3, **search},
+    )
+    del data["training"]["num_train_epochs"]
+    return data
+
+
+def run(store: Store, data: dict[str, Any]) -> Progress:
+    """What the flow's train step does until the search is over."""
+    pinned = pin(parse_recipe(data))
+    store.ensure(MIXTURE, pinned)
+    for _ in range(12):
+        found = progress(store, pinned)
+        if found.is_over:
+            return found
+        store.ensure(TRAINED, found.pinned, round=found.num_rounds - 1)
+    raise AssertionError("it does not end")
+
+
+def folder_of(store: Store, pinned: PinnedRecipe, round: int) -> Path:
+    located = store.locate(TRAINED, pinned, {"round": round})
+    assert located.status == "hit" and located.ref is not None
+    return store.path(located.ref)
+
+
+def curves_of(store: Store, pinned: PinnedRecipe, round: int) -> Curves:
+    with (folder_of(store, pinned, round) / CURVES).open() as file:
+        return read_curves(file)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def searched(store: Store) -> Progress:
+    return run(store, recipe())
+
+
+def test_search_drops_a_task_and_rolls_back(searched: Progress):
+    dropped = [task for decision in searched.decisions for task in decision.dropped]
+    assert len(dropped) >= 1, searched.decisions
+    assert searched.ended_by == "max_rollouts: 3 roll-outs are done"
+    rollouts = searched.pinned.rollouts
+    for rollout, decision in zip(rollouts[1:], searched.decisions, strict=False):
+        assert rollout.start == decision.start
+        assert not set(decision.dropped) & set(rollout.active)
+    last = searched.decisions[[bool(one.dropped) for one in searched.decisions].index(True)]
+    assert last.start.evaluation < 4, "it went back"
+
+
+def test_search_round_starts_with_the_weights_that_it_rolled_back_to(store: Store, searched: Progress):
+    for rollout in searched.pinned.rollouts[1:]:
+        assert rollout.start is not None
+        before, after = (curves_of(store, searched.pinned, n) for n in (rollout.start.round, rollout.round))
+        for task in SOURCES:
+            assert np.array_equal(after.rows[task][0], before.rows[task][rollout.start.evaluation])
+
+
+def test_search_round_trains_the_active_tasks_and_measures_all(store: Store, searched: Progress):
+    for rollout in searched.pinned.rollouts:
+        part = TRAINED.needs(searched.pinned, {"round": rollout.round})["packs"][1]
+        packs = PackPlan.read(store.path(store.ensure(PACKED, searched.pinned, **part)))
+        assert {SOURCES[number] for number in packs.source} == set(rollout.active)
+        assert set(curves_of(store, searched.pinned, rollout.round).rows) == set(SOURCES)
+    assert min(len(rollout.active) for rollout in searched.pinned.rollouts) == 1
+
+
+def test_search_keeps_no_weights_but_those_that_are_asked_for(store: Store, searched: Progress):
+    asked = {searched.pinned.delivered, *(decision.start for decision in searched.decisions)}
+    for rollout in searched.pinned.rollouts:
+        folder = folder_of(store, searched.pinned, rollout.round)
+        kept = {int(path.name) for path in (folder / "evaluations").iterdir()}
+        assert {point.evaluation for point in asked if point.round == rollout.round} <= kept
+        assert len(kept) <= 2, "where it goes on, and the best so far"
+        assert sorted(path.name for path in folder.iterdir()) == [CURVES, "evaluations", "logs", "manifest.json"]
+
+
+def test_search_delivers_the_best_pooled_evaluation(store: Store, searched: Progress):
+    best = max(
+        (curves_of(store, searched.pinned, rollout.round).pooled().max(), -rollout.round)
+        for rollout in searched.pinned.rollouts
+    )
+    point = searched.pinned.delivered
+    assert point is not None and point.round == -best[1]
+    assert curves_of(store, searched.pinned, point.round).pooled()[point.evaluation] == best[0]
+    model = store.path(store.ensure(DELIVERED, searched.pinned)) / "model"
+    kept = evaluation_folder(folder_of(store, searched.pinned, point.round), point.evaluation)
+    assert {path.name for path in model.iterdir()} == {path.name for path in kept.iterdir()}
+    assert (model / "model.safetensors").samefile(kept / "model.safetensors")
+
+
+def test_search_with_a_larger_cap_goes_on(store: Store, searched: Progress):
+    before = store.locate(TRAINED, searched.pinned, {"round": 2}).ref
+    larger = progress(store, pin(parse_recipe(recipe(max_rollouts=4))))
+    assert (larger.num_rounds, larger.is_over) == (4, False)
+    assert store.locate(TRAINED, larger.pinned, {"round": 2}).ref == before
+    assert larger.decisions == searched.decisions
+    smaller = progress(store, pin(parse_recipe(recipe(max_rollouts=1))))
+    assert (smaller.num_rounds, smaller.is_over) == (1, True)
+
+
+def test_search_plan_shows_what_is_known(store: Store, searched: Progress, tmp_path: Path):
+    def shown(store: Store, **search: Any) -> dict[tuple[str, str], str]:
+        found = plan(store, pin(parse_recipe(recipe(**search))))
+        names = ("trained", "delivered", "report")
+        return {(one.stage.name, one.name): one.status for one in found if one.stage.name in names}
+
+    finished = shown(store)
+    point = searched.pinned.delivered
+    assert point is not None
+    assert {name: finished["trained", name] for name in map(str, range(point.round + 1))}.keys() >= {"0"}
+    assert finished["report", "-"] == "depends"
+    nothing = shown(Store(tmp_path))
+    assert nothing["trained", "0"] == "depends" and nothing["delivered", "-"] == "depends"
+    undecided = progress(Store(tmp_path), pin(parse_recipe(recipe()))).pinned
+    with pytest.raises(Unresolved):
+        DELIVERED.section(undecided, {})
+
+
+LAUNCHER = """
+import json, sys
+from sft_core.pins import pin
+from sft_core.recipe import parse_recipe
+from sft_core.store import Store
+from steps.mix import MIXTURE
+from steps.search import progress
+from steps.train import TRAINED
+store, pinned = Store(sys.argv[1]), pin(parse_recipe(json.loads(sys.argv[2])))
+store.ensure(MIXTURE, pinned)
+store.ensure(TRAINED, progress(store, pinned).pinned, round=0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")
+def test_search_killed_in_a_rollout_measures_the_same(store: Store, searched: Progress, tmp_path: Path):
+    data = recipe()
+    data["runtime"]["save_steps"] = 1
+    other, wait = Store(tmp_path), 120
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, str(tmp_path), json.dumps(data)],
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+        pattern, end = ".partial/trained-*/checkpoints", time.monotonic() + wait
+        while not any(numbered(folder)[1:] for folder in tmp_path.glob(pattern)):
+            assert launcher.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.01)
+        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+    (partial,) = tmp_path.glob(".partial/trained-*")
+    assert any((partial / "evaluations").iterdir())
+    pinned = progress(other, pin(parse_recipe(data))).pinned
+    other.ensure(TRAINED, pinned, round=0)
+    mine, expected = folder_of(other, pinned, 0), folder_of(store, searched.pinned, 0)
+    assert "resume checkpoint=" in (mine / "logs" / "train.log").read_text()
+    assert (mine / CURVES).read_bytes() == (expected / CURVES).read_bytes()
+    for kept in (expected / "evaluations").iterdir():
+        one, two = (load_file(folder / "model.safetensors") for folder in (kept, mine / "evaluations" / kept.name))
+        assert all((one[name] == two[name]).all() for name in one)
+
+
+@pytest.mark.parametrize("strategy", ["sft", "continual", "sro", "soft_sro"])
+def test_baselines_run_to_their_end(store: Store, strategy: str):
+    found = run(store, recipe(strategy=strategy))
+    assert found.pinned.delivered is not None
+    assert found.ended_by == f"all {len(found.pinned.rollouts)} roll-outs are done"
+    assert store.ensure(DELIVERED, found.pinned)
+
+
+REFUSED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (lambda data: data["training"].update(num_train_epochs=2), r"training\.num_train_epochs: a search trains"),
+    (lambda data: data["training"].update(max_steps=2), r"training\.max_steps: a search trains"),
+    (lambda data: data["training"].update(lr_scheduler_type="cosine"), "does not know how long it will train"),
+    (lambda data: data["training"].update(lora={}), r"training\.lora: a search goes back to whole checkpoints"),
+    (lambda data: data["evaluation"].update(during_training={}), "a search evaluates by itself"),
+    (lambda data: data["dataset_mixture"].update(selection_share=0.0), "search: no prompt is in the selection split"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_search_refuses_what_it_cannot_keep(change: Callable[[dict[str, Any]], object], message: str):
+    data = recipe()
+    data.setdefault("evaluation", {})
+    change(data)
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(data)
