@@ -220,7 +220,7 @@ class SFTFlow(FlowSpec):
     def train_round(self):
         """Ensures what the next round trains, with a live card; on a node that is not the first, trains along."""
         from sft_core.lifetime import die_with_parent
-        from steps import train
+        from steps import search, train
 
         round = {"round": self.num_rounds}
         train.check_machine(self.store, self.pinned, round)
@@ -230,8 +230,9 @@ class SFTFlow(FlowSpec):
         else:
             with train.live_card(self.store, self.pinned, round, current.card):
                 self.trained = self.ensure(train.TRAINED, **round)
-        current.card.extend(train.card(self.store.path(self.ref(self.trained))))
         self.num_rounds += 1
+        current.card.extend(train.card(self.store.path(self.ref(self.trained))))
+        current.card.extend(search.card(search.progress(self.store, self.pinned)))
 
     @property
     def pinned(self):

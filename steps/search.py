@@ -6,15 +6,25 @@ There is no other state: a search that was killed anywhere, or is given a larger
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from sft_core.pins import PinnedRecipe
-from sft_core.search.journal import CURVES, read_curves
-from sft_core.search.rollouts import Decision
+from sft_core.report.plots import rollouts
+from sft_core.search.journal import CURVES, Cost, read_journal
+from sft_core.search.rollouts import Curves, Decision, Point, Rollout
 from sft_core.search.strategies import make_search
 from sft_core.store import Store
+from steps.cards import chart, facts, heading, table
 from steps.mix import MIXTURE
 from steps.train import TRAINED
+
+
+class Measured(NamedTuple):
+    """A roll-out that is done."""
+
+    curves: Curves
+    decision: Decision
+    cost: Cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +34,7 @@ class Progress:
     pinned: PinnedRecipe
     num_rounds: int  # that are known: those done and the next
     is_over: bool
-    decisions: list[Decision] = dataclasses.field(default_factory=list)
+    measured: list[Measured] = dataclasses.field(default_factory=list)
     ended_by: str | None = None
 
 
@@ -35,18 +45,19 @@ def progress(store: Store, pinned: PinnedRecipe) -> Progress:
     settings: dict[str, Any] = pinned.recipe.search.model_dump(mode="json")
     pinned = dataclasses.replace(pinned, sizes=_sizes(store, pinned))
     search = make_search(settings, pinned.recipe.dataset_mixture.trained_sources, dict(pinned.sizes))
-    decisions: list[Decision] = []
-    rollouts = []
+    measured: list[Measured] = []
+    proposed: list[Rollout] = []
     while (rollout := search.propose()) is not None:
-        rollouts.append(rollout)
-        pinned = dataclasses.replace(pinned, rollouts=tuple(rollouts))
+        proposed.append(rollout)
+        pinned = dataclasses.replace(pinned, rollouts=tuple(proposed))
         located = store.locate(TRAINED, pinned, {"round": rollout.round})
         if located.status != "hit" or located.ref is None:
-            return Progress(pinned, len(rollouts), False, decisions)
+            return Progress(pinned, len(proposed), False, measured)
         with store.open(located.ref, CURVES) as file:
-            decisions.append(search.observe(read_curves(file)))
+            curves, cost = read_journal(file)
+        measured.append(Measured(curves, search.observe(curves), cost))
     over = dataclasses.replace(pinned, delivered=search.best)
-    return Progress(over, len(rollouts), True, decisions, search.ended_by)
+    return Progress(over, len(proposed), True, measured, search.ended_by)
 
 
 def place(store: Store, pinned: PinnedRecipe) -> str:
@@ -61,3 +72,86 @@ def _sizes(store: Store, pinned: PinnedRecipe) -> tuple[tuple[str, int], ...]:
         return ()
     sources = store.manifest(located.ref)["counts"]["sources"]
     return tuple((name, one["kept"]) for name, one in sources.items())
+
+
+HEADER = ("roll-out", "trained", "from", "epochs", "dropped", "taken back", "goes on from", "why")
+
+
+def card(found: Progress) -> list[Any]:
+    """The roll-outs so far: their curves, who was dropped and where it went back to, and what that took."""
+    if not found.measured:
+        return []
+    costs = [one.cost for one in found.measured]
+    training, evaluation = sum(one.training_flops for one in costs), sum(one.evaluation_flops for one in costs)
+    shown: dict[str, Any] = {
+        "strategy": _strategy(found.pinned),
+        "roll-outs": len(found.measured),
+        "epochs kept": f"{found.measured[-1].decision.epochs:g}",
+        "training, PFLOPs": f"{training / 1e15:.4g}",
+        "evaluation beside it, PFLOPs": f"{evaluation / 1e15:.4g} ({evaluation / training:.0%})",
+        "checkpoints on the disk at once, at most": max(one.most_kept for one in costs),
+    }
+    if found.is_over and (best := found.pinned.delivered) is not None:
+        score = found.measured[best.round].curves.pooled()[best.evaluation]
+        shown |= {"over": found.ended_by, "delivered": f"{_place(best)}, pooled score {score:.4f}"}
+    rows = [_told(rollout, one) for rollout, one in zip(found.pinned.rollouts, found.measured, strict=False)]
+    return [
+        *facts("Search", shown),
+        chart(rollouts(_points(found))),
+        heading("Decisions"),
+        table(HEADER, rows),
+        heading("What the last one rests on"),
+        table(*_evidence(found.measured[-1].decision)),
+    ]
+
+
+def _strategy(pinned: PinnedRecipe) -> str:
+    search = pinned.recipe.search
+    assert search is not None
+    return f"{search.strategy} ({search.preset})" if search.strategy == "msft" else search.strategy
+
+
+def _place(point: Point | None) -> str:
+    return "the start model" if point is None else f"roll-out {point.round}, evaluation {point.evaluation}"
+
+
+def _told(rollout: Rollout, measured: Measured) -> tuple[Any, ...]:
+    decision = measured.decision
+    return (
+        rollout.round,
+        ", ".join(rollout.active),
+        _place(rollout.start),
+        f"{measured.curves.epochs[-1]:g} of {rollout.epochs:g}",
+        ", ".join(decision.dropped) or "nobody",
+        ", ".join(decision.readmitted),
+        f"{_place(decision.start)} ({measured.curves.epochs[decision.start.evaluation]:g} epochs in)",
+        decision.reason,
+    )
+
+
+def _evidence(decision: Decision) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    names = list(dict.fromkeys(name for one in decision.evidence.values() for name in one))
+    rows = [
+        (task, *(f"{one[name]:.4g}" if isinstance(one[name], float) else one[name] for name in names))
+        for task, one in decision.evidence.items()
+    ]
+    return ("task", *names), rows
+
+
+def _points(found: Progress) -> list[dict[str, Any]]:
+    points = []
+    for rollout, one in zip(found.pinned.rollouts, found.measured, strict=False):
+        for task in one.curves.rows:
+            peak = one.decision.evidence.get(task, {}).get("peak")
+            points += [
+                {
+                    "rollout": f"roll-out {rollout.round}",
+                    "epoch": epoch,
+                    "task": task,
+                    "score": float(score),
+                    "is_active": task in rollout.active,
+                    "is_peak": number == peak,
+                }
+                for number, (epoch, score) in enumerate(zip(one.curves.epochs, one.curves.of(task), strict=True))
+            ]
+    return points

@@ -46,6 +46,29 @@ def _curves(events: list[dict[str, Any]], by_source: list[dict[str, float]], *, 
     }
 
 
+def rollouts(points: list[dict[str, Any]]) -> dict[str, Any]:
+    """Selection scores by epoch of each roll-out, side by side: a line a task, dashed where it is not trained, a dot
+    where it peaked. points: {rollout, epoch, task, score, is_active, is_peak}."""
+    line = {
+        "x": {"field": "epoch", "type": "quantitative", "title": "epochs of the roll-out"},
+        "y": {"field": "score", "type": "quantitative", "title": "selection score", "scale": {"zero": False}},
+        "color": {"field": "task", "type": "nominal", "title": "task"},
+    }
+    dash = {"condition": {"test": "datum.is_active", "value": [1, 0]}, "value": [4, 4]}
+    peaks = {"mark": {"type": "point", "filled": True, "size": 70}, "transform": [{"filter": "datum.is_peak"}]}
+    return {
+        "$schema": _SCHEMA,
+        "data": {"values": points},
+        "facet": {"field": "rollout", "type": "nominal", "title": None, "sort": None},
+        "columns": 2,
+        "spec": {
+            "width": 280,
+            "height": 200,
+            "layer": [{"mark": "line", "encoding": {**line, "strokeDash": dash}}, {**peaks, "encoding": line}],
+        },
+    }
+
+
 def base_to_tuned(rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     """A line a task from the base score to the tuned one. rows: as the score table has them."""
     values = [row for row in rows if row["metric"] == metric]

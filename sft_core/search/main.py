@@ -6,11 +6,12 @@ evaluations that the search asks for.
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
-from sft_core.search.journal import CURVES, read_curves, write_curves
+from sft_core.search.journal import CURVES, Cost, read_journal, write_journal
 from sft_core.search.rollouts import Search, replay
 from sft_core.search.strategies import make_search
 from sft_core.search.watch import RolloutWatch
@@ -18,19 +19,15 @@ from sft_core.train.main import main, trained
 
 
 def roll_out(job: dict[str, Any], out: Path) -> None:
-    rollout = job["rollout"]
-    tasks, search = rollout["tasks"], search_of(rollout)
-    watches: list[RolloutWatch] = []
-
-    def watch(steps_per_epoch: int) -> RolloutWatch:
-        watches.append(RolloutWatch(search, tasks, job["sources"], steps_per_epoch, out))
-        return watches[-1]
-
-    trainer = trained(job, out, watch)
+    """Trains, and writes what the search asks for."""
+    tasks, search = job["rollout"]["tasks"], search_of(job["rollout"])
+    trainer = trained(job, out, functools.partial(RolloutWatch, search, tasks, job["sources"], out))
     if trainer.accelerator.is_main_process:
-        curves = watches[-1].curves
-        watches[-1].keep_only(search.kept(curves))
-        write_curves(out, curves)
+        assert trainer.selection is not None and isinstance(trainer.selection.watch, RolloutWatch)
+        watch = trainer.selection.watch
+        watch.keep_only(search.kept(watch.curves))
+        training, evaluation = trainer.flops()
+        write_journal(out, watch.curves, Cost(training, evaluation, watch.most_kept))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
@@ -41,7 +38,7 @@ def search_of(rollout: dict[str, Any]) -> Search:
     journal = []
     for folder in rollout["before"]:
         with (Path(folder) / CURVES).open() as file:
-            journal.append(read_curves(file))
+            journal.append(read_journal(file)[0])
     replay(search, journal)
     assert search.propose() is not None
     return search

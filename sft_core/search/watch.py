@@ -20,7 +20,7 @@ class RolloutWatch:
     out: where the roll-out is built. tasks: those that the search knows; other sources are not looked at.
     """
 
-    def __init__(self, search: Search, tasks: list[str], sources: list[str], steps_per_epoch: int, out: Path):
+    def __init__(self, search: Search, tasks: list[str], sources: list[str], out: Path, steps_per_epoch: int):
         self._search, self._tasks, self._sources = search, tasks, sources
         self._steps_per_epoch, self._out = steps_per_epoch, out
         self._steps: list[int] = []

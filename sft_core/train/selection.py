@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sft_core.data.packing import PackPlan
 from sft_core.train.collate import PackCollator
 from sft_core.train.log_file import LogFile, read_events
 from sft_core.train.loss import trained_token_nll
@@ -67,6 +68,10 @@ class SelectionLosses:
     def __init__(self, collator: PackCollator):
         self._collator = collator
 
+    @property
+    def plan(self) -> PackPlan:
+        return self._collator.plan
+
     def measure(
         self,
         model: torch.nn.Module,
@@ -78,7 +83,7 @@ class SelectionLosses:
         fused_lm_head: bool,
     ) -> RowLosses:
         """The model is in training mode again when this returns."""
-        plan = self._collator.plan
+        plan = self.plan
         sums = torch.zeros(2, len(plan.row), dtype=torch.float64, device=device)  # of loss, of tokens
         model.eval()
         try:
@@ -97,7 +102,7 @@ class SelectionLosses:
 
     def _packs_of(self, rank: int, num_ranks: int) -> Iterator[int]:
         """Every rank gets as many: one that shares its parameters waits for the others at each forward pass."""
-        num_packs = len(self._collator.plan)
+        num_packs = len(self.plan)
         for first in range(0, num_packs, num_ranks):
             yield first + rank if first + rank < num_packs else EMPTY
 

@@ -8,15 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
+from sft_core.data.balance import pack_costs
+from sft_core.data.packing import PackPlan
 from sft_core.train import checkpoints
 from sft_core.train.continuation import Continuation
 from sft_core.train.log_file import LogFile
 from sft_core.train.loss import LossBySource, trained_token_nll
+from sft_core.train.schedule import EMPTY
 from sft_core.train.selection import EvaluateSelection, RowLosses, Selection
 from sft_core.train.speed import batch_flops, peak_flops_per_s, peak_memory_gib
 from sft_core.train.strategy import SHARED, check_engaged
@@ -55,9 +59,9 @@ class PackTrainer(SFTTrainer):
         self._write_model = write_model
         self._stop = StopRequest(folder.parent)
         self.add_callback(self._stop)
-        self._keeps_best, self._evaluation = selection is not None and selection.keep_best, None
+        self.selection, self._evaluation = selection, None
+        self._keeps_best = selection is not None and selection.keep_best
         if selection is not None:
-            self._selection = selection
             self._evaluation = EvaluateSelection(selection, self._measure_selection, self.save_weights)
             self.add_callback(self._evaluation)
         self._loss_by_source = LossBySource(len(sources))
@@ -96,7 +100,8 @@ class PackTrainer(SFTTrainer):
         return self.args.device.type == "cuda"
 
     def _measure_selection(self) -> RowLosses:
-        found = self._selection.losses.measure(
+        assert self.selection is not None
+        found = self.selection.losses.measure(
             self.model_wrapped,
             device=self.args.device,
             rank=self.accelerator.process_index,
@@ -104,12 +109,26 @@ class PackTrainer(SFTTrainer):
             sum_over_ranks=self._sum_over_ranks,
             fused_lm_head=self._has_fused_head,
         )
-        losses = found.by_source(self._selection.sources)
+        losses = found.by_source(self.selection.sources)
         by_source = {f"eval_selection_loss/{source}": loss for source, loss in losses.items()}
         should_log = self.control.should_log  # what training logs at this step; logging takes the wish for done
         self.log({"eval_selection_loss": sum(losses.values()) / len(losses), **by_source})
         self.control.should_log = should_log
         return found
+
+    def flops(self) -> tuple[float, float]:
+        """Of the training so far, and of what was evaluated while it went on, on all ranks together."""
+        packs = np.array(self.train_dataset["pack"])  # type: ignore[index]
+        done = packs[: self.state.global_step * (len(packs) // self.state.max_steps)]
+        training = self._costs(self.data_collator.plan)[done[done != EMPTY]].sum()  # type: ignore[union-attr]
+        if self.selection is None:
+            return float(training), 0.0
+        num_evaluations = sum(step <= self.state.global_step for step in self.selection.steps)
+        return float(training), float(num_evaluations * self._costs(self.selection.losses.plan).sum() / 3)
+
+    def _costs(self, plan: PackPlan) -> np.ndarray:
+        linear, quadratic = self._flops
+        return pack_costs(plan.num_tokens, plan.offsets, linear=linear, quadratic=quadratic)
 
     def save_weights(self, folder: Path) -> None:
         """Writes the model of now to a folder that is whole or absent. On all ranks together."""

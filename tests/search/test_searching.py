@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from sft_core.data.packing import PackPlan
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
-from sft_core.search.journal import CURVES, read_curves
-from sft_core.search.rollouts import Curves
+from sft_core.search.journal import CURVES, read_journal
+from sft_core.search.rollouts import Curves, Decision
 from sft_core.store import Store, Unresolved
 from sft_core.train.checkpoints import numbered
 from sft_core.train.launch import evaluation_folder
@@ -27,6 +27,7 @@ from steps.mix import MIXTURE
 from steps.pack import PACKED
 from steps.pipeline import plan
 from steps.search import Progress, progress
+from steps.selection import SELECTION
 from steps.train import TRAINED
 from tests.train.tiny import ROOT, SOURCES, tiny_recipe
 
@@ -55,6 +56,10 @@ def run(store: Store, data: dict[str, Any]) -> Progress:
     raise AssertionError("it does not end")
 
 
+def decisions(found: Progress) -> list[Decision]:
+    return [one.decision for one in found.measured]
+
+
 def folder_of(store: Store, pinned: PinnedRecipe, round: int) -> Path:
     located = store.locate(TRAINED, pinned, {"round": round})
     assert located.status == "hit" and located.ref is not None
@@ -63,7 +68,7 @@ def folder_of(store: Store, pinned: PinnedRecipe, round: int) -> Path:
 
 def curves_of(store: Store, pinned: PinnedRecipe, round: int) -> Curves:
     with (folder_of(store, pinned, round) / CURVES).open() as file:
-        return read_curves(file)
+        return read_journal(file)[0]
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +82,14 @@ def searched(store: Store) -> Progress:
 
 
 def test_search_drops_a_task_and_rolls_back(searched: Progress):
-    dropped = [task for decision in searched.decisions for task in decision.dropped]
-    assert len(dropped) >= 1, searched.decisions
+    dropped = [task for decision in decisions(searched) for task in decision.dropped]
+    assert len(dropped) >= 1, decisions(searched)
     assert searched.ended_by == "max_rollouts: 3 roll-outs are done"
     rollouts = searched.pinned.rollouts
-    for rollout, decision in zip(rollouts[1:], searched.decisions, strict=False):
+    for rollout, decision in zip(rollouts[1:], decisions(searched), strict=False):
         assert rollout.start == decision.start
         assert not set(decision.dropped) & set(rollout.active)
-    last = searched.decisions[[bool(one.dropped) for one in searched.decisions].index(True)]
+    last = decisions(searched)[[bool(one.dropped) for one in decisions(searched)].index(True)]
     assert last.start.evaluation < 4, "it went back"
 
 
@@ -106,7 +111,7 @@ def test_search_round_trains_the_active_tasks_and_measures_all(store: Store, sea
 
 
 def test_search_keeps_no_weights_but_those_that_are_asked_for(store: Store, searched: Progress):
-    asked = {searched.pinned.delivered, *(decision.start for decision in searched.decisions)}
+    asked = {searched.pinned.delivered, *(decision.start for decision in decisions(searched))}
     for rollout in searched.pinned.rollouts:
         folder = folder_of(store, searched.pinned, rollout.round)
         kept = {int(path.name) for path in (folder / "evaluations").iterdir()}
@@ -129,12 +134,25 @@ def test_search_delivers_the_best_pooled_evaluation(store: Store, searched: Prog
     assert (model / "model.safetensors").samefile(kept / "model.safetensors")
 
 
+def test_search_counts_what_it_cost(store: Store, searched: Progress):
+    for rollout, measured in zip(searched.pinned.rollouts, searched.measured, strict=True):
+        cost, folder = measured.cost, folder_of(store, searched.pinned, rollout.round)
+        events = [json.loads(line) for line in (folder / "logs" / "selection.jsonl").read_text().splitlines()]
+        assert cost.most_kept == max(len(event["kept"]) for event in events) <= 4
+        part = TRAINED.needs(searched.pinned, {"round": rollout.round})["packs"][1]
+        tokens = store.manifest(store.ensure(PACKED, searched.pinned, **part))["counts"]["tokens"]
+        held_out = store.manifest(store.ensure(SELECTION, searched.pinned))["counts"]["tokens"]
+        # Almost linear at this length: a token evaluated takes a third of one trained.
+        ratio = len(events) * held_out / 3 / (rollout.epochs * tokens)
+        assert cost.evaluation_flops / cost.training_flops == pytest.approx(ratio, rel=0.2)
+
+
 def test_search_with_a_larger_cap_goes_on(store: Store, searched: Progress):
     before = store.locate(TRAINED, searched.pinned, {"round": 2}).ref
     larger = progress(store, pin(parse_recipe(recipe(max_rollouts=4))))
     assert (larger.num_rounds, larger.is_over) == (4, False)
     assert store.locate(TRAINED, larger.pinned, {"round": 2}).ref == before
-    assert larger.decisions == searched.decisions
+    assert decisions(larger) == decisions(searched)
     smaller = progress(store, pin(parse_recipe(recipe(max_rollouts=1))))
     assert (smaller.num_rounds, smaller.is_over) == (1, True)
 

@@ -29,7 +29,7 @@ def there(out: Path) -> set[str]:
 
 
 def watch(out: Path, search: Any = None) -> RolloutWatch:
-    return RolloutWatch(search or Msft(["a", "b"], 1.0, Limits(9)), ["a", "b"], SOURCES, 4, out)
+    return RolloutWatch(search or Msft(["a", "b"], 1.0, Limits(9)), ["a", "b"], SOURCES, out, 4)
 
 
 def test_watch_keeps_the_weights_that_can_still_be_asked_for(tmp_path: Path):
