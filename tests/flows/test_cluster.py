@@ -52,7 +52,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
         code = server.client.get_object(Bucket="metaflow", Key=package)["Body"].read()
     folder = tmp_path_factory.mktemp("code")
     with tarfile.open(fileobj=io.BytesIO(code)) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder)
     return json.loads(done.stdout), folder
 
 
