@@ -66,8 +66,8 @@ class Msft:
     def observe(self, curves: Curves) -> Decision:
         rollout = self.propose()
         assert rollout is not None, "the search is over"
+        evaluation, dropped, evidence = self._judge(curves)  # before what it is held against is seen
         self._best.see(rollout.round, curves)
-        evaluation, dropped, evidence = self._judge(curves)
         readmitted = self._forgotten(curves, evaluation)
         self._at_drop |= {task: curves.rows[task][evaluation] for task in dropped}
         self._active = tuple(
@@ -134,11 +134,7 @@ class RobustMsft(Msft):
     readmit: bool = False
 
     def wanted(self, curves: Curves) -> set[int]:
-        peaks = {peak_of(curves.rows[task]).evaluation for task in self._active}
-        # A fit turns elsewhere when more is seen, but not far from where the score itself is highest or was.
-        near = {evaluation + step for evaluation in peaks for step in (-1, 0, 1)}
-        within = {evaluation for evaluation in near if 0 <= evaluation < len(curves.epochs)}
-        return {*within, *super().wanted(curves)}
+        return {peak_of(curves.rows[task]).evaluation for task in self._active} | super().wanted(curves)
 
     def is_decided(self, curves: Curves) -> bool:
         evaluation, dropped, _ = self._judge(curves)
@@ -164,7 +160,14 @@ class RobustMsft(Msft):
             return len(curves.epochs) - 1, [], evidence
         earliest = min(past.values())
         dropped = [task for task, evaluation in past.items() if evaluation == earliest]
-        return earliest, dropped, evidence
+        return self._nearest_kept(curves, earliest), dropped, evidence
+
+    def _nearest_kept(self, curves: Curves, evaluation: int) -> int:
+        """Where weights are: a fit can turn back to an evaluation that was not wanted for a while, and is gone."""
+        kept: set[int] = set()
+        for number in range(len(curves.epochs)):
+            kept = (kept | {number}) & self.wanted(curves.until(number))
+        return min(kept, key=lambda number: (abs(number - evaluation), number))
 
     def _forgotten(self, curves: Curves, evaluation: int) -> tuple[str, ...]:
         excluded = [task for task in self.tasks if task not in self._active]

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_core.search.msft import Limits, Msft, RobustMsft
+from sft_core.search.peaks import peak_of
 from sft_core.search.rollouts import Curves, Point, Rollout, replay
 from tests.search.scripted import curves, run
 
@@ -105,7 +106,8 @@ def test_not_a_number_ends_with_an_error_that_names_the_task():
         Curves([0, 1], {"a": np.zeros((2, 0))})
 
 
-SCORES = st.lists(st.floats(0, 1), min_size=5, max_size=5)
+NUM_EVALUATIONS = 9
+SCORES = st.lists(st.floats(0, 1), min_size=NUM_EVALUATIONS, max_size=NUM_EVALUATIONS)
 
 
 @settings(max_examples=100, deadline=None)
@@ -126,7 +128,7 @@ def test_same_journal_leads_to_the_same_decisions_and_weights_that_were_kept(jou
         found = measured(scores)
         # What is kept while it runs holds what the decision asks for at its end.
         alive: set[int] = set()
-        for evaluation in range(5):
+        for evaluation in range(NUM_EVALUATIONS):
             alive = (alive | {evaluation}) & first.wanted(found.until(evaluation))
         alive &= first.kept(found)
         decision = first.observe(found)
@@ -199,3 +201,16 @@ def test_evidence_and_reason_are_told():
     assert decision.reason == "a peaked first, 0.25 epochs into the roll-out"
     assert decision.evidence["a"]["p"] < decision.evidence["a"]["level"] < decision.evidence["b"]["p"]
     assert decision.evidence["a"]["drop"] == pytest.approx((0.2 + 0.6 + 0.5) / 3 - 0.1, abs=0.01)
+
+
+def test_robust_goes_back_to_weights_that_are_there_when_the_fit_turns_back():
+    turns = [0.3, 0.9, 0.9, 0.5, 0.3, 0.9, 0.9, 0.7, 0.5, 0.0, 0.0, 0.0]
+    found = curves({"a": turns, "b": [0.01 * number for number in range(12)]}, rows=20, noise=0.001)
+    search, alive = robust("a", "b"), set()
+    for evaluation in range(12):
+        alive = (alive | {evaluation}) & search.wanted(found.until(evaluation))
+    fitted = peak_of(found.rows["a"]).evaluation
+    assert fitted not in alive, "its weights are gone by the time that the fit is at it"
+    decision = search.observe(found)
+    assert decision.dropped == ("a",)
+    assert decision.start.evaluation == min(alive, key=lambda number: abs(number - fitted))
