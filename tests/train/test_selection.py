@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 
 from sft_core.data import splits
 from sft_core.data.shards import TokenShards, read_index
@@ -19,14 +20,14 @@ from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
 from sft_core.train.checkpoints import numbered, step_of
-from sft_core.train.selection import evaluation_steps
+from sft_core.train.selection import EvaluateSelection, RowLosses, Selection, SelectionLosses, evaluation_steps
 from steps.selection import SELECTION
 from steps.tokenize import TOKENS
 from steps.train import TRAINED
 from tests.train.tiny import LLAMA, SOURCES, Run, tiny_recipe
 
 NUM_STEPS = 8
-SELECTION_ROWS = {"evaluation": {"during_training": {"every_epochs": 0.5, "max_rows": 5}}}
+SELECTION_ROWS = {"evaluation": {"during_training": {"every_epochs": 0.5, "max_rows": 12}}}
 MIXTURE = {"dataset_mixture": {"selection_share": 0.2}}
 # It learns, then a rate that is far too high spoils it: the best step is neither the first nor the last.
 SPOILT = {"training": {"max_steps": NUM_STEPS, "learning_rate": 0.1, "lr_scheduler_type": "constant"}}
@@ -57,7 +58,7 @@ def test_selection_rows_are_unique_held_out_prompts_that_are_not_trained_on(stor
         rows = np.sort(plan["row"][plan["source"] == number])
         hashes = index["prompt_hash"].to_numpy()
         in_split = splits.assign(hashes, **shares) == splits.SELECTION
-        assert len(rows) == min(5, len(np.unique(hashes[in_split]))) > 0
+        assert len(rows) == min(12, len(np.unique(hashes[in_split]))) > 0
         assert in_split[rows].all()
         assert len(np.unique(hashes[rows])) == len(rows)
 
@@ -80,6 +81,7 @@ def test_selection_losses_are_those_of_each_row_by_itself(store: Store, watched:
     events = measured(watched)
     assert [event["step"] for event in events] == evaluation_steps(6, 7 / 4, 0.5)
     assert events[0]["loss"] > 1.2 * events[-1]["loss"], "it learns"
+    assert store.manifest(store.ensure(SELECTION, watched.pinned))["counts"]["packs"] > 1
     expected = losses_of(watched.model, store, watched.pinned)
     assert events[-1]["losses"] == pytest.approx(expected, rel=1e-5)
     assert events[-1]["loss"] == pytest.approx(np.mean(list(expected.values())))
@@ -129,6 +131,24 @@ def test_selection_keep_best_on_two_ranks(strategy: str, store: Store, tmp_path:
     assert best["losses"] == pytest.approx(losses_of(run.model, store, pinned), rel=1e-4)
 
 
+def test_selection_best_is_never_the_start(tmp_path: Path):
+    losses = iter([1.0, 3.0, 2.0, 2.0])  # at steps 0 to 3
+
+    def measure() -> RowLosses:
+        return RowLosses(np.array([next(losses)]), np.array([1.0]), np.array([0]))
+
+    selection = Selection(SelectionLosses(None), ["a"], [0, 1, 2, 3], tmp_path / "log", keep_best=True)  # type: ignore[arg-type]
+    callback = EvaluateSelection(selection, measure, lambda folder: None)
+    state, saved = TrainerState(is_world_process_zero=True, max_steps=3), []
+    callback.on_train_begin(None, state, TrainerControl())  # type: ignore[arg-type]
+    for state.global_step in (1, 2, 3):
+        control = TrainerControl()
+        callback.on_step_end(None, state, control)  # type: ignore[arg-type]
+        saved.append(control.should_save)
+    assert state.best_global_step == 2
+    assert saved == [True, True, False]
+
+
 def test_selection_source_without_rows_is_an_error(store: Store):
     recipe = tiny_recipe(dataset_mixture={"selection_share": 1e-6}, **SELECTION_ROWS)
     del recipe["limit"]
@@ -139,7 +159,7 @@ def test_selection_source_without_rows_is_an_error(store: Store):
 def test_selection_of_a_smoke_run_takes_training_rows(store: Store, caplog: pytest.LogCaptureFixture):
     recipe = tiny_recipe(dataset_mixture={"selection_share": 1e-6}, **SELECTION_ROWS)
     ref = store.ensure(SELECTION, pin(parse_recipe(recipe)))
-    assert store.manifest(ref)["counts"]["sources"][SOURCES[0]]["rows"] == 5
+    assert store.manifest(ref)["counts"]["sources"][SOURCES[0]]["rows"] == 12
     assert "this smoke run takes training rows" in caplog.text
 
 
