@@ -6,9 +6,10 @@
 Distinct conversations of 300 tokens and more on average go from a JSON-lines file through download, render, tokenize,
 mix and pack, on all cores, for the smallest and the largest number of rows (and those between). A row's time is what
 the stages take more than for a thousand rows, by the rows that are more: loading libraries, a tokenizer and compiled
-code is the same for any number. The smallest number is run three times, before and after the others, and its median
-counts. Memory is the resident set of each process of the tree, ten times a second, libraries included.
-A million rows take ten minutes on two cores, and for that time 5 GB of disk in the folder for temporary files.
+code is the same for any number, and takes longer than ten thousand rows do. So a thousand rows and the smallest number
+are run several times, in turn, before and after the others, and their medians count. Memory is the resident set of each
+process of the tree, ten times a second, libraries included.
+A million rows take five minutes on two cores, and for that time 5 GB of disk in the folder for temporary files.
 Prints a table, and one JSON object as its last line.
 """
 
@@ -58,10 +59,10 @@ def compare(folder: Path, sizes: list[int]) -> None:
     few = [conversation(sentences, random.Random(-number)) for number in range(1, 2_000)]
     write_tokenizer(folder / "tokenizer", few, VOCABULARY)
     measure(folder, sentences, FEW)  # compiles the packing, which is kept
-    runs_of = (FEW, sizes[0], *sizes, sizes[0], FEW)
+    runs_of = (*(FEW, sizes[0]) * 2, *sizes, *(FEW, sizes[0]) * 2, FEW, FEW)
     found = [(num_rows, measure(folder, sentences, num_rows)) for num_rows in runs_of]
     few = [one["seconds"] for num_rows, one in found if num_rows == FEW]
-    fixed = {stage: statistics.mean(seconds[stage] for seconds in few) for stage in few[0]}
+    fixed = {stage: statistics.median(seconds[stage] for seconds in few) for stage in few[0]}
     by_size = {size: [one for num_rows, one in found if num_rows == size] for size in sizes}
     per_row = {
         size: {
