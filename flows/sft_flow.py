@@ -164,7 +164,6 @@ class SFTFlow(FlowSpec):
 
         stage, part = delivered(self.pinned)
         self.delivered = self.ensure(stage, **part)
-        self.checkpoint = str(self.store.path(self.ref(self.delivered)) / "model")
         self.next(self.evaluate, foreach="tasks")
 
     @asks("evaluate")
@@ -213,9 +212,9 @@ class SFTFlow(FlowSpec):
     @property
     def num_known_rounds(self):
         """Rounds of training that are done or come next."""
-        from steps.search import progress
+        from steps.search import num_rounds
 
-        return progress(self.store, self.pinned).num_rounds
+        return num_rounds(self.pinned)
 
     def train_round(self):
         """Ensures what the next round trains, with a live card; on a node that is not the first, trains along."""
@@ -232,14 +231,18 @@ class SFTFlow(FlowSpec):
                 self.trained = self.ensure(train.TRAINED, **round)
         self.num_rounds += 1
         current.card.extend(train.card(self.store.path(self.ref(self.trained))))
-        current.card.extend(search.card(search.progress(self.store, self.pinned)))
+        current.card.extend(search.card(self.store, self.pinned))
 
     @property
     def pinned(self):
         from sft_core.pins import PinnedRecipe
+
+        pinned = PinnedRecipe(effective(self.recipe, self.set, self.limit), self.pins)
+        if pinned.recipe.search is None:
+            return pinned  # every step asks: nothing is looked up for it
         from steps.search import progress
 
-        return progress(self.store, PinnedRecipe(effective(self.recipe, self.set, self.limit), self.pins)).pinned
+        return progress(self.store, pinned).pinned
 
     @property
     def store(self):

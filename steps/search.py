@@ -32,16 +32,19 @@ class Progress:
     """pinned: the recipe with the roll-outs so far, the last of which is to be trained while it is not over."""
 
     pinned: PinnedRecipe
-    num_rounds: int  # that are known: those done and the next
     is_over: bool
     measured: list[Measured] = dataclasses.field(default_factory=list)
     ended_by: str | None = None
+
+    @property
+    def num_rounds(self) -> int:
+        return num_rounds(self.pinned)
 
 
 def progress(store: Store, pinned: PinnedRecipe) -> Progress:
     """How far the recipe's training is; without a search it is one round over everything."""
     if pinned.recipe.search is None:
-        return Progress(pinned, 1, store.locate(TRAINED, pinned, {"round": 0}).status == "hit")
+        return Progress(pinned, store.locate(TRAINED, pinned, {"round": 0}).status == "hit")
     settings: dict[str, Any] = pinned.recipe.search.model_dump(mode="json")
     pinned = dataclasses.replace(pinned, sizes=_sizes(store, pinned))
     search = make_search(settings, pinned.recipe.dataset_mixture.trained_sources, dict(pinned.sizes))
@@ -52,12 +55,17 @@ def progress(store: Store, pinned: PinnedRecipe) -> Progress:
         pinned = dataclasses.replace(pinned, rollouts=tuple(proposed))
         located = store.locate(TRAINED, pinned, {"round": rollout.round})
         if located.status != "hit" or located.ref is None:
-            return Progress(pinned, len(proposed), False, measured)
+            return Progress(pinned, False, measured)
         with store.open(located.ref, CURVES) as file:
             curves, cost = read_journal(file)
         measured.append(Measured(curves, search.observe(curves), cost))
     over = dataclasses.replace(pinned, delivered=search.best)
-    return Progress(over, len(proposed), True, measured, search.ended_by)
+    return Progress(over, True, measured, search.ended_by)
+
+
+def num_rounds(pinned: PinnedRecipe) -> int:
+    """Rounds of training that are done or come next. pinned: as progress has it."""
+    return max(1, len(pinned.rollouts))
 
 
 def place(store: Store, pinned: PinnedRecipe) -> str:
@@ -77,9 +85,12 @@ def _sizes(store: Store, pinned: PinnedRecipe) -> tuple[tuple[str, int], ...]:
 HEADER = ("roll-out", "trained", "from", "epochs", "dropped", "taken back", "goes on from", "why")
 
 
-def card(found: Progress) -> list[Any]:
-    """The roll-outs so far: their curves, who was dropped and where it went back to, and what that took."""
-    if not found.measured:
+def card(store: Store, pinned: PinnedRecipe) -> list[Any]:
+    """The roll-outs so far: their curves, who was dropped and where it went back to, and what that took.
+
+    Nothing without a search.
+    """
+    if pinned.recipe.search is None or not (found := progress(store, pinned)).measured:
         return []
     costs = [one.cost for one in found.measured]
     training, evaluation = sum(one.training_flops for one in costs), sum(one.evaluation_flops for one in costs)

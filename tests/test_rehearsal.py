@@ -213,4 +213,6 @@ def test_repeats_and_quoted_prompts_are_found(folder: Path, tmp_path: Path) -> N
     repeats = store.manifest(store.ensure(DUPLICATES, pinned))["counts"]["sources"]
     assert repeats[exact]["exact"] > 0 and repeats[near]["near"] > 0
     assert found["OpenThoughts3_1.2M_no_think_no_think"]["contaminated"] > 0
-    assert all(one["available"] > 0.6 * one["train"] for one in found.values())
+    left = {name: one["available"] / one["train"] for name, one in found.items()}
+    assert left.pop("s1k_1.1_think") > 0.6, "others quote a third of its problems"
+    assert min(left.values()) > 0.7
