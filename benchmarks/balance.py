@@ -89,7 +89,7 @@ def write_plan(lengths: np.ndarray, folder: Path) -> None:
 
     from sft_core.data.mixture import MIXTURE
     from sft_core.data.packing import build_packs
-    from sft_core.recipe import Runtime
+    from sft_core.sections import Runtime
     from sft_core.store import Build
 
     columns = {"row": np.arange(len(lengths)), "num_tokens": lengths}

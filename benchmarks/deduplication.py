@@ -118,7 +118,7 @@ def write_rows(folder: Path, num_rows: int) -> None:
 
 
 def _build(out: Path, workers: int = 1, **inputs: Path) -> Any:
-    from sft_core.recipe import Runtime
+    from sft_core.sections import Runtime
     from sft_core.store import Build
 
     out.mkdir()

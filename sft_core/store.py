@@ -41,8 +41,8 @@ from sft_core.manifest import (
 
 if TYPE_CHECKING:
     from sft_core.pins import PinnedRecipe
-    from sft_core.recipe import Runtime
     from sft_core.remote import Remote
+    from sft_core.sections import Runtime
 
 log = logging.getLogger(__name__)
 Part = dict[str, Any]

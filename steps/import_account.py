@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sft_core.recipe import Lora, Model, Packing, Runtime, Training
+from sft_core.sections import Lora, Model, Packing, Runtime, Training
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "model": Model,

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from sft_core.pins import is_local
-from sft_core.recipe import RESERVED, Dataset
+from sft_core.sections import RESERVED, Dataset
 from steps.import_account import Imported
 from steps.new_recipe import looks_like_files
 

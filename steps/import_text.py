@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sft_core.recipe import Dataset, DatasetMixture, Lora, Model, Packing, Recipe, Runtime, Training
+from sft_core.recipe import Recipe
+from sft_core.sections import Dataset, DatasetMixture, Lora, Model, Packing, Runtime, Training
 from steps.import_account import Imported, short
 
 # By the keys that hold them; what is not here is written in one line.

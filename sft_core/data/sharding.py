@@ -29,7 +29,7 @@ from tqdm import tqdm
 from sft_core.lifetime import die_with_parent
 
 if TYPE_CHECKING:
-    from sft_core.recipe import Runtime
+    from sft_core.sections import Runtime
 
 log = logging.getLogger(__name__)
 MAX_SHARDS = 64  # a source's, while its row groups are not too many: readers hold a file open for each

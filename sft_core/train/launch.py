@@ -29,7 +29,7 @@ from sft_core.train.log_file import read_events
 from sft_core.train.strategy import environment
 
 if TYPE_CHECKING:
-    from sft_core.recipe import Runtime
+    from sft_core.sections import Runtime
     from sft_core.store import Build
 
 log = logging.getLogger(__name__)

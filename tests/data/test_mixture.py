@@ -16,7 +16,7 @@ from sft_core.data.mixture import AMOUNTS, build_mixture, sample_rows
 from sft_core.data.shards import INDEX, read_index
 from sft_core.data.shares import draw_tokens, fill
 from sft_core.data.splits import TRAIN, assign
-from sft_core.recipe import Runtime
+from sft_core.sections import Runtime
 from sft_core.store import Build
 from steps.mix import MIXTURE
 from steps.tokenize import TOKENS

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from sft_core.recipe import Training
+from sft_core.sections import Training
 from sft_core.train.arguments import OWNED, check_extra, training_arguments
 from tests.train.tiny import Run, tiny_recipe
 

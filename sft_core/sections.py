@@ -1,0 +1,367 @@
+"""The sections of a recipe as frozen typed objects. Field names are those of the alignment-handbook and TRL, where they
+have one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from sft_core.wording import short
+
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+LossScope = Literal["assistant", "completion", "all"]
+RESERVED = ("mixture", "packs", "selection", "duplicates")  # stages read these beside the sources, by name
+SECRETS = ("hub_token", "push_to_hub_token", "token", "use_auth_token")
+Scheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
+SourceFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Model(Section):
+    """The model to start from: a hub id, a folder, or `config` for random weights."""
+
+    model_name_or_path: str | None = None
+    model_revision: str = "main"
+    config: dict[str, Any] | None = Field(None, description="a transformers config: weights from the training seed")
+    tokenizer_name_or_path: str | None = Field(None, description="default: the model's own")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="the weights' dtype; bf16 autocast is training.bf16"
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = Field(
+        "auto", description="auto: flash attention on a GPU where its package is installed, else sdpa"
+    )
+    trust_remote_code: bool = False
+    add_special_tokens: tuple[str, ...] = Field((), description="tokens to add; the embedding grows with them")
+    eos_token: str | None = Field(None, description="the token that ends a turn; default: the tokenizer's")
+    stop_tokens: tuple[str, ...] = Field((), description="further tokens at which serving stops, as <|call|>")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if (self.model_name_or_path is None) == (self.config is None):
+            raise ValueError("give either model_name_or_path or config (and not both)")
+        if self.config is not None and self.tokenizer_name_or_path is None:
+            raise ValueError("a model from config needs tokenizer_name_or_path")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config.model_type is missing; write for example model_type: llama")
+        return self
+
+    @property
+    def tokenizer(self) -> str:
+        return self.tokenizer_name_or_path or self.model_name_or_path or ""
+
+
+class ChatTemplate(Section):
+    """How a conversation becomes text."""
+
+    template: str | None = Field(None, description="thinking, a path to a .jinja file, or null: the tokenizer's own")
+    kwargs: dict[str, Any] = Field({}, description="template variables; a row's chat_template_kwargs win over them")
+    date: datetime.date = Field(datetime.date(2026, 1, 1), description="what the template sees as today")
+    thinking: Literal["keep", "drop", "only_last", "inline"] = Field(
+        "keep",
+        description="only_last: trained in its turn, gone from the history of turns after the next user turn; "
+        "inline: written into the answer between <think> tags, for templates that know no reasoning_content",
+    )
+    empty_thinking: Literal["as_served", "trained", "masked"] = Field(
+        "as_served", description="an empty think block: trained where the model writes it, or always, or never"
+    )
+    served_prefix: Literal["tokens", "text"] = Field(
+        "tokens", description="turns share a row where a served prompt has the same tokens, or only the same text"
+    )
+
+
+class Dataset(Section):
+    """One source of conversations: a hub dataset (`id`) or local files (`path`)."""
+
+    name: str | None = Field(None, description="default: the split, or the file's name", pattern=r"^[A-Za-z0-9._-]+$")
+    id: str | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str = "main"
+    path: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None, description="JSONL or Parquet files (globs, .gz, .zst)"
+    )
+    columns: tuple[str, ...] | None = Field(None, description="keep only these columns")
+    format: SourceFormat = "auto"
+    weight: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="share of the rows kept; over 1 repeats rows"
+    )
+    num_rows: PositiveInt | None = Field(None, description="rows kept, instead of a weight")
+    trained_token_share: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="share of the mixture's trained tokens, in proportion to the other datasets'; for all or none"
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Dataset:
+        if (self.id is None) == (self.path is None):
+            raise ValueError("give either id (a hub dataset) or path (local files)")
+        amounts = [key for key in ("weight", "num_rows", "trained_token_share") if getattr(self, key) is not None]
+        if len(amounts) > 1:
+            raise ValueError(f"give either {' or '.join(amounts)}")
+        return self
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path or ()
+
+    @property
+    def source(self) -> str:
+        """The name by which everything else calls this source."""
+        if self.name:
+            return self.name
+        if self.id:
+            return self.split if self.split != "train" else self.id.split("/")[-1]
+        stem = Path(self.paths[0]).name.split(".")[0]
+        return "".join(c if c.isalnum() or c in "._-" else "_" for c in stem) or "files"
+
+
+class Deduplication(Section):
+    """Training rows that say what an earlier one says are left out; the first in the order of datasets is kept."""
+
+    near: bool = Field(True, description="also rows that are nearly the same; false: the same but for white space")
+    threshold: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="shared word n-grams (Jaccard) of prompt and of answer from which on rows are near duplicates"
+    )
+    ngram: PositiveInt = 5
+    num_permutations: Annotated[int, Field(ge=16, le=4096)] = Field(128, description="of a MinHash signature")
+
+
+class Decontamination(Section):
+    """Training rows that hold a prompt of the report split of an evaluation task are left out."""
+
+    ngram: PositiveInt = 8
+    threshold: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="share of a prompt's words in n-grams that the row holds as well, from which on it is left out"
+    )
+    common_share: Share = Field(
+        0.02, description="n-grams in more of a task's prompts are its wording, not a question; 1: all count"
+    )
+
+
+class DatasetMixture(Section):
+    """The sources, how much of each is trained on, and how prompts are held out."""
+
+    datasets: Annotated[tuple[Dataset, ...], Field(min_length=1)]
+    seed: int = 0
+    selection_share: Share = Field(0.02, description="share of prompts for decisions during training")
+    report_share: Share = Field(0.05, description="share of prompts for the scores that are reported")
+    max_rejected_share: Share = Field(0.05, description="a source with more bad rows than this fails")
+    num_trained_tokens: PositiveInt | None = Field(
+        None, description="with trained_token_share: of an epoch; default: what the datasets with a share hold once"
+    )
+    max_repeats: Annotated[float, Field(gt=0)] = Field(
+        4.0, description="with trained_token_share: how often a row is repeated in an epoch, at most"
+    )
+    deduplication: Deduplication | None = None
+    decontamination: Decontamination | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DatasetMixture:
+        names = [dataset.source for dataset in self.datasets]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two datasets are called {twice[0]!r}; give each its own name")
+        if reserved := sorted({*names}.intersection(RESERVED)):
+            raise ValueError(f"a dataset is called {reserved[0]!r}, as an output of the flow is; give it another name")
+        if self.selection_share + self.report_share >= 1:
+            raise ValueError("selection_share + report_share leave nothing to train on; their sum must be under 1")
+        without = [dataset.source for dataset in self.datasets if dataset.trained_token_share is None]
+        if 0 < len(without) < len(names):
+            raise ValueError(
+                f"trained_token_share is missing for {', '.join(without)}; give it to every dataset (0 leaves one out)"
+            )
+        if not without and not any(dataset.trained_token_share for dataset in self.datasets):
+            raise ValueError("every trained_token_share is 0; give one of them more")
+        if without and self.num_trained_tokens is not None:
+            raise ValueError("num_trained_tokens needs a trained_token_share for every dataset")
+        return self
+
+    @property
+    def trained_sources(self) -> list[str]:
+        """The names of the datasets that are not left out by a weight or a share of 0."""
+        return [one.source for one in self.datasets if one.weight != 0 and one.trained_token_share != 0]
+
+
+class Packing(Section):
+    """How rows become packs of at most `max_length` tokens."""
+
+    packing_strategy: Literal["ffd", "none"] = "ffd"
+    max_length: PositiveInt = 2048
+    over_long: Literal["drop", "truncate", "split", "error"] = Field(
+        "drop", description="rows over max_length: gone, cut after a whole turn, cut into several at turns, or an error"
+    )
+
+
+class Lora(Section):
+    r: PositiveInt = 16
+    lora_alpha: PositiveInt = 32
+    lora_dropout: Share = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_dora: bool = Field(False, description="DoRA: magnitude and direction apart (arXiv 2402.09353)")
+    use_rslora: bool = Field(False, description="rsLoRA: scaled by alpha / sqrt(r) (arXiv 2312.03732)")
+    load_in_4bit: bool = Field(False, description="QLoRA: the base in NF4 while it trains (arXiv 2305.14314); a GPU")
+
+
+class Training(Section):
+    """Hyper-parameters. Everything here is part of the checkpoint's identity."""
+
+    loss_scope: LossScope = Field(
+        "assistant", description="train on assistant turns, on the last one, or on all tokens"
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    lr_scheduler_type: Scheduler = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    warmup_ratio: Share = 0.03
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: PositiveInt | None = None
+    global_batch_size: PositiveInt = Field(8, description="packs an optimizer step, over all ranks")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    use_liger_kernel: bool | Literal["auto"] = Field("auto", description="auto: on a GPU")
+    lora: Lora | None = None
+    seed: int = 42
+    extra: dict[str, Any] = Field({}, description="any other field of trl.SFTConfig")
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Training:
+        for key in sorted({*self.extra}.intersection(SECRETS)):
+            raise ValueError(f"extra.{key}: a recipe is stored with what it makes; set HF_TOKEN in the environment")
+        return self
+
+
+class DuringTraining(Section):
+    """The loss of each source's selection split, looked at while training goes on. It is never trained on."""
+
+    every_epochs: Annotated[float, Field(gt=0)] = 0.25
+    max_rows: PositiveInt = Field(100, description="unique selection prompts of each source, at most")
+    keep_best: bool = Field(
+        False, description="end with the weights whose loss is lowest, as a mean over sources, and not with the last"
+    )
+
+
+class Search(Section):
+    """Who trains how long: roll-outs from one another's checkpoints, decided on the selection split."""
+
+    strategy: Literal["sft", "msft", "sro", "soft_sro", "continual"]
+    epochs_per_rollout: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the rows that are trained")
+    evaluations_per_epoch: PositiveInt = 4
+    max_rows: PositiveInt = Field(200, description="unique selection prompts of each source, at most")
+    preset: Literal["robust", "paper"] = Field(
+        "robust", description="msft: knows noise, or exactly as published; see sft_core/search/msft.py"
+    )
+    max_rollouts: PositiveInt = Field(10, description="msft: a larger one goes on where a smaller one ended")
+    max_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="msft: epochs that were kept, in all")
+    max_idle: PositiveInt | None = Field(None, description="msft: roll-outs in a row without a task dropped")
+    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="robust: chance of a drop that is none")
+    readmit: bool = Field(False, description="robust: a dropped task comes back when it is forgotten")
+
+
+class Evaluation(Section):
+    """What is scored: base and tuned model on the report split of each task."""
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None, description="source names; default: every source"
+    )
+    max_rows: PositiveInt = Field(250, description="unique report prompts scored for each task, at most")
+    min_report_rows: Annotated[int, Field(ge=0)] = Field(
+        50, description="a task with fewer unique report prompts is an error"
+    )
+    max_new_tokens: PositiveInt = 256
+    max_new_tokens_by_task: dict[str, PositiveInt] = Field({}, description="where a task needs more or fewer")
+    during_training: DuringTraining | None = None
+
+
+class Resources(Section):
+    """What a task asks of a cluster, as Metaflow's @resources has it; on one's own machine it changes nothing."""
+
+    cpu: PositiveInt = 8
+    memory: PositiveInt = Field(32_000, description="MB")
+    gpu: PositiveInt | None = None
+    shared_memory: PositiveInt | None = Field(None, description="MB, which NCCL wants for several GPUs")
+
+
+class ClusterResources(Section):
+    data: Resources = Field(Resources(), description="of a task that downloads, renders, tokenizes, mixes or packs")
+    train: Resources = Field(Resources(), description="of a training task: one a node")
+    evaluate: Resources = Field(Resources(), description="of the task that scores one task of the recipe")
+
+
+class Runtime(Section):
+    """Where and how it runs. Never part of an identity: a change rebuilds nothing."""
+
+    store: str = Field("store", description="a folder, or a URL as s3://bucket/prefix")
+    num_nodes: PositiveInt = Field(1, description="machines that train together, each a Metaflow task of its own")
+    num_processes: PositiveInt = Field(1, description="training ranks of a machine: its GPUs")
+    distributed: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
+        "ddp", description="how ranks share the model: configs/accelerate/*.yaml"
+    )
+    num_threads: PositiveInt | None = Field(None, description="CPU threads a rank; default: cores / ranks")
+    num_workers: PositiveInt | None = Field(None, description="processes that render and tokenize; default: cores")
+    eval_batch_size: PositiveInt = 32
+    save_steps: PositiveInt = Field(50, description="optimizer steps between checkpoints")
+    keep_checkpoints: PositiveInt = Field(2, description="the newest ones that are kept while training")
+    logging_steps: PositiveInt = 5
+    report_to: tuple[str, ...] = Field((), description="trackers of transformers.Trainer, for example wandb")
+    resources: ClusterResources = ClusterResources()
+
+    @property
+    def num_ranks(self) -> int:
+        """Training ranks on all machines."""
+        return self.num_nodes * self.num_processes
+
+    @field_validator("store")
+    @classmethod
+    def _without_credentials(cls, store: str) -> str:
+        if "://" in store and ("@" in store or "?" in store):
+            # Not a word of it: the message goes into logs.
+            raise ValueError("found a URL with credentials or a query; credentials come from the environment")
+        return store
+
+
+class Hub(Section):
+    """Where the checkpoint and its card are pushed to. Without this section nothing leaves the machine."""
+
+    model_id: str = Field(description="owner/name; the repository is made where it is missing")
+    private: bool = Field(True, description="who may see it; must agree with a repository that is there")
+    revision: str = Field("main", description="the branch; made where it is missing")
+
+    @field_validator("model_id")
+    @classmethod
+    def _names_a_repository(cls, model_id: str) -> str:
+        owner, _, name = model_id.partition("/")
+        good = all(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_])?", part) for part in (owner, name))
+        if not good or "--" in model_id or ".." in model_id or name.endswith(".git") or len(model_id) > 96:
+            raise ValueError(
+                f"found {short(model_id)}; it is owner/name, each of letters, digits, '.', '_' and '-', "
+                "96 characters in all at most"
+            )
+        return model_id
+
+    @field_validator("revision")
+    @classmethod
+    def _names_a_branch(cls, revision: str) -> str:
+        is_commit = re.fullmatch(r"[0-9a-f]{40}", revision)
+        if is_commit or ".." in revision or not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9_-])?", revision):
+            raise ValueError(f"found {short(revision)}; it is the name of a branch, as main")
+        return revision

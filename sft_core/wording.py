@@ -1,0 +1,18 @@
+"""Pieces of messages about bad input."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+
+def short(value: Any) -> str:
+    """The value as Python writes it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The end of a message about a name that is not known."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
