@@ -1,4 +1,4 @@
-"""Pieces of messages about bad input."""
+"""Pieces of messages."""
 
 from __future__ import annotations
 
@@ -16,3 +16,11 @@ def nearest(name: str, known: list[str]) -> str:
     """The end of a message about a name that is not known."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def counted(number: int, thing: str) -> str:
+    """
+    >>> counted(1, "roll-out"), counted(2, "roll-out")
+    ('1 roll-out', '2 roll-outs')
+    """
+    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import rollouts
-from sft_core.search.journal import CURVES, Cost, read_journal
+from sft_core.search.journal import CURVES, Cost, Drawn, read_journal
 from sft_core.search.rollouts import Curves, Decision, Point, Rollout
 from sft_core.search.strategies import make_search
 from sft_core.store import Store
@@ -25,6 +27,7 @@ class Measured(NamedTuple):
     curves: Curves
     decision: Decision
     cost: Cost
+    drawn: list[Drawn]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +60,8 @@ def progress(store: Store, pinned: PinnedRecipe) -> Progress:
         if located.status != "hit" or located.ref is None:
             return Progress(pinned, False, measured)
         with store.open(located.ref, CURVES) as file:
-            curves, cost = read_journal(file)
-        measured.append(Measured(curves, search.observe(curves), cost))
+            journal = read_journal(file)
+        measured.append(Measured(journal.curves, search.observe(journal.curves), journal.cost, journal.drawn))
     over = dataclasses.replace(pinned, delivered=search.best)
     return Progress(over, True, measured, search.ended_by)
 
@@ -92,15 +95,11 @@ def card(store: Store, pinned: PinnedRecipe) -> list[Any]:
     """
     if pinned.recipe.search is None or not (found := progress(store, pinned)).measured:
         return []
-    costs = [one.cost for one in found.measured]
-    training, evaluation = sum(one.training_flops for one in costs), sum(one.evaluation_flops for one in costs)
     shown: dict[str, Any] = {
         "strategy": _strategy(found.pinned),
         "roll-outs": len(found.measured),
         "epochs kept": f"{found.measured[-1].decision.epochs:g}",
-        "training, PFLOPs": f"{training / 1e15:.4g}",
-        "evaluation beside it, PFLOPs": f"{evaluation / 1e15:.4g} ({evaluation / training:.0%})",
-        "checkpoints on the disk at once, at most": max(one.most_kept for one in costs),
+        **_costs(found),
     }
     if found.is_over and (best := found.pinned.delivered) is not None:
         score = found.measured[best.round].curves.pooled()[best.evaluation]
@@ -113,7 +112,40 @@ def card(store: Store, pinned: PinnedRecipe) -> list[Any]:
         table(HEADER, rows),
         heading("What the last one rests on"),
         table(*_evidence(found.measured[-1].decision)),
+        *_what_was_drawn(found.measured[-1].drawn),
     ]
+
+
+def _costs(found: Progress) -> dict[str, str]:
+    """What the roll-outs took, beside what plain SFT takes for as many epochs over everything."""
+    costs = [one.cost for one in found.measured]
+    training, evaluation = (sum(getattr(one, f"{what}_flops") for one in costs) for what in ("training", "evaluation"))
+    per_epoch: dict[tuple[str, ...], float] = {}  # of the tasks that a roll-out trained
+    for rollout, one in zip(found.pinned.rollouts, found.measured, strict=False):
+        if rollout.rows is None and one.curves.epochs[-1]:
+            per_epoch.setdefault(rollout.active, one.cost.training_flops / one.curves.epochs[-1])
+    everything = tuple(found.pinned.recipe.dataset_mixture.trained_sources)
+    alone = [per_epoch.get((task,)) for task in everything]
+    plain = per_epoch.get(everything) or (sum(filter(None, alone)) if None not in alone else None)
+    kept = found.measured[-1].decision.epochs
+    against = f"; {training / (plain * kept):.2f} x plain SFT of {kept:g} epochs" if plain and kept else ""
+    most = max(costs, key=lambda one: one.most_kept * one.checkpoint_bytes)
+    return {
+        "training, PFLOPs": f"{training / 1e15:.4g}{against}",
+        "evaluation beside it, PFLOPs": f"{evaluation / 1e15:.4g} ({evaluation / training:.0%} of training)",
+        "evaluations' weights on the disk at once, at most": (
+            f"{most.most_kept}, {most.most_kept * most.checkpoint_bytes / 2**30:.3g} GiB"
+        ),
+    }
+
+
+def _what_was_drawn(drawn: list[Drawn]) -> list[Any]:
+    """Of a sampler that learns, what it drew from: at most a dozen moments, evenly over the roll-out."""
+    if not drawn:
+        return []
+    moments = [drawn[round(place)] for place in np.linspace(0, len(drawn) - 1, min(len(drawn), 12))]
+    rows = [(f"{one.epochs:.3g}", *(f"{share:.1%}" for share in one.shares.values())) for one in moments]
+    return [heading("Share of each task, by epoch"), table(("epoch", *moments[0].shares), rows)]
 
 
 def _strategy(pinned: PinnedRecipe) -> str:

@@ -49,6 +49,9 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
             "active": list(rollout.active),
             "start": None if rollout.start is None else rollout.start._asdict(),
         }
+        if search.strategy == "ies":
+            packing = pinned.recipe.packing  # its rows are packed anew
+            job["rollout"]["max_length"] = packing.max_length if packing.packing_strategy == "ffd" else None
     return {"job": job, "round": part["round"]}
 
 

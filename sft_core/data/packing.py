@@ -30,8 +30,12 @@ def build_packs(
     max_length: int,
     over_long: str,
     loss_scope: str,
+    by_source: bool = False,
 ) -> dict[str, Any]:
-    """Writes packs.parquet: one row for each document, packs together. Raises ValueError when no row fits."""
+    """Writes packs.parquet: one row for each document, packs together. Raises ValueError when no row fits.
+
+    by_source: a pack holds rows of one source.
+    """
     mixture = pq.read_table(build.inputs["mixture"] / "mixture.parquet", columns=["source", "row", "num_tokens"])
     fitted = fit(
         Documents(*(mixture[name].to_numpy() for name in ("source", "row", "num_tokens"))),
@@ -43,8 +47,13 @@ def build_packs(
     )
     source, row, lengths = fitted.documents
     strategies = {"ffd": first_fit_decreasing, "none": lambda lengths, capacity: np.arange(len(lengths))}
-    pack = strategies[packing_strategy](lengths, max_length)
-    num_packs, num_tokens = write_plan(build.out, pack, source, row, lengths), int(lengths.sum())
+    apart = source if by_source else np.zeros_like(source)
+    pack, num_packs = np.empty(len(lengths), np.int64), 0
+    for number in np.unique(apart):
+        pack[apart == number] = num_packs + strategies[packing_strategy](lengths[apart == number], max_length)
+        num_packs = int(pack[apart == number].max()) + 1
+    write_plan(build.out, pack, source, row, lengths)
+    num_tokens = int(lengths.sum())
     return {
         "packs": num_packs,
         "documents": len(lengths),

@@ -9,6 +9,7 @@ from typing import Any
 
 from sft_core.search.peaks import first_highest
 from sft_core.search.rollouts import Best, Curves, Decision, Point, Rollout
+from sft_core.wording import counted
 
 
 @dataclasses.dataclass
@@ -34,7 +35,7 @@ class _Planned:
 
     @property
     def ended_by(self) -> str | None:
-        return None if self.propose() is not None else f"all {len(self._planned)} roll-outs are done"
+        return None if self.propose() is not None else f"{counted(len(self._planned), 'roll-out')} done, as planned"
 
     def observe(self, curves: Curves) -> Decision:
         rollout = self.propose()

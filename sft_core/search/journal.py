@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -18,24 +18,40 @@ CURVES = "curves.json"
 class Cost:
     """training_flops, evaluation_flops: by the estimate of schedule.training_flops; a forward pass is a third of both.
 
-    most_kept: evaluations whose weights were on the disk at once.
+    most_kept: evaluations whose weights were on the disk at once. checkpoint_bytes: of one evaluation's weights.
     """
 
     training_flops: float
     evaluation_flops: float
     most_kept: int
+    checkpoint_bytes: int
 
 
-def write_journal(folder: Path, curves: Curves, cost: Cost) -> None:
+class Drawn(NamedTuple):
+    """What a sampler that learns drew from after so many epochs: of each task, the share that it is trained with."""
+
+    epochs: float
+    shares: dict[str, float]
+
+
+class Journal(NamedTuple):
+    curves: Curves
+    cost: Cost
+    drawn: list[Drawn]  # empty where the schedule stood from the start
+
+
+def write_journal(folder: Path, journal: Journal) -> None:
     plain = {
-        "epochs": list(map(float, curves.epochs)),
-        "rows": {task: rows.tolist() for task, rows in curves.rows.items()},
-        "cost": dataclasses.asdict(cost),
+        "epochs": list(map(float, journal.curves.epochs)),
+        "rows": {task: rows.tolist() for task, rows in journal.curves.rows.items()},
+        "cost": dataclasses.asdict(journal.cost),
+        "drawn": [drawn._asdict() for drawn in journal.drawn],
     }
     (folder / CURVES).write_text(json.dumps(plain))
 
 
-def read_journal(file: IO[Any]) -> tuple[Curves, Cost]:
+def read_journal(file: IO[Any]) -> Journal:
     data = json.load(file)
     rows = {task: np.array(rows) for task, rows in data["rows"].items()}
-    return Curves(data["epochs"], rows), Cost(**data["cost"])
+    drawn = [Drawn(**one) for one in data["drawn"]]
+    return Journal(Curves(data["epochs"], rows), Cost(**data["cost"]), drawn)

@@ -11,23 +11,38 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sft_core.search.journal import CURVES, Cost, read_journal, write_journal
+import numpy as np
+
+from sft_core.data.packing import PackPlan
+from sft_core.search.journal import CURVES, Cost, Drawn, Journal, read_journal, write_journal
 from sft_core.search.rollouts import Search, replay
+from sft_core.search.samplers import Sampler, make_sampler
 from sft_core.search.strategies import make_search
 from sft_core.search.watch import RolloutWatch
+from sft_core.train.log_file import read_events
 from sft_core.train.main import main, trained
 
 
 def roll_out(job: dict[str, Any], out: Path) -> None:
     """Trains, and writes what the search asks for."""
     tasks, search = job["rollout"]["tasks"], search_of(job["rollout"])
-    trainer = trained(job, out, functools.partial(RolloutWatch, search, tasks, job["sources"], out))
+    trainer = trained(
+        job,
+        out,
+        watch=functools.partial(RolloutWatch, search, tasks, job["sources"], out),
+        sampler=functools.partial(sampler_of, job),
+    )
     if trainer.accelerator.is_main_process:
         assert trainer.selection is not None and isinstance(trainer.selection.watch, RolloutWatch)
         watch = trainer.selection.watch
         watch.keep_only(search.kept(watch.curves))
         training, evaluation = trainer.flops()
-        write_journal(out, watch.curves, Cost(training, evaluation, watch.most_kept))
+        cost = Cost(training, evaluation, watch.most_kept, watch.checkpoint_bytes)
+        drawn = [
+            Drawn(event["step"] / watch.steps_per_epoch, event["shares"])
+            for event in read_events(out / "logs" / "online.jsonl")
+        ]
+        write_journal(out, Journal(watch.curves, cost, drawn))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
@@ -38,10 +53,28 @@ def search_of(rollout: dict[str, Any]) -> Search:
     journal = []
     for folder in rollout["before"]:
         with (Path(folder) / CURVES).open() as file:
-            journal.append(read_journal(file)[0])
+            journal.append(read_journal(file).curves)
     replay(search, journal)
     assert search.propose() is not None
     return search
+
+
+def sampler_of(job: dict[str, Any], plan: PackPlan, num_steps: int) -> Sampler | None:
+    """Who draws what the roll-out trains; None where its schedule stands from the start."""
+    rollout, training = job["rollout"], job["training"]
+    tasks = [source for source in job["sources"] if source in rollout["active"]]
+    number = {job["sources"].index(task): place for place, task in enumerate(tasks)}
+    return make_sampler(
+        rollout["search"],
+        tasks=tasks,
+        task=np.array([number[source] for source in plan.source.tolist()]),
+        plan=plan,
+        num_steps=num_steps,
+        num_epochs=training["num_train_epochs"],
+        global_batch_size=training["global_batch_size"],
+        max_length=rollout.get("max_length"),
+        seed=training["seed"],
+    )
 
 
 if __name__ == "__main__":

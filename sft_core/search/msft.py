@@ -10,6 +10,7 @@ import numpy as np
 
 from sft_core.search.peaks import fall_of, first_highest, peak_of
 from sft_core.search.rollouts import Best, Curves, Decision, Point, Rollout
+from sft_core.wording import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +57,11 @@ class Msft:
         if not self._active:
             return "every task is dropped"
         if self._round >= limits.max_rollouts:
-            return f"max_rollouts: {limits.max_rollouts} roll-outs are done"
+            return f"max_rollouts: {counted(limits.max_rollouts, 'roll-out')} done"
         if limits.max_epochs is not None and self._epochs >= limits.max_epochs:
             return f"max_epochs: {self._epochs:g} epochs are trained, of {limits.max_epochs:g}"
         if limits.max_idle is not None and self._num_idle >= limits.max_idle:
-            return f"max_idle: {self._num_idle} roll-outs in a row dropped no task"
+            return f"max_idle: {counted(self._num_idle, 'roll-out')} in a row dropped no task"
         return None
 
     def observe(self, curves: Curves) -> Decision:
@@ -128,13 +129,21 @@ class RobustMsft(Msft):
     that they have fallen, at `alpha` over the number of active tasks (Bonferroni). All whose fit turned there are
     dropped together. A roll-out ends as soon as no other task can turn out to have peaked earlier. With `readmit`, an
     excluded task comes back once its rows have fallen, by the same test, below where it was dropped.
+
+    max_kept: evaluations whose weights are kept at once. Over it late peaks are let go first, for a roll-back goes to
+    the earliest, and to the nearest one that is there when its own is gone.
     """
 
     alpha: float = 0.05
     readmit: bool = False
+    max_kept: int | None = None
 
     def wanted(self, curves: Curves) -> set[int]:
-        return {peak_of(curves.rows[task]).evaluation for task in self._active} | super().wanted(curves)
+        peaks = {peak_of(curves.rows[task]).evaluation for task in self._active}
+        peaks |= {first_highest(curves.of(task)) for task in self._active}
+        always = {len(curves.epochs) - 1, *self._best.would_be(curves)}
+        room = None if self.max_kept is None else self.max_kept - len(always)
+        return always | {*sorted(peaks - always)[:room]}
 
     def is_decided(self, curves: Curves) -> bool:
         evaluation, dropped, _ = self._judge(curves)

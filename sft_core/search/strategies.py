@@ -20,7 +20,7 @@ def make_search(settings: Mapping[str, Any], tasks: Sequence[str], sizes: Mappin
     """
     epochs = settings["epochs_per_rollout"]
     match settings["strategy"]:
-        case "sft":
+        case "sft" | "dynamix" | "ies":  # the last two: one roll-out whose sampler learns, see samplers.py
             return Sft(tasks, epochs)
         case "continual":
             return Continual(tasks, epochs)
@@ -33,5 +33,6 @@ def make_search(settings: Mapping[str, Any], tasks: Sequence[str], sizes: Mappin
             limits = Limits(caps["max_rollouts"] or sys.maxsize, caps["max_epochs"], caps["max_idle"])
             if settings["preset"] == "paper":
                 return Msft(tasks, epochs, limits)
-            return RobustMsft(tasks, epochs, limits, alpha=settings["alpha"], readmit=settings["readmit"])
+            own = {name: settings[name] for name in ("alpha", "readmit", "max_kept")}
+            return RobustMsft(tasks, epochs, limits, **own)
     raise ValueError(f"search.strategy: found {settings['strategy']!r}")

@@ -22,7 +22,7 @@ class RolloutWatch:
 
     def __init__(self, search: Search, tasks: list[str], sources: list[str], out: Path, steps_per_epoch: int):
         self._search, self._tasks, self._sources = search, tasks, sources
-        self._steps_per_epoch, self._out = steps_per_epoch, out
+        self.steps_per_epoch, self._out = steps_per_epoch, out
         self._steps: list[int] = []
         self._scores: list[dict[str, list[float]]] = []
         self._kept: set[int] = set()
@@ -30,7 +30,7 @@ class RolloutWatch:
 
     @property
     def curves(self) -> Curves:
-        epochs = [step / self._steps_per_epoch for step in self._steps]
+        epochs = [step / self.steps_per_epoch for step in self._steps]
         return Curves(epochs, {task: np.array([scores[task] for scores in self._scores]) for task in self._tasks})
 
     @property
@@ -44,7 +44,7 @@ class RolloutWatch:
         self.most_kept = max((len(event["kept"]) for event in past), default=0)
 
     def see(self, step: int, losses: RowLosses, save: Callable[[Path], None]) -> dict[str, Any]:
-        by_row = -losses.nll / losses.num_trained
+        by_row = -losses.by_row
         of_source = {task: losses.source == self._sources.index(task) for task in self._tasks}
         self._steps.append(step)
         self._scores.append({task: by_row[is_its].tolist() for task, is_its in of_source.items()})
@@ -56,6 +56,12 @@ class RolloutWatch:
         self._kept = (self._kept | {evaluation}) & wanted
         self.most_kept = max(self.most_kept, len(self._kept))
         return {"evaluation": evaluation, "scores": self._scores[-1], "kept": sorted(self._kept)}
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one evaluation's weights; 0 when none was kept."""
+        folders = sorted((self._out / "evaluations").glob("*"))
+        return sum(path.stat().st_size for path in folders[0].rglob("*") if path.is_file()) if folders else 0
 
     def saved(self) -> None:
         self.keep_only(self._kept)

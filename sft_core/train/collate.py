@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,19 +37,24 @@ class PackCollator:
 
     def __call__(self, slots: list[dict[str, int]]) -> dict[str, torch.Tensor]:
         """input_ids, position_ids, labels, source: int64 tensors of shape (1, tokens); weights: float32."""
-        documents: list[tuple[TokenRow, int]] = []
-        for slot in slots:
-            if slot["pack"] != EMPTY:
-                documents += self._documents(slot["pack"])
-        return collate(documents)
+        offsets, packs = self.plan.offsets, [slot["pack"] for slot in slots]
+        return self.of_documents(
+            [entry for pack in packs if pack != EMPTY for entry in range(offsets[pack], offsets[pack + 1])]
+        )
 
-    def _documents(self, pack: int) -> list[tuple[TokenRow, int]]:
+    def of_documents(self, entries: Iterable[int]) -> dict[str, torch.Tensor]:
+        """The same of some of the plan's documents, by their numbers."""
         plan, documents = self.plan, []
-        for entry in range(plan.offsets[pack], plan.offsets[pack + 1]):
+        for entry in entries:
             source, length = int(plan.source[entry]), int(plan.num_tokens[entry])
             row = self._shards[source][int(plan.row[entry])]
             documents.append((row.first(length), source))
-        return documents
+        return collate(documents)
+
+
+def slot_alone(slots: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+    """The number of a slot, where what is in it is not known when it is loaded: int64, shape (1,)."""
+    return {"slot": torch.tensor([slot["pack"] for slot in slots])}
 
 
 def collate(documents: list[tuple[TokenRow, int]]) -> dict[str, torch.Tensor]:

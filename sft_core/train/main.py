@@ -20,6 +20,11 @@ from typing import TYPE_CHECKING, Any
 from sft_core.lifetime import die_with_parent
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from sft_core.data.packing import PackPlan
+    from sft_core.train.collate import PackCollator
+    from sft_core.train.online import OnlineSchedule, Sampler
     from sft_core.train.selection import Selection, Watch
     from sft_core.train.trainer import PackTrainer
 
@@ -69,11 +74,20 @@ def train(job: dict[str, Any], out: Path) -> None:
     trainer.accelerator.end_training()
 
 
-def trained(job: dict[str, Any], out: Path, watch: Callable[[int], Watch] | None = None) -> PackTrainer:
+def trained(
+    job: dict[str, Any],
+    out: Path,
+    *,
+    watch: Callable[[int], Watch] | None = None,
+    sampler: Callable[[PackPlan, int], Sampler | None] | None = None,
+) -> PackTrainer:
     """The trainer after its last step.
 
-    watch: of a number of steps an epoch, who looks at the selection losses. Raises Stopped when it was asked to stop.
+    watch: of a number of steps an epoch, who looks at the selection losses. sampler: of all packs and the number of
+    steps, who draws what is trained; None: a schedule that stands from the start. Raises Stopped when it was asked to
+    stop.
     """
+    import numpy as np
     import torch
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
@@ -81,7 +95,7 @@ def trained(job: dict[str, Any], out: Path, watch: Callable[[int], Watch] | None
     from sft_core.data.balance import pack_costs
     from sft_core.train.arguments import training_arguments
     from sft_core.train.checkpoints import check_room, stop_request
-    from sft_core.train.collate import PackCollator
+    from sft_core.train.collate import PackCollator, slot_alone
     from sft_core.train.continuation import resumable
     from sft_core.train.model import load_model, skeleton
     from sft_core.train.schedule import step_packs, training_flops
@@ -101,7 +115,7 @@ def trained(job: dict[str, Any], out: Path, watch: Callable[[int], Watch] | None
             "(max_position_embeddings); lower packing.max_length"
         )
     if int(os.environ.get("RANK", "0")) == 0:
-        check_room(out, bytes_on_disk(shape.num_parameters(), training, job["runtime"], job.get("selection")))
+        check_room(out, bytes_on_disk(shape.num_parameters(), job))
     linear, quadratic = training_flops(shape)
     schedule = step_packs(
         pack_costs(collator.plan.num_tokens, collator.plan.offsets, linear=linear, quadratic=quadratic),
@@ -110,6 +124,9 @@ def trained(job: dict[str, Any], out: Path, watch: Callable[[int], Watch] | None
         max_steps=training["max_steps"],
         seed=training["seed"] + job["round"],  # a roll-out goes through its rows in an order of its own
     )
+    drawn = sampler(collator.plan, len(schedule)) if sampler is not None else None
+    online = _online(job, drawn, collator, schedule, (linear, quadratic)) if drawn is not None else None
+    slots = schedule.ravel() if online is None else np.arange(schedule.size)
     staging = out / "staging"
     if int(os.environ.get("RANK", "0")) == 0:
         discard_staged(staging)
@@ -129,8 +146,8 @@ def trained(job: dict[str, Any], out: Path, watch: Callable[[int], Watch] | None
     trainer = PackTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_dict({"pack": schedule.ravel()}),
-        data_collator=collator,
+        train_dataset=Dataset.from_dict({"pack": slots}),
+        data_collator=collator if online is None else slot_alone,
         processing_class=tokenizer,
         peft_config=_lora(training["lora"], model, job["tokenizer"]["add_special_tokens"], tokenizer),
         callbacks=[LogEvents(out / "logs" / "log.jsonl")],
@@ -140,6 +157,7 @@ def trained(job: dict[str, Any], out: Path, watch: Callable[[int], Watch] | None
         keep=job["runtime"]["keep_checkpoints"],
         flops=(linear, quadratic),
         selection=_selection(job, len(schedule), len(collator.plan), watch),
+        online=online,
         write_model=functools.partial(_write_model, tokenizer, job["chat_template"], training["lora"] is not None),
     )
     trainer.remove_callback(PrinterCallback)  # LogEvents prints
@@ -148,6 +166,23 @@ def trained(job: dict[str, Any], out: Path, watch: Callable[[int], Watch] | None
     if stop_request(out).exists() and step < len(schedule):
         raise Stopped(f"stopped at step {step} of {len(schedule)}, as asked; its checkpoint is whole: a retry goes on")
     return trainer
+
+
+def _online(
+    job: dict[str, Any], sampler: Sampler, collator: PackCollator, schedule: np.ndarray, flops: tuple[float, float]
+) -> OnlineSchedule:
+    from sft_core.train.online import OnlineSchedule
+
+    lengths, (linear, quadratic) = collator.plan.num_tokens.astype(float), flops
+    num_steps, global_batch_size = schedule.shape
+    return OnlineSchedule(
+        sampler,
+        collator,
+        Path(job["out"]) / "logs" / "online.jsonl",
+        num_steps=num_steps,
+        global_batch_size=global_batch_size,
+        costs=linear * lengths + quadratic * lengths**2,
+    )
 
 
 def _write_model(
@@ -183,18 +218,21 @@ def _selection(
     )
 
 
-def bytes_on_disk(
-    num_parameters: int, training: dict[str, Any], runtime: dict[str, Any], selection: dict[str, Any] | None
-) -> int:
+def bytes_on_disk(num_parameters: int, job: dict[str, Any]) -> int:
     """At most what checkpoints and the model take: fp32 weights and AdamW's two moments, 12 bytes a parameter.
 
     DeepSpeed's hold the weights in 16 bits besides, twice under zero3. One more checkpoint than are kept is there while
-    it is staged, and the best one. LoRA's are left out: they are small.
+    it is staged, and the best one. A roll-out keeps the weights of its tasks' peaks, of its last and of the best
+    evaluation. LoRA's are left out: they are small.
     """
+    training, runtime, rollout = job["training"], job["runtime"], job.get("rollout")
     by_deepspeed = runtime["distributed"] in ("zero2", "zero3")
     checkpoint = 0 if training["lora"] is not None else (16 if by_deepspeed else 12) * num_parameters
-    num_kept = runtime["keep_checkpoints"] + 1 + bool(selection and selection["keep_best"])
-    return checkpoint * num_kept + 4 * num_parameters
+    num_kept = runtime["keep_checkpoints"] + 1 + bool("selection" in job and job["selection"]["keep_best"])
+    num_models = 1
+    if rollout is not None:
+        num_models = rollout["search"]["max_kept"] or len(rollout["active"]) + 2
+    return checkpoint * num_kept + 4 * num_parameters * num_models
 
 
 def _lora(lora: dict[str, Any] | None, model: Any, added: list[str], tokenizer: Any) -> Any:

@@ -39,6 +39,11 @@ class RowLosses:
     num_trained: np.ndarray  # float64, shape (rows,)
     source: np.ndarray  # int64, shape (rows,)
 
+    @property
+    def by_row(self) -> np.ndarray:
+        """The loss per trained token: shape (rows,)."""
+        return self.nll / self.num_trained
+
     def by_source(self, names: list[str]) -> dict[str, float]:
         """The loss per trained token."""
         sums, counts = (np.bincount(self.source, of, len(names)) for of in (self.nll, self.num_trained))
@@ -125,18 +130,33 @@ class EvaluateSelection(TrainerCallback):
     The best is that of the lowest mean over sources, each counting the same; of equals the first, and never step 0.
     """
 
-    def __init__(self, selection: Selection, measure: Callable[[], RowLosses], save_weights: Callable[[Path], None]):
+    def __init__(
+        self,
+        selection: Selection,
+        measure: Callable[[], RowLosses],
+        save_weights: Callable[[Path], None],
+        is_over: Callable[[], bool],
+    ):
         self._selection, self._measure, self._save_weights = selection, measure, save_weights
+        self._is_over = is_over  # whether a step is the last though not the last of all that were planned
         self._log = LogFile(selection.log)
         self.seconds = 0.0  # spent on it since somebody looked
+        self.num_done = 0
+
+    def begin(self, step: int, *, writes: bool) -> bool:
+        """Goes on from what was measured up to a step: whether it is over. writes: on one rank, which takes back what
+        came after it."""
+        before = step if step > 0 else -1  # the start is measured again
+        past = [event for event in read_events(self._selection.log) if event["step"] <= before]
+        self.num_done = len(past)
+        if writes:
+            self._log.rewind(before)
+        if (watch := self._selection.watch) is None:
+            return False
+        watch.begin(past)
+        return bool(past) and watch.is_decided
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        before = state.global_step if state.global_step > 0 else -1  # the start is measured again
-        if self._selection.watch is not None:
-            past = [event for event in read_events(self._selection.log) if event["step"] <= before]
-            self._selection.watch.begin(past)
-        if state.is_world_process_zero:
-            self._log.rewind(before)
         if state.global_step == 0:
             self._evaluate(state, control)
 
@@ -148,8 +168,9 @@ class EvaluateSelection(TrainerCallback):
             self._selection.watch.saved()
 
     def _evaluate(self, state: TrainerState, control: TrainerControl) -> None:
-        if state.global_step not in self._selection.steps:
+        if state.global_step not in self._selection.steps and not self._is_over():
             return
+        self.num_done += 1
         started = time.monotonic()
         found = self._measure()
         losses = found.by_source(self._selection.sources)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from sft_core.train import checkpoints
 from sft_core.train.continuation import Continuation
 from sft_core.train.log_file import LogFile
 from sft_core.train.loss import LossBySource, trained_token_nll
+from sft_core.train.online import OnlineSchedule, Pack, step_gain
 from sft_core.train.schedule import EMPTY
-from sft_core.train.selection import EvaluateSelection, RowLosses, Selection
+from sft_core.train.selection import EvaluateSelection, RowLosses, Selection, SelectionLosses
 from sft_core.train.speed import batch_flops, peak_flops_per_s, peak_memory_gib
 from sft_core.train.strategy import SHARED, check_engaged
 
@@ -35,6 +37,7 @@ class PackTrainer(SFTTrainer):
     write_model(model, weights, folder) makes a checkpoint of it that transformers loads; weights are all of the model's
     where this rank holds but a share of them.
     flops: (linear, quadratic) as schedule.training_flops gives them, for the speed that is logged.
+    online: what is trained is drawn while it goes on; train_dataset's packs are slots of it then.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class PackTrainer(SFTTrainer):
         keep: int,
         flops: tuple[float, float],
         selection: Selection | None,
+        online: OnlineSchedule | None,
         write_model: Callable[[Any, dict[str, Any] | None, Path], None],
         **kwargs: Any,
     ):
@@ -54,15 +58,25 @@ class PackTrainer(SFTTrainer):
             raise ValueError("the model wants a router loss (MoE), which is not trained here; set its coefficient to 0")
         self.model_accepts_loss_kwargs = True  # the count comes to compute_loss, whatever the model's forward takes
         self._sources = sources
+        self._global_batch_size = self.args.gradient_accumulation_steps * self.accelerator.num_processes
         self._strategy, self._is_engaged = strategy, False  # until it is seen at work
         self._folder, self._keep = folder, keep
         self._write_model = write_model
         self._stop = StopRequest(folder.parent)
         self.add_callback(self._stop)
+        self._online = online
+        if online is not None:  # before the evaluation, which is told of the last step
+            online.measure_gains, online.measure_losses = self._measure_gains, self._measure_training_losses
+            self.add_callback(online)
         self.selection, self._evaluation = selection, None
         self._keeps_best = selection is not None and selection.keep_best
         if selection is not None:
-            self._evaluation = EvaluateSelection(selection, self._measure_selection, self.save_weights)
+            self._evaluation = EvaluateSelection(
+                selection,
+                self._measure_selection,
+                self.save_weights,
+                is_over=lambda: online is not None and online.is_over,
+            )
             self.add_callback(self._evaluation)
         self._loss_by_source = LossBySource(len(sources))
         self._flops, self._flops_done = flops, 0.0
@@ -74,6 +88,14 @@ class PackTrainer(SFTTrainer):
     def train_from(self, checkpoint: Path | None) -> None:
         """To the end of the schedule, from its start or from a checkpoint."""
         self._resumed_from = checkpoint
+        step = 0 if checkpoint is None else checkpoints.step_of(checkpoint)
+        ended = [
+            part.begin(step, writes=self.is_world_process_zero()) for part in (self._online, self._evaluation) if part
+        ]
+        if any(ended):
+            # It was over there, before its last step. The Trainer trains nothing only where no data is left either.
+            self.args.max_steps = step
+            self.train_dataset = self.train_dataset.select(range(step * self._global_batch_size))  # type: ignore
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -95,13 +117,22 @@ class PackTrainer(SFTTrainer):
         # DDP averages over ranks, and num_items_in_batch sums over all of them: the product restores the sum.
         return (nll_N * inputs["weights"][0, targets_N]).sum() / num_items_in_batch * self.accelerator.num_processes
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        if self._online is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        # The loader looks a batch ahead, so it hands out slots: what is in them is known only now.
+        slots = [int(batch["slot"]) for batch in itertools.islice(epoch_iterator, num_batches)]
+        batches = [self._online.batch(slot) for slot in slots]
+        return batches, self._get_num_items_in_batch(batches, device)
+
     @property
     def _has_fused_head(self) -> bool:
         return self.args.device.type == "cuda"
 
-    def _measure_selection(self) -> RowLosses:
-        assert self.selection is not None
-        found = self.selection.losses.measure(
+    def _measure(self, losses: SelectionLosses) -> RowLosses:
+        return losses.measure(
             self.model_wrapped,
             device=self.args.device,
             rank=self.accelerator.process_index,
@@ -109,6 +140,35 @@ class PackTrainer(SFTTrainer):
             sum_over_ranks=self._sum_over_ranks,
             fused_lm_head=self._has_fused_head,
         )
+
+    def _measure_training_losses(self) -> np.ndarray:
+        """Of each document of the plan, a trained token: shape (documents,)."""
+        assert self._online is not None
+        return self._measure(SelectionLosses(self._online.collator)).by_row
+
+    def _measure_gains(self, packs: list[Pack]) -> np.ndarray:
+        """By how much of itself one optimizer step on a pack lowers the pack's loss: shape (packs,).
+
+        Ranks share the packs, which whole weights on every rank allow. Without dropout, so that nothing is drawn.
+        """
+        assert self._online is not None
+        model: Any = self.accelerator.unwrap_model(self.model_wrapped)
+        gains = torch.zeros(len(packs), dtype=torch.float64, device=self.args.device)
+        model.eval()
+        for number in range(self.accelerator.process_index, len(packs), self.accelerator.num_processes):
+            batch = self._prepare_inputs(self._online.collator.of_documents(packs[number].tolist()))
+
+            def loss(batch: dict[str, Any] = batch) -> torch.Tensor:
+                with self.compute_loss_context_manager():
+                    return trained_token_nll(model, batch, fused_lm_head=self._has_fused_head)[0].mean()
+
+            gains[number] = step_gain(self.optimizer, loss, max_grad_norm=self.args.max_grad_norm)
+        model.train()
+        return self._sum_over_ranks(gains).cpu().numpy()
+
+    def _measure_selection(self) -> RowLosses:
+        assert self.selection is not None
+        found = self._measure(self.selection.losses)
         losses = found.by_source(self.selection.sources)
         by_source = {f"eval_selection_loss/{source}": loss for source, loss in losses.items()}
         should_log = self.control.should_log  # what training logs at this step; logging takes the wish for done
@@ -117,14 +177,15 @@ class PackTrainer(SFTTrainer):
         return found
 
     def flops(self) -> tuple[float, float]:
-        """Of the training so far, and of what was evaluated while it went on, on all ranks together."""
-        packs = np.array(self.train_dataset["pack"])  # type: ignore[index]
-        done = packs[: self.state.global_step * (len(packs) // self.state.max_steps)]
-        training = self._costs(self.data_collator.plan)[done[done != EMPTY]].sum()  # type: ignore[union-attr]
-        if self.selection is None:
-            return float(training), 0.0
-        num_evaluations = sum(step <= self.state.global_step for step in self.selection.steps)
-        return float(training), float(num_evaluations * self._costs(self.selection.losses.plan).sum() / 3)
+        """Of the training so far, and of what was measured while it went on, on all ranks together."""
+        evaluation = 0.0
+        if self._evaluation is not None and self.selection is not None:
+            evaluation = self._evaluation.num_done * float(self._costs(self.selection.losses.plan).sum()) / 3
+        if self._online is not None:
+            training, measuring = self._online.flops(self.state.global_step)
+            return training, evaluation + measuring
+        done = np.array(self.train_dataset["pack"])[: self.state.global_step * self._global_batch_size]  # type: ignore[index]
+        return float(self._costs(self.data_collator.plan)[done[done != EMPTY]].sum()), evaluation  # type: ignore[union-attr]
 
     def _costs(self, plan: PackPlan) -> np.ndarray:
         linear, quadratic = self._flops

@@ -13,7 +13,7 @@ def test_sft_is_one_rollout_over_everything_and_delivers_its_best_evaluation():
     search = Sft(["a", "b"], 3.0)
     assert run(search, lambda _: curves({"a": EARLY, "b": EARLY})) == [Rollout(0, None, ("a", "b"), 3.0)]
     assert search.best == Point(0, 1)
-    assert search.ended_by == "all 1 roll-outs are done"
+    assert search.ended_by == "1 roll-out done, as planned"
 
 
 def test_continual_trains_one_task_after_another_from_the_last_ones_peak():

@@ -53,7 +53,7 @@ def test_paper_drops_nobody_when_all_peak_last_and_uses_a_rollout_up():
     rollouts = run(search, lambda rollout: curves({"a": RISING, "b": RISING}))
     assert [rollout.active for rollout in rollouts] == [("a", "b")] * 3
     assert rollouts[2].start == Point(1, 4)
-    assert search.ended_by == "max_rollouts: 3 roll-outs are done"
+    assert search.ended_by == "max_rollouts: 3 roll-outs done"
 
 
 def test_paper_scores_of_zero_and_plateaus_peak_at_once():
@@ -214,3 +214,20 @@ def test_robust_goes_back_to_weights_that_are_there_when_the_fit_turns_back():
     decision = search.observe(found)
     assert decision.dropped == ("a",)
     assert decision.start.evaluation == min(alive, key=lambda number: abs(number - fitted))
+
+
+@given(st.integers(0, 10**6), st.integers(3, 5))
+@settings(max_examples=60, deadline=None)
+def test_robust_keeps_no_more_weights_than_allowed_and_goes_back_to_one_of_them(seed: int, max_kept: int):
+    rng = np.random.default_rng(seed)
+    scores = {task: rng.random(9).tolist() for task in "abcdef"}
+    found = curves(scores, rows=10, noise=0.001, seed=seed)
+    search, alive, free = robust(*"abcdef", max_kept=max_kept), {0}, robust(*"abcdef")
+    for evaluation in range(9):
+        wanted = search.wanted(found.until(evaluation))
+        assert len(wanted) <= max_kept
+        alive = (alive | {evaluation}) & wanted
+    assert search.kept(found) <= alive
+    decision, unbound = search.observe(found), free.observe(found)
+    assert decision.dropped == unbound.dropped
+    assert decision.start.evaluation in alive

@@ -1,5 +1,6 @@
 """A search that trains for real: roll-outs as outputs of the store, from one another's weights."""
 
+import itertools
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from sft_core.search.rollouts import Curves, Decision
 from sft_core.store import Store, Unresolved
 from sft_core.train.checkpoints import numbered
 from sft_core.train.launch import evaluation_folder
+from sft_core.wording import counted
 from steps.deliver import DELIVERED
 from steps.mix import MIXTURE
 from steps.pack import PACKED
@@ -31,14 +33,19 @@ from steps.selection import SELECTION
 from steps.train import TRAINED
 from tests.train.tiny import ROOT, SOURCES, tiny_recipe
 
-SEARCH = {"strategy": "msft", "preset": "paper", "epochs_per_rollout": 2.0, "evaluations_per_epoch": 2, "max_rows": 10}
+SEARCH = {"strategy": "msft", "epochs_per_rollout": 2.0, "evaluations_per_epoch": 2, "max_rows": 10}
+OWN: dict[str, dict[str, Any]] = {
+    "msft": {"preset": "paper", "max_rollouts": 3},
+    "dynamix": {"dynamix": {"every_steps": 3}, "epochs_per_rollout": 4.0},
+    "ies": {"ies": {"delta": 0.3}, "epochs_per_rollout": 7.0},
+}
 
 
 def recipe(**search: Any) -> dict[str, Any]:
     data = tiny_recipe(
         dataset_mixture={"selection_share": 0.2},
         training={"learning_rate": 0.02, "lr_scheduler_type": "constant"},
-        search={**SEARCH, "max_rollouts": 3, **search},
+        search={**SEARCH, **OWN.get(search.get("strategy", "msft"), {}), **search},
     )
     del data["training"]["num_train_epochs"]
     return data
@@ -84,7 +91,7 @@ def searched(store: Store) -> Progress:
 def test_search_drops_a_task_and_rolls_back(searched: Progress):
     dropped = [task for decision in decisions(searched) for task in decision.dropped]
     assert len(dropped) >= 1, decisions(searched)
-    assert searched.ended_by == "max_rollouts: 3 roll-outs are done"
+    assert searched.ended_by == "max_rollouts: 3 roll-outs done"
     rollouts = searched.pinned.rollouts
     for rollout, decision in zip(rollouts[1:], decisions(searched), strict=False):
         assert rollout.start == decision.start
@@ -190,9 +197,12 @@ store.ensure(TRAINED, progress(store, pinned).pinned, round=0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")
-def test_search_killed_in_a_rollout_measures_the_same(store: Store, searched: Progress, tmp_path: Path):
-    data = recipe()
-    data["runtime"]["save_steps"] = 1
+@pytest.mark.parametrize(("strategy", "whole_checkpoints"), [("msft", 2), ("dynamix", 6), ("ies", 7)])
+def test_search_killed_in_a_rollout_measures_the_same(
+    store: Store, strategy: str, whole_checkpoints: int, tmp_path: Path
+):
+    data = recipe(strategy=strategy)
+    data["runtime"] |= {"save_steps": 1, "keep_checkpoints": 20}
     other, wait = Store(tmp_path), 120
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with (tmp_path / "log").open("w") as log:
@@ -204,7 +214,7 @@ def test_search_killed_in_a_rollout_measures_the_same(store: Store, searched: Pr
             start_new_session=True,
         )
         pattern, end = ".partial/trained-*/checkpoints", time.monotonic() + wait
-        while not any(numbered(folder)[1:] for folder in tmp_path.glob(pattern)):
+        while not any(numbered(folder)[whole_checkpoints - 1 :] for folder in tmp_path.glob(pattern)):
             assert launcher.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.01)
         os.killpg(launcher.pid, signal.SIGKILL)
@@ -213,7 +223,7 @@ def test_search_killed_in_a_rollout_measures_the_same(store: Store, searched: Pr
     assert any((partial / "evaluations").iterdir())
     pinned = progress(other, pin(parse_recipe(data))).pinned
     other.ensure(TRAINED, pinned, round=0)
-    mine, expected = folder_of(other, pinned, 0), folder_of(store, searched.pinned, 0)
+    mine, expected = folder_of(other, pinned, 0), folder_of(store, run(store, recipe(strategy=strategy)).pinned, 0)
     assert "resume checkpoint=" in (mine / "logs" / "train.log").read_text()
     assert (mine / CURVES).read_bytes() == (expected / CURVES).read_bytes()
     for kept in (expected / "evaluations").iterdir():
@@ -221,12 +231,103 @@ def test_search_killed_in_a_rollout_measures_the_same(store: Store, searched: Pr
         assert all((one[name] == two[name]).all() for name in one)
 
 
+ENDS_EARLY: list[dict[str, Any]] = [
+    {"strategy": "ies", "ies": {"delta": 100.0}},  # after three epochs every row is left out
+    {"preset": "robust", "alpha": 0.9, "evaluations_per_epoch": 4, "epochs_per_rollout": 8.0, "max_rollouts": 1},
+]
+
+
+@pytest.mark.parametrize("search", ENDS_EARLY)
+def test_rollout_that_ended_early_ends_there_again_when_it_goes_on_from_its_last_checkpoint(
+    store: Store, search: dict[str, Any], tmp_path: Path
+):
+    found = run(store, recipe(**search))
+    job = json.loads((folder_of(store, found.pinned, 0) / "logs" / "job.json").read_text())
+    (tmp_path / "logs").mkdir()
+    job |= {"out": str(tmp_path), "runtime": job["runtime"] | {"save_steps": 1, "logging_steps": 1}}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    ends = []
+    for _ in range(2):
+        ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "sft_core.search.main"]
+        command = [*ranks, str(tmp_path / "job.json")]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        lines = [json.loads(line) for line in (tmp_path / "logs" / "log.jsonl").read_text().splitlines()]
+        ends.append((lines[-1]["step"], (tmp_path / CURVES).read_bytes()))
+    assert 0 < ends[0][0] < lines[0]["of"]
+    assert ends[1] == ends[0]
+
+
+def measured_online(store: Store, found: Progress) -> list[dict[str, Any]]:
+    log = folder_of(store, found.pinned, 0) / "logs" / "online.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_dynamix_draws_each_task_by_what_a_step_on_it_gains(store: Store):
+    found = run(store, recipe(strategy="dynamix"))
+    (events, (measured,)) = measured_online(store, found), found.measured
+    part = TRAINED.needs(found.pinned, {"round": 0})["packs"][1]
+    packs = PackPlan.read(store.path(store.ensure(PACKED, found.pinned, **part)))
+    tasks = [{*packs.source[first:last].tolist()} for first, last in itertools.pairwise(packs.offsets)]
+    assert all(len(of_pack) == 1 for of_pack in tasks)
+    assert [event["step"] for event in events] == [3, 6], "eight steps are four epochs of two steps"
+    assert [drawn.epochs for drawn in measured.drawn] == [1.5, 3.0]
+    for event in events:
+        assert all(0 < gain < 1 for gain in event["measured"]), "one step on a pack lowers its own loss"
+    best = SOURCES[int(np.argmax(events[0]["measured"]))]
+    sizes = dict(zip(SOURCES, np.bincount(packs.source) / len(packs.source), strict=True))
+    assert events[0]["shares"][best] > 0.7 * sizes[best] + 0.15
+    gained = len(events) * len(SOURCES) * 4 / 3 / (8 * 4)  # of a pack, beside those that were trained
+    held_out = store.manifest(store.ensure(SELECTION, found.pinned))["counts"]["tokens"] * 9 / 3
+    trained = packs.num_tokens.sum() * 8 * 4 / len(packs)
+    ratio = measured.cost.evaluation_flops / measured.cost.training_flops
+    assert ratio == pytest.approx(gained + held_out / trained, rel=0.3)
+
+
+def test_dynamix_on_two_ranks_measures_the_same(store: Store, tmp_path: Path):
+    alone = measured_online(store, run(store, recipe(strategy="dynamix")))
+    data = recipe(strategy="dynamix")
+    data["runtime"]["num_processes"] = 2
+    shared = Store(tmp_path)
+    together = measured_online(shared, run(shared, data))
+    for one, other in zip(alone, together, strict=True):
+        assert other["step"] == one["step"]
+        assert other["measured"] == pytest.approx(one["measured"], rel=1e-3)
+
+
+def test_ies_trains_no_row_whose_loss_hardly_bends(store: Store):
+    found = run(store, recipe(strategy="ies"))
+    events, (measured,) = measured_online(store, found), found.measured
+    assert len(events) >= 5
+    losses = [np.array(event["measured"]) for event in events]
+    part = TRAINED.needs(found.pinned, {"round": 0})["packs"][1]
+    packs = PackPlan.read(store.path(store.ensure(PACKED, found.pinned, **part)))
+    sizes = np.bincount(packs.source)
+    trained = 3 * packs.num_tokens.sum()
+    for before, middle, last in zip(losses, losses[1:], losses[2:], strict=False):
+        stays = np.abs(last - 2 * middle + before) >= 0.3
+        number = next(number for number, one in enumerate(losses) if one is last)
+        shares = np.bincount(packs.source[stays], minlength=2) / sizes
+        assert list(events[number]["shares"].values()) == pytest.approx(shares.tolist())
+        trained += packs.num_tokens[stays].sum() if number < 6 else 0
+    assert 0 < stays.sum() < len(stays), "some rows are left out"
+    linear = measured.cost.training_flops / trained
+    whole = run(store, recipe(strategy="sft")).measured[0].cost.training_flops / (2 * packs.num_tokens.sum())
+    assert linear == pytest.approx(whole, rel=0.02), "FLOPs are those of the rows that were trained"
+
+
 @pytest.mark.parametrize("strategy", ["sft", "continual", "sro", "soft_sro"])
 def test_baselines_run_to_their_end(store: Store, strategy: str):
     found = run(store, recipe(strategy=strategy))
     assert found.pinned.delivered is not None
-    assert found.ended_by == f"all {len(found.pinned.rollouts)} roll-outs are done"
+    assert found.ended_by == f"{counted(len(found.pinned.rollouts), 'roll-out')} done, as planned"
     assert store.ensure(DELIVERED, found.pinned)
+
+
+def test_search_refuses_a_key_that_its_strategy_does_not_know():
+    with pytest.raises(ValueError, match=r"search: alpha: sft does not know it; remove it"):
+        parse_recipe(recipe(strategy="sft", alpha=0.1))
+    with pytest.raises(ValueError, match=r"search: readmit: msft, preset paper does not know it"):
+        parse_recipe(recipe(readmit=True))
 
 
 REFUSED: list[tuple[Callable[[dict[str, Any]], object], str]] = [

@@ -1,0 +1,149 @@
+"""Training on what is drawn while it goes on: a sampler learns between two blocks of optimizer steps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sft_core.train.collate import PackCollator
+from sft_core.train.log_file import LogFile, read_events
+
+Pack = np.ndarray  # numbers of the plan's documents, int64, shape (documents,)
+
+
+class Sampler(Protocol):
+    """As sft_core.search.samplers has it."""
+
+    def next_block(self) -> list[list[Pack]] | None: ...
+
+    def probes(self) -> list[Pack] | None: ...
+
+    def learn(self, measured: np.ndarray) -> None: ...
+
+    def shares(self) -> dict[str, float]: ...
+
+
+class OnlineSchedule(TrainerCallback):
+    """The packs of each step so far, from the sampler and what it was shown.
+
+    What was measured is written down, so that a resumed training draws the same: a checkpoint's blocks are drawn again
+    from the lines up to its step. costs: FLOPs of each document, shape (documents,).
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        collator: PackCollator,
+        log: Path,
+        *,
+        num_steps: int,
+        global_batch_size: int,
+        costs: np.ndarray,
+    ):
+        self._sampler, self.collator, self._path, self._log = sampler, collator, log, LogFile(log)
+        self._num_steps, self._batch_size, self._costs = num_steps, global_batch_size, costs
+        self._steps: list[list[Pack]] = []
+        self._measuring_flops = 0.0
+        self.is_over = False  # whether nothing is left after the steps so far
+        # The trainer's, which knows the model. Gains of one step on each pack, taken back; losses of all documents.
+        self.measure_gains: Callable[[list[Pack]], np.ndarray] | None = None
+        self.measure_losses: Callable[[], np.ndarray] | None = None
+
+    def batch(self, slot: int) -> dict[str, torch.Tensor]:
+        """The pack in a slot of the schedule: slot j of step i is i * global_batch_size + j."""
+        step, place = divmod(slot, self._batch_size)
+        packs = self._steps[step] if step < len(self._steps) else []  # the trainer looks ahead, past the end too
+        return self.collator.of_documents(packs[place].tolist() if place < len(packs) else [])
+
+    def flops(self, step: int) -> tuple[float, float]:
+        """Of the training up to a step, and of what was measured for the sampler."""
+        packs = [pack for packs in self._steps[:step] for pack in packs]
+        return float(sum(self._costs[pack].sum() for pack in packs)), self._measuring_flops
+
+    def begin(self, step: int, *, writes: bool) -> bool:
+        """Draws what was drawn up to a step: whether nothing is left. writes: on one rank, which takes back what came
+        after it."""
+        past = [event for event in read_events(self._path) if event["step"] <= step]
+        if writes:
+            self._log.rewind(step)
+        self._draw()
+        for event in past:
+            self._probe()
+            self._sampler.learn(np.array(event["measured"]))
+            self._draw()
+        return self.is_over and step == len(self._steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        step = state.global_step
+        if step < len(self._steps) or step >= self._num_steps:
+            return
+        assert self.measure_gains is not None and self.measure_losses is not None
+        probes = self._probe()
+        measured = self.measure_losses() if probes is None else self.measure_gains(probes)
+        self._sampler.learn(measured)
+        event = {"step": step, "shares": self._sampler.shares(), "measured": measured.tolist()}
+        if state.is_world_process_zero:
+            self._log.add(event)
+        self._draw()
+        control.should_training_stop |= self.is_over
+
+    def _draw(self) -> None:
+        block = self._sampler.next_block()
+        self.is_over = block is None
+        self._steps += block or []
+
+    def _probe(self) -> list[Pack] | None:
+        probes = self._sampler.probes()
+        # Forward and backward are three forward passes; a gain takes those and a further forward pass.
+        documents = np.arange(len(self._costs)) if probes is None else np.concatenate(probes)
+        self._measuring_flops += float(self._costs[documents].sum()) * (1 / 3 if probes is None else 4 / 3)
+        return probes
+
+
+def step_gain(wrapped: Any, loss: Callable[[], torch.Tensor], *, max_grad_norm: float) -> float:
+    """By how much of itself one step of the optimizer on a loss lowers it. The step is taken back.
+
+    wrapped: accelerate's optimizer, of the parameters that the loss depends on.
+    """
+    optimizer: torch.optim.Optimizer = wrapped.optimizer  # accelerate's own would wait for the end of an accumulation
+    with taken_back(optimizer):
+        before = loss()
+        before.backward()
+        if max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(_parameters(optimizer), max_grad_norm)
+        optimizer.step()
+        with torch.no_grad():
+            after = loss()
+    return float((before.detach() - after) / (before.detach() + 1e-8))
+
+
+@contextlib.contextmanager
+def taken_back(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Whatever steps the optimizer takes inside: weights and its state are afterwards bit for bit what they were."""
+    parameters = _parameters(optimizer)
+    weights = [parameter.detach().clone() for parameter in parameters]
+    states = [
+        {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+        for state in (optimizer.state.get(parameter, {}) for parameter in parameters)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, weight, state in zip(parameters, weights, states, strict=True):
+                parameter.copy_(weight)
+                parameter.grad = None
+                if state:
+                    optimizer.state[parameter] = state
+                else:
+                    optimizer.state.pop(parameter, None)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
