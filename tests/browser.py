@@ -115,10 +115,12 @@ class Browser:
             path.write_text(html)
             return self.open(path, width=width)
 
-    def picture(self, address: str | Path, path: Path, *, width: int | None = None, height: int | None = None) -> Page:
-        """Saves the page as PNG from its top: all of it, or at most `height` pixels."""
+    def picture(
+        self, address: str | Path, path: Path, *, width: int | None = None, height: int | None = None, script: str = ""
+    ) -> Page:
+        """Saves the page as PNG from its top: all of it, or at most `height` pixels. script: run in it before."""
         with self._tab(width) as tab:
-            page = tab.load(_url(address), "")
+            page = tab.load(_url(address), "", script)
             area = {"x": 0, "y": 0, "width": width or self.width, "height": min(page.height, height or page.height)}
             told = tab.ask("Page.captureScreenshot", clip={**area, "scale": 1}, captureBeyondViewport=True)
             path.write_bytes(base64.b64decode(told["data"]))
@@ -168,9 +170,16 @@ class _Tab:
                 return message["result"]
             self._note(message.get("method"), message.get("params", {}))
 
-    def load(self, url: str, contains: str) -> Page:
+    def load(self, url: str, contains: str, script: str = "") -> Page:
         told = self.ask("Page.navigate", url=url)
         assert "errorText" not in told, f"{url}: {told['errorText']}"
+        page = self._drawn(url, contains)
+        if script:
+            self._evaluate(script)
+            page = self._drawn(url, contains)
+        return page
+
+    def _drawn(self, url: str, contains: str) -> Page:
         seen, since, deadline = None, time.monotonic(), time.monotonic() + TIMEOUT_S
         while True:
             now = self._evaluate(f"({LOOK})()")
@@ -197,7 +206,7 @@ class _Tab:
     def _evaluate(self, expression: str) -> Any:
         told = self.ask("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in told, told["exceptionDetails"]
-        return told["result"]["value"]
+        return told["result"].get("value")
 
     def _note(self, event: str | None, told: dict[str, Any]) -> None:
         if event == "Runtime.exceptionThrown":

@@ -99,6 +99,8 @@ def test_picture_is_as_wide_as_asked_and_as_high_as_the_page(browser: Browser, t
     assert _size(picture) == (700, 1500)
     browser.picture(page, picture, width=700, height=400)
     assert _size(picture) == (700, 400)
+    script = "document.querySelector('div').style.height = '1200px'"
+    assert browser.picture(page, picture, script=script).height == _size(picture)[1] == 1200
 
 
 def test_browser_leaves_no_process_and_no_folder(browser: Browser, heading: Any) -> None:
