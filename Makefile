@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup run test lint bench smollm2 clean
+.PHONY: help setup run test lint bench smollm2 ui clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,10 @@ bench: setup smollm2  ## the benchmarks, each against what one would use instead
 smollm2: setup  ## weights and data of configs/smollm2-135m.yaml, without a hub
 	$(BIN)/python configs/smollm2/get_model.py
 	$(BIN)/python configs/smollm2/get_data.py
+
+ui:  ## the Metaflow UI in containers, on http://127.0.0.1:8083 (deploy/metaflow-ui/README.md)
+	mkdir -p .metaflow
+	SFT_ROOT='$(CURDIR)' docker compose --file deploy/metaflow-ui/compose.yaml up --detach --wait
 
 clean:  ## remove .venv; the store and the runs stay
 	rm -rf .venv

@@ -36,6 +36,7 @@ from metaflow import (  # noqa: E402
 )
 
 from steps.recipes import effective, parse_config  # noqa: E402
+from steps.service import check_service  # noqa: E402
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
@@ -267,4 +268,8 @@ class SFTFlow(FlowSpec):
 
 
 if __name__ == "__main__":
+    try:
+        check_service(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"    {error}")
     SFTFlow()

@@ -31,6 +31,9 @@ def _runs() -> list[Any]:
     from metaflow import Flow, namespace
     from metaflow.exception import MetaflowNotFound
 
+    from steps.service import check_service
+
+    check_service()
     namespace(None)
     try:
         runs = list(Flow(FLOW))

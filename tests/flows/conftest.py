@@ -56,6 +56,7 @@ class Project:
         self.folder = folder
         self.source = source  # of the flow's code
         self.store = folder / "store"
+        self.settings: dict[str, str] = {}  # variables that its user has set
 
     @property
     def environment(self) -> dict[str, str]:
@@ -63,6 +64,7 @@ class Project:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(self.folder),
             "OMP_NUM_THREADS": "1",
+            **self.settings,
         }
 
     def write(self, recipe: dict, name: str = "recipe.yaml") -> None:

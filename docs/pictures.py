@@ -1,0 +1,102 @@
+"""The README's pictures of cards: `python docs/pictures.py [RUN]`, in the folder the flow ran in, after a run.
+
+Takes each step's card, and the card server, from the newest finished run (or the one named) with headless Chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.browser import Browser, Page  # noqa: E402
+
+FLOW = ROOT / "flows" / "sft_flow.py"
+STEPS = ("tokenize", "mix", "pack", "train", "evaluate", "report")
+MAX_BYTES = 300_000
+TIMEOUT_S = 60
+SHOW = """(() => {
+    const menu = document.querySelector("select");
+    menu.value = [...menu.options].find(option => option.text.startsWith("STEP/")).value;
+    menu.dispatchEvent(new Event("change"));
+})()"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", nargs="?", help="its id; the newest finished one by default")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="the folder of the pictures")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    run = find_run(arguments.run)
+    with tempfile.TemporaryDirectory() as folder, Browser(width=1100, height=100) as browser:
+        for step in STEPS:
+            html = Path(folder) / f"{step}.html"
+            html.write_text(card_html(run, step))
+            path = arguments.output / f"card-{step}.png"
+            tell(path, browser.picture(html, path))
+    with card_server(run.id) as url, Browser(width=1100, height=700) as browser:
+        path = arguments.output / "card-server.png"
+        tell(path, browser.picture(url, path, script=SHOW.replace("STEP", "train")))
+
+
+def find_run(name: str | None) -> Any:
+    os.environ.setdefault("METAFLOW_USER", os.environ.get("USER") or "sft")
+    from metaflow import Flow, namespace
+
+    namespace(None)
+    runs = [run for run in Flow("SFTFlow") if run.id == name or (name is None and run.successful)]
+    if not runs:
+        sys.exit(f"no {f'run {name}' if name else 'finished run'} is recorded in {Path.cwd()}")
+    return max(runs, key=lambda run: run.created_at)
+
+
+def card_html(run: Any, step: str) -> str:
+    """Of the step's first task."""
+    from metaflow.cards import get_cards
+
+    return get_cards(min(run[step], key=lambda task: int(task.id)))[0].get()
+
+
+def tell(path: Path, page: Page) -> None:
+    size = path.stat().st_size
+    print(f"{path} {size // 1000} kB")
+    if page.errors or size > MAX_BYTES:
+        sys.exit(f"{path}: {'; '.join(page.errors) or f'{size} bytes, at most {MAX_BYTES} are wanted'}")
+
+
+@contextlib.contextmanager
+def card_server(run: str) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(FLOW), "--quiet", "card", "server", "--run-id", run, "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5):
+                break
+            if server.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"the card server does not start: {' '.join(command)}")
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+if __name__ == "__main__":
+    main()
