@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.browser import NAMES, Browser, executable
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart"
@@ -78,3 +80,12 @@ def built_recipe(small_recipe: dict[str, Any], _built: Path) -> dict[str, Any]:
     """The small recipe with its outputs up to the packs in its store, a copy of the test's own."""
     shutil.copytree(_built, small_recipe["runtime"]["store"])
     return small_recipe
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium, one for all tests of a worker."""
+    if not executable():
+        pytest.skip(f"draws pages in a browser: none of {', '.join(NAMES)} is installed")
+    with Browser() as found:
+        yield found
