@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from sft_core.lifetime import die_with_parent
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sft_core.train.selection import Selection, Watch
     from sft_core.train.trainer import PackTrainer
 
@@ -103,8 +105,9 @@ def trained(job: dict[str, Any], out: Path, watch: Callable[[int], Watch] | None
     if int(os.environ.get("RANK", "0")) == 0:
         check_room(out, bytes_on_disk(shape.num_parameters(), training, job["runtime"], job.get("selection")))
     linear, quadratic = training_flops(shape)
+    costs = pack_costs(collator.plan.num_tokens, collator.plan.offsets, linear=linear, quadratic=quadratic)
     schedule = step_packs(
-        pack_costs(collator.plan.num_tokens, collator.plan.offsets, linear=linear, quadratic=quadratic),
+        costs,
         global_batch_size=training["global_batch_size"],
         num_epochs=training["num_train_epochs"],
         max_steps=training["max_steps"],
@@ -113,6 +116,7 @@ def trained(job: dict[str, Any], out: Path, watch: Callable[[int], Watch] | None
     staging = out / "staging"
     if int(os.environ.get("RANK", "0")) == 0:
         discard_staged(staging)
+        tell_balance(out / "logs" / "balance.jsonl", costs, schedule, world_size, job["runtime"]["distributed"])
     checkpoint = resumable(out / "checkpoints", job["runtime"]["distributed"], world_size)
     in_4bit = training["lora"] is not None and training["lora"]["load_in_4bit"]
     load = functools.partial(
@@ -148,6 +152,20 @@ def trained(job: dict[str, Any], out: Path, watch: Callable[[int], Watch] | None
     if stop_request(out).exists() and step < len(schedule):
         raise Stopped(f"stopped at step {step} of {len(schedule)}, as asked; its checkpoint is whole: a retry goes on")
     return trainer
+
+
+def tell_balance(path: Path, costs: np.ndarray, schedule: np.ndarray, num_ranks: int, strategy: str) -> None:
+    """Writes how evenly the schedule's FLOPs lie on these ranks, for the card. costs: of each pack."""
+    import numpy as np
+
+    from sft_core.data.balance import slowest_over_mean
+    from sft_core.train.schedule import EMPTY
+    from sft_core.train.strategy import SHARED
+
+    slots = np.where(schedule == EMPTY, 0.0, costs[schedule])
+    ratio = slowest_over_mean(slots, num_ranks, each_micro_step=strategy in SHARED)
+    told = {"ranks": num_ranks, "packs_a_step": schedule.shape[1], "slowest_over_mean": round(ratio, 6)}
+    path.write_text(json.dumps(told) + "\n")  # as a log, of which a card never reads half a line
 
 
 def _write_model(
