@@ -13,10 +13,16 @@ _SHIFT = 3  # the bits of a length that its bin keeps: the leading one, and two 
 
 def by_length(lengths: np.ndarray) -> dict[str, int]:
     """How many lengths are in each bin, by the bin's lower bound: text, as JSON's names are. lengths: at least 0."""
-    num_bits = np.frexp(lengths.astype(np.float64))[1].astype(np.int64)
+    num_bits = np.frexp(lengths.astype(np.float64))[1]
     shift = np.maximum(num_bits - _SHIFT, 0)
-    lower, counts = np.unique(lengths.astype(np.int64) >> shift << shift, return_counts=True)
-    return {str(bound): count for bound, count in zip(lower.tolist(), counts.tolist(), strict=True)}
+    # Bins by number: those of single lengths come first, then four an octave.
+    counts = np.bincount(4 * shift + (lengths >> shift))
+    return {str(_lower(number)): int(counts[number]) for number in np.flatnonzero(counts).tolist()}
+
+
+def _lower(number: int) -> int:
+    shift = max(number // 4 - 1, 0)
+    return number - 4 * shift << shift
 
 
 def end_of(lower: int) -> int:
