@@ -4,15 +4,12 @@ goes into Markdown is escaped."""
 from __future__ import annotations
 
 import html
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from sft_core.data.lengths import end_of
 
-from sft_core.data.sharding import shard_folders
-
-MAX_CELL = 300
+MAX_CELL = 300  # characters
+MAX_NAME = 36  # characters of a source's name beside many columns
 
 
 def heading(text: str) -> Any:
@@ -38,29 +35,53 @@ def chart(spec: dict[str, Any]) -> Any:
     return VegaChart(spec)
 
 
-def rejects(by_step: dict[str, dict[str, int]]) -> list[Any]:
-    """What was put aside, by step and reason; nothing when nothing was."""
-    rows = [(step, reason, count) for step, reasons in by_step.items() for reason, count in reasons.items()]
-    return [heading("Rejected rows"), table(("step", "reason", "rows"), rows)] if rows else []
+def progress_bar(value: int, of: int, *, label: str) -> Any:
+    from metaflow.cards import ProgressBar
+
+    return ProgressBar(max=of, value=value, label=label)
 
 
-def sample_row(rendered: Path) -> list[Any]:
-    """The first rendered row, its trained part bold and blue."""
+def rejects(by_source: dict[str, dict[str, dict[str, int]]]) -> list[Any]:
+    """What was put aside of each source, by step and reason; nothing when nothing was."""
+    rows = [
+        (source, step, reason, count)
+        for source, steps in by_source.items()
+        for step, reasons in steps.items()
+        for reason, count in reasons.items()
+    ]
+    return [heading("Rejected rows"), table(("source", "step", "reason", "rows"), rows)] if rows else []
+
+
+def sample(pieces: list[tuple[str, bool]]) -> list[Any]:
+    """A row of text pieces, those that are trained bold and blue."""
     from metaflow.cards import Markdown
 
-    row: dict[str, Any] = {"text": "", "spans": []}
-    for shard in shard_folders(rendered):
-        with pq.ParquetFile(shard / "rendered.parquet") as file:
-            if found := next(file.iter_batches(batch_size=1), pa.record_batch({})).to_pylist():
-                row = found[0]
-                break
-    text, spans, pieces, start = row["text"], row["spans"], [], 0
-    for begin, end in zip(spans[::2], spans[1::2], strict=True):
-        pieces += [_escaped(text[start:begin]), f"<b style='color:#1f6feb'>{_escaped(text[begin:end])}</b>"]
-        start = end
-    body = "".join([*pieces, _escaped(text[start:])])
-    style = "white-space:pre-wrap;font-family:monospace;font-size:13px"
+    if not pieces:
+        return []
+    marked = "<b style='color:#1f6feb'>{}</b>".format
+    body = "".join(marked(_escaped(text)) if is_trained else _escaped(text) for text, is_trained in pieces)
+    style = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;font-size:13px"
     return [heading("First row (trained part in blue)"), Markdown(f"<div style='{style}'>{body}</div>")]
+
+
+def bins(counts: dict[str, int]) -> list[tuple[int, int, int]]:
+    """(from, to, count) of a histogram as lengths.by_length counts it, those between with a count of 0.
+
+    What has length 0 is left out: a scale of octaves has no place for it, and it is told in words.
+    """
+    numbers = sorted(int(lower) for lower in counts if lower != "0")
+    found = []
+    lower = numbers[0] if numbers else 1
+    while numbers and lower <= numbers[-1]:
+        found.append((lower, end_of(lower), counts.get(str(lower), 0)))
+        lower = end_of(lower)
+    return found
+
+
+def short(name: str) -> str:
+    """A long name without its middle, so that a table of many columns fits: names of sources differ at both ends."""
+    half = MAX_NAME // 2
+    return name if len(name) <= MAX_NAME else f"{name[:half]}…{name[-half:]}"
 
 
 def _cell(value: Any) -> str:

@@ -6,7 +6,7 @@ from sft_core.data.overlap.decontamination import build_contamination
 from sft_core.data.overlap.report_prompts import build_report_prompts
 from sft_core.pins import PinnedRecipe
 from sft_core.store import Needs, Part, Ref, Stage, Store
-from steps.cards import heading, table
+from steps.cards import heading, short, table
 from steps.download import CONVERSATIONS
 
 
@@ -55,12 +55,13 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     examples = []
     for source, found in counts.items():
         for one in found["examples"]:
-            places = f"{source} {one['row_id']}", f"{one['task']} {one['report_row_id']}"
-            examples.append((places[0], one["text"], places[1], one["prompt"], one["coverage"], one["ngram"]))
+            row, prompt = f"{short(source)} {one['row_id'][:12]}", f"{short(one['task'])} {one['report_row_id'][:12]}"
+            told = f"{row} holds {one['coverage']:.2f} of {prompt}"
+            examples.append((told, one["text"], one["prompt"], one["ngram"]))
     num_rows = sum(one["contaminated"] for one in counts.values())
     return [
         heading(f"Contaminated: {num_rows} conversations of {sum(one['rows'] for one in counts.values())}"),
         table(("left out of", "holds prompts of", "conversations"), held),
         heading("Some contaminated rows"),
-        table(("left out", "text", "holds", "the prompt", "coverage", "in both"), examples[:12]),
+        table(("left out", "its text", "the prompt", "in both"), examples[:12]),
     ]

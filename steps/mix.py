@@ -9,10 +9,10 @@ from sft_core.data.mixture import AMOUNTS, Available, build_mixture, choose_rows
 from sft_core.data.overlap.exclusions import REASONS
 from sft_core.data.shares import normalised
 from sft_core.pins import PinnedRecipe
-from sft_core.report.plots import requested_and_achieved
+from sft_core.report.plots import lengths_by_source, requested_and_achieved
 from sft_core.store import Needs, Part, Ref, Stage, Store
 from steps import decontaminate, deduplicate
-from steps.cards import chart, facts, heading, table
+from steps.cards import bins, chart, facts, heading, rejects, short, table
 from steps.tokenize import TOKENS
 
 SHARES_HEADER = ("source", "asked", "available", "kept", "trained tokens: requested → achieved")
@@ -68,38 +68,92 @@ MIXTURE = Stage("mixture", build_mixture, section=_section, needs=_needs)
 def card(store: Store, ref: Ref) -> list[Any]:
     manifest = store.manifest(ref)
     counts, inputs = manifest["counts"], {name: Ref(*address) for name, address in manifest["inputs"].items()}
-    sources, columns = counts["sources"], ("train", "selection", "report", "kept", "tokens", "trained_tokens")
-    shares = [{"name": name} | {key: one[key]["trained_tokens"] for key in _KINDS} for name, one in sources.items()]
-    shown = {name.replace("_", " "): counts[name] for name in AMOUNTS} | {"sources": len(sources)}
+    sources = counts["sources"]
+    shown = {_spaced(name): counts[name] for name in AMOUNTS} | {"sources": len(sources)}
+    header = ("source", "asked", "repeats", *map(_spaced, AMOUNTS))
     components = [
         *facts("Mixture", shown),
-        table(("source", *columns), [(name, *(one[column] for column in columns)) for name, one in sources.items()]),
         heading("Shares: requested → achieved"),
-        table(("source", "asked", "repeats", *(name.replace("_", " ") for name in AMOUNTS)), _share_rows(sources)),
-        chart(requested_and_achieved(shares, x_title="share of trained tokens")),
+        chart(requested_and_achieved(_shares(sources))),
+        table(header, _share_rows(sources)),
     ]
     if found := warnings(counts):
         components += [heading("Not as asked"), table(("",), [(warning,) for warning in found])]
+    components += [
+        heading("Lengths of the rows that are kept"),
+        chart(lengths_by_source({_spaced(kind): _bins(sources, f"rows_by_{kind}") for kind in AMOUNTS[1:]})),
+        table(("source", "rows kept", "tokens", "trained tokens", "tokens a row", "trained"), _amounts(sources)),
+        heading("What became of the rows"),
+        table(*_journeys(sources)),
+        *rejects({name: one["rejected"] for name, one in sources.items()}),
+    ]
     contaminated = {name.partition(":")[2]: one for name, one in inputs.items() if name.startswith("contaminated:")}
-    if "duplicates" in inputs or contaminated:
-        components += [heading("Rows left out"), table(("source", *REASONS, "left"), _rows_left_out(sources))]
     if "duplicates" in inputs:
         components += deduplicate.card(store, inputs["duplicates"])
     return [*components, *(decontaminate.card(store, contaminated) if contaminated else [])]
 
 
 _KINDS = ("requested", "achieved")
+# What a source's rows come to, in the order in which it happens: columns that are 0 for every source are left out.
+_JOURNEY = (
+    ("rows_read", "read"),
+    ("rejected", "rejected"),
+    ("rows", "rows"),
+    ("selection", "selection"),
+    ("report", "report"),
+    ("without_trained_token", "train nothing"),
+    *((reason, reason) for reason in REASONS),
+    ("available", "left"),
+    ("kept", "kept"),
+)
+
+
+def _journeys(sources: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """Header and rows of a table."""
+    told = {
+        name: one | {"rejected": sum(sum(reasons.values()) for reasons in one["rejected"].values())}
+        for name, one in sources.items()
+    }
+    columns = [(key, title) for key, title in _JOURNEY if any(one[key] for one in told.values())]
+    rows = [(short(name), *(one[key] for key, _ in columns)) for name, one in told.items()]
+    return ("source", *(title for _, title in columns)), rows
+
+
+def _amounts(sources: dict[str, Any]) -> list[tuple[Any, ...]]:
+    return [
+        (
+            short(name),
+            one["kept"],
+            one["tokens"],
+            one["trained_tokens"],
+            f"{one['tokens'] / max(1, one['kept']):,.1f}",
+            f"{one['trained_tokens'] / max(1, one['tokens']):.1%}",
+        )
+        for name, one in sources.items()
+    ]
+
+
+def _shares(sources: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "amount": _spaced(amount)} | {kind: one[kind][amount] for kind in _KINDS}
+        for name, one in sources.items()
+        for amount in AMOUNTS
+    ]
+
+
+def _bins(sources: dict[str, Any], key: str) -> dict[str, list[tuple[int, int, int]]]:
+    return {name: bins(one[key]) for name, one in sources.items()}
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _share_rows(sources: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [
-        (name, wanted, f"{one['repeats']:.2f}", *(_change(one, amount) for amount in AMOUNTS))
+        (short(name), wanted, f"{one['repeats']:.2f}", *(_change(one, amount) for amount in AMOUNTS))
         for (name, one), wanted in zip(sources.items(), _asked(list(sources.values())), strict=True)
     ]
-
-
-def _rows_left_out(sources: dict[str, Any]) -> list[tuple[Any, ...]]:
-    return [(name, *(one[reason] for reason in REASONS), one["available"]) for name, one in sources.items()]
 
 
 def _change(source: dict[str, Any], amount: str) -> str:

@@ -5,8 +5,9 @@ from typing import Any
 from sft_core.data.over_long import windows_of
 from sft_core.data.packing import build_packs
 from sft_core.pins import PinnedRecipe
+from sft_core.report.plots import fills, histogram
 from sft_core.store import Needs, Part, Ref, Stage, Store
-from steps.cards import facts, table
+from steps.cards import bins, chart, facts, heading, table
 from steps.mix import MIXTURE
 from steps.tokenize import TOKENS
 from steps.windows import WINDOWS
@@ -54,4 +55,14 @@ def card(store: Store, ref: Ref) -> list[Any]:
     }
     sources = sorted({source for by_source in changed.values() for source in by_source})
     rows = [(source, *(by_source.get(source, 0) for by_source in changed.values())) for source in sources]
-    return [*facts("Packs", shown), *([table(("source", *changed), rows)] if rows else [])]
+    percents = {int(percent): packs for percent, packs in counts["packs_by_fill"].items()}
+    fill_title = f"tokens of a pack, percent of {counts['max_length']:,} (100: full to the last token)"
+    documents, lengths = bins(counts["packs_by_documents"]), bins(counts["documents_by_tokens"])
+    return [
+        *facts("Packs", shown),
+        *([heading("Over-long rows"), table(("source", *changed), rows)] if rows else []),
+        heading("Packs by what they hold"),
+        chart(fills(percents, x_title=fill_title, y_title="packs")),
+        chart(histogram(documents, x_title="documents a pack", y_title="packs")),
+        chart(histogram(lengths, x_title="tokens a document", y_title="documents")),
+    ]

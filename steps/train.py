@@ -12,17 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from sft_core.pins import PinnedRecipe
-from sft_core.report.plots import loss_curve, selection_curve
+from sft_core.report.plots import by_step, loss_by_source, loss_curve
 from sft_core.search.strategies import CAPS
 from sft_core.store import Needs, Part, Stage, Store
 from sft_core.train import accelerator
 from sft_core.train.launch import among_nodes, build_trained, train_along
 from sft_core.train.log_file import read_events
-from steps.cards import chart, facts
+from steps.cards import chart, facts, heading, progress_bar, table
 from steps.pack import PACKED, rows_to_pack
 from steps.selection import SELECTION
 
 REFRESH_S = 3.0
+# Of each logged event: title, key and how it is written.
+LOGGED = (
+    ("learning rate", "learning_rate", ".3g"),
+    ("gradient norm", "grad_norm", ".3g"),
+    ("tokens/s", "tokens_per_s", ",.0f"),
+    ("trained tokens/s", "trained_tokens_per_s", ",.0f"),
+)
+LAST_EVENTS, RECENT = 10, 10  # events that are told one by one, and that tell how long the rest takes
 MEASURED = (("TFLOP/s a rank", "tflops_per_s", 3), ("MFU", "mfu", 3), ("memory, GiB", "memory_gib", 2))
 
 
@@ -98,26 +106,99 @@ def events(folder: Path, name: str = "log.jsonl") -> list[dict[str, Any]]:
 
 
 def card(folder: Path) -> list[Any]:
-    """The training so far, from its log."""
+    """The training so far, from its logs."""
     seen = events(folder)
     if not seen:
         return facts("Training", {"state": "starting"})
+    losses = [_of_sources(event) for event in seen]
+    components = [
+        heading("Training"),
+        progress_bar(seen[-1]["step"], seen[-1]["of"], label="optimizer steps"),
+        table(("", ""), list(_state(seen, folder).items())),
+        heading("Loss"),
+        chart(loss_curve(seen)),
+    ]
+    if any(len(by_source) > 1 for by_source in losses):
+        components += [chart(loss_by_source(seen, losses)), _first_to_last(losses)]
+    if measures := {title: key for title, key, _ in LOGGED if any(key in event for event in seen)}:
+        components += [heading("Speed and optimizer"), chart(by_step(seen, measures))]
+    shown = [column for column in LOGGED if column[0] in measures]
+    last = [
+        (event["step"], event["loss"], *(_number(event, key, form) for _, key, form in shown))
+        for event in seen[-LAST_EVENTS:]
+    ]
+    components += [heading("Last events"), table(("step", "loss", *(title for title, _, _ in shown)), last)]
+    return [*components, *_selection(events(folder, "selection.jsonl"))]
+
+
+def _times(seen: list[dict[str, Any]]) -> dict[str, str]:
+    """How long it took so far, and the rest will; nothing of a log that does not say so."""
+    last, seconds = seen[-1], sum(event.get("seconds", 0.0) for event in seen)
+    if not seconds:
+        return {}
+    told = {"so far": _duration(seconds)}
+    left, between = last["of"] - last["step"], last["step"] - (seen[-2]["step"] if len(seen) > 1 else 0)
+    if left >= between:  # else nothing more will be logged
+        # By the latest events: the first ones load and compile.
+        steps = last["step"] - seen[-RECENT - 1]["step"] if len(seen) > RECENT else last["step"]
+        told["to go"] = _duration(sum(event.get("seconds", 0.0) for event in seen[-RECENT:]) / steps * left)
+    return told
+
+
+def _state(seen: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     last = seen[-1]
     speeds = [event["tokens_per_s"] for event in seen[1:] if "tokens_per_s" in event] or [last.get("tokens_per_s", 0.0)]
     shown = {
-        "step": f"{last['step']} of {last['of']}",
+        "step": f"{last['step']:,} of {last['of']:,}",
+        **_times(seen),
         "loss": f"{last['loss']:.4f}",
-        "gradient norm": f"{last.get('grad_norm', float('nan')):.3g}",
-        "learning rate": f"{last.get('learning_rate', 0.0):.3g}",
-        "tokens/s": f"{sum(speeds) / len(speeds):,.0f}",
+        "gradient norm": _number(last, "grad_norm", ".3g"),
+        "learning rate": _number(last, "learning_rate", ".3g"),
+        "tokens/s, mean": f"{sum(speeds) / len(speeds):,.0f}",
         **{name: f"{last[key]:.{digits}f}" for name, key, digits in MEASURED if key in last},
     }
-    components = [*facts("Training", shown), chart(loss_curve(seen))]
-    if measured := events(folder, "selection.jsonl"):
-        best = min(measured[1:] or measured, key=lambda event: event["loss"])
-        lowest = {"lowest mean over sources": f"{best['loss']:.4f} at step {best['step']}"}
-        components += [*facts("Loss on the selection split", lowest), chart(selection_curve(measured))]
-    return components
+    for told in events(folder, "balance.jsonl"):
+        if told["ranks"] > 1:
+            place = f"{told['ranks']} ranks, {told['packs_a_step']} packs a step"
+            shown["slowest rank / mean rank, FLOPs"] = f"{told['slowest_over_mean']:.4f} ({place})"
+    return shown
+
+
+def _of_sources(event: dict[str, Any]) -> dict[str, float]:
+    return {name.removeprefix("loss/"): value for name, value in event.items() if name.startswith("loss/")}
+
+
+def _first_to_last(losses: list[dict[str, float]]) -> Any:
+    by_source: dict[str, list[float]] = {}
+    for one in losses:
+        for source, loss in one.items():
+            by_source.setdefault(source, []).append(loss)
+    rows = [(source, found[0], min(found), found[-1]) for source, found in by_source.items()]
+    return table(("source", "first loss", "lowest", "last"), rows)
+
+
+def _selection(measured: list[dict[str, Any]]) -> list[Any]:
+    """Loss on held-out rows, where it is measured while training goes on."""
+    if not measured:
+        return []
+    best = min(measured[1:] or measured, key=lambda event: event["loss"])
+    lowest = {"lowest mean over sources": f"{best['loss']:.4f} at step {best['step']:,}"}
+    losses = [event["losses"] for event in measured]
+    components = [*facts("Loss on the selection split", lowest), chart(loss_curve(measured))]
+    if len(losses[-1]) > 1:
+        components.append(chart(loss_by_source(measured, losses)))
+    return [*components, _first_to_last(losses)]
+
+
+def _number(event: dict[str, Any], key: str, form: str) -> str:
+    return f"{event[key]:{form}}" if key in event else "-"
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{hours} h"
 
 
 def check_machine(store: Store, pinned: PinnedRecipe, part: Part) -> None:

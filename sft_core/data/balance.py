@@ -38,6 +38,17 @@ def grouped_order(costs: np.ndarray, group_size: int, rng: np.random.Generator, 
     return np.concatenate([*(_window_order(packs.ravel(), costs, group_size, rng) for packs in windows), rest])
 
 
+def slowest_over_mean(costs: np.ndarray, num_ranks: int, *, each_micro_step: bool = False) -> float:
+    """What all steps take, over what they would if each rank had the same to do: 1 is even.
+
+    costs: of each slot, shape (steps, group_size), 0 where it is empty; num_ranks divides group_size, and rank r has
+    the slots j * num_ranks + r. each_micro_step: ranks wait for each other at every j, as FSDP and ZeRO-3 do.
+    """
+    of_ranks = costs.reshape(len(costs), -1, num_ranks)
+    waits = of_ranks if each_micro_step else of_ranks.sum(axis=1, keepdims=True)
+    return float(waits.max(axis=2).sum() / waits.mean(axis=2).sum())
+
+
 def _window_order(packs: np.ndarray, costs: np.ndarray, group_size: int, rng: np.random.Generator) -> np.ndarray:
     by_cost = packs[np.argsort(costs[packs], kind="stable")].reshape(-1, group_size)
     groups = rng.permutation(by_cost)[:, _up_and_down(group_size)]

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_core.data import splits
+from sft_core.data.lengths import by_length
 from sft_core.data.overlap.exclusions import REASONS, left_out
 from sft_core.data.shards import read_index
 from sft_core.data.shares import draw_tokens, fill, normalised, requested_rows
@@ -51,6 +52,9 @@ def build_mixture(
     kept, counts = choose_rows(
         available, sources, seed=seed, num_trained_tokens=num_trained_tokens, max_repeats=max_repeats
     )
+    for name, one in counts["sources"].items():
+        before = build.manifests[name]["counts"]["source"]
+        one |= {"rows_read": before["rows"], "rejected": before["rejected"]}
     for warning in warnings(counts):
         log.warning("%s", warning)
     if counts["rows"] == 0:
@@ -167,6 +171,8 @@ def _counts(
             "kept": drawn[number][0],
             "tokens": drawn[number][1],
             "trained_tokens": drawn[number][2],
+            "rows_by_tokens": by_length(available[number].num_tokens[kept[number]]),
+            "rows_by_trained_tokens": by_length(available[number].num_trained[kept[number]]),
             "repeats": drawn[number][2] / num_held if num_held else 0.0,
             "requested": dict(zip(AMOUNTS, requested_shares[number].tolist(), strict=True)),
             "achieved": dict(zip(AMOUNTS, achieved_shares[number].tolist(), strict=True)),

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sft_core.data.lengths import by_length
 from sft_core.data.over_long import Documents, fit
 
 if TYPE_CHECKING:
@@ -54,14 +55,24 @@ def build_packs(
         num_packs = int(pack[apart == number].max()) + 1
     write_plan(build.out, pack, source, row, lengths)
     num_tokens = int(lengths.sum())
+    tokens_of_packs = np.bincount(pack, weights=lengths).astype(np.int64)
     return {
         "packs": num_packs,
         "documents": len(lengths),
         "tokens": num_tokens,
         "max_length": max_length,
         "fill": round(num_tokens / (num_packs * max_length), 6),
+        "packs_by_fill": _by_percent(tokens_of_packs, max_length),
+        "packs_by_documents": by_length(np.bincount(pack)),
+        "documents_by_tokens": by_length(lengths),
         **fitted.counts,
     }
+
+
+def _by_percent(num_tokens: np.ndarray, capacity: int) -> dict[str, int]:
+    """Packs by how many whole percent of the capacity are filled: 100 are full to the last token."""
+    percent, counts = np.unique(num_tokens * 100 // capacity, return_counts=True)
+    return {str(value): count for value, count in zip(percent.tolist(), counts.tolist(), strict=True)}
 
 
 def write_plan(folder: Path, pack: np.ndarray, source: np.ndarray, row: np.ndarray, lengths: np.ndarray) -> int:

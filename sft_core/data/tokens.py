@@ -16,9 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sft_core.data.lengths import by_length
 from sft_core.data.policy import RowPolicy
 from sft_core.data.proof.mask import MaskProof
 from sft_core.data.rendering import chat_template
+from sft_core.data.sample import first_row
 from sft_core.data.sharding import Shard, build_shards, plan_shards, shard_folder, total
 from sft_core.data.shards import INDEX, TOKENS, TokenRow
 from sft_core.data.tokenizer import Literals, PieceEncoder, load_tokenizer
@@ -38,6 +40,7 @@ def build_tokens(
 ) -> dict[str, Any]:
     """Writes shards of tokens.arrow and index.parquet: one row for each rendered row, in the same order.
 
+    Counts what became of the source's rows in the steps before as well, and holds a row of it to look at.
     Raises MaskProofFailed when a row does not train exactly what its conversation says, with that row.
     """
     conversations = build.inputs["conversations"] / "conversations.parquet"
@@ -46,7 +49,21 @@ def build_tokens(
     work = functools.partial(
         _start, conversations, build.inputs["rendered"], tokenizer, template, stop_tokens, RowPolicy(**policy)
     )
-    return total(build_shards(build.out, shards, work, runtime=build.runtime, desc="tokenize"))
+    counts = total(build_shards(build.out, shards, work, runtime=build.runtime, desc="tokenize"))
+    return {**counts, "source": _source(build), "sample": first_row(build.inputs["rendered"])}
+
+
+def _source(build: Build) -> dict[str, Any]:
+    """What became of the source's rows before, from the manifests of these steps: those of an older build of the same
+    bytes may be gone when a card is drawn."""
+    conversations = build.manifests["conversations"]
+    downloaded, rendered = conversations["counts"], build.manifests["rendered"]["counts"]
+    return {
+        "pin": conversations["identity"]["section"]["pin"],
+        **{name: downloaded[name] for name in ("rows", "conversations")},
+        **{name: rendered[name] for name in ("conversations_split", "control_tokens_kept_as_text")},
+        "rejected": {"download": downloaded["rejected"], "render": rendered["rejected"]},
+    }
 
 
 def _start(
@@ -68,7 +85,7 @@ def _tokenize_shard(
     conversations: Path, rendered: Path, encoder: PieceEncoder, proof: MaskProof, shard: Shard, out: Path
 ) -> dict[str, Any]:
     counts = dict.fromkeys(("rows", "tokens", "trained_tokens", "duplicated_tokens"), 0)
-    proved = []
+    proved, lengths = [], []
     with (
         pq.ParquetFile(conversations) as said,
         pq.ParquetFile(shard_folder(rendered, shard) / "rendered.parquet") as source,
@@ -91,7 +108,9 @@ def _tokenize_shard(
             counts["tokens"] += len(encoded.ids)
             counts["trained_tokens"] += int(encoded.trained.sum())
             counts["duplicated_tokens"] += _duplicated(rows["conversation"].to_numpy(), table)
-    return {**counts, "proof": total(proved)}
+            lengths.append({"rows_by_tokens": by_length(encoded.lengths)})
+            lengths.append({"rows_by_trained_tokens": by_length(encoded.num_trained)})
+    return {**counts, **total(lengths), "proof": total(proved)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,48 +2,243 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-_SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"
+_SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 BASE_COLOUR, TUNED_COLOUR = "#9aa5b1", "#1f6feb"
+_COUNTS = {"tickCount": 4, "tickMinStep": 1, "format": ",d"}
+_LOSS = "loss per trained token"
+_STEP = {"field": "step", "type": "quantitative", "title": "optimizer step", "axis": {"tickMinStep": 1}}
 
 
 def loss_curve(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Training loss by step, thick for all sources together and thin for each."""
-    by_source = [
-        {name.removeprefix("loss/"): value for name, value in event.items() if name.startswith("loss/")}
-        for event in events
-    ]
-    return _curves(events, by_source, together="all")
-
-
-def selection_curve(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Loss on held-out rows by step, thin for each source and thick for their mean."""
-    return _curves(events, [event["losses"] for event in events], together="mean")
-
-
-def _curves(events: list[dict[str, Any]], by_source: list[dict[str, float]], *, together: str) -> dict[str, Any]:
-    values = [{"step": event["step"], "loss": event["loss"], "source": together} for event in events]
-    values += [
-        {"step": event["step"], "loss": loss, "source": source}
-        for event, losses in zip(events, by_source, strict=True)
-        for source, loss in losses.items()
-    ]
-    is_together = f"datum.source === '{together}'"
+    """Loss by step, of all sources together. events: {step, loss}, at least one."""
+    shown = thinned(events, 1000)
     return {
         "$schema": _SCHEMA,
         "width": 640,
-        "height": 300,
-        "data": {"values": values},
-        "mark": {"type": "line", "clip": True},
+        "height": 240,
+        "data": {"values": [{"step": event["step"], "loss": _finite(event["loss"])} for event in shown]},
+        "mark": {"type": "line", "color": TUNED_COLOUR, "point": _points(shown), "tooltip": True},
         "encoding": {
-            "x": {"field": "step", "type": "quantitative", "title": "optimizer step"},
-            "y": {"field": "loss", "type": "quantitative", "title": "loss per trained token"},
-            "color": {"field": "source", "type": "nominal", "title": "source"},
-            "size": {"condition": {"test": is_together, "value": 3}, "value": 1},
-            "opacity": {"condition": {"test": is_together, "value": 1}, "value": 0.6},
+            "x": _STEP,
+            "y": {"field": "loss", "type": "quantitative", "title": _LOSS, "scale": {"zero": False}},
         },
     }
+
+
+def loss_by_source(events: list[dict[str, Any]], losses: list[dict[str, float]]) -> dict[str, Any]:
+    """A small chart a source, its loss in blue before that of all together in grey: 25 lines in one are a tangle.
+
+    losses: of each event by source; all sources share one scale.
+    """
+    sources = list(dict.fromkeys(source for one in losses for source in one))
+    shown = thinned(list(zip(events, losses, strict=True)), 100)
+    kinds = ("all sources", "this source")
+    values = [
+        {"step": event["step"], "source": source, "kind": kind, "loss": _finite(loss)}
+        for event, by_source in shown
+        for source in sources
+        for kind, loss in zip(kinds, (event["loss"], by_source.get(source)), strict=True)
+        if loss is not None
+    ]
+    return {
+        "$schema": _SCHEMA,
+        "width": 200,
+        "height": 80,
+        "data": {"values": values},
+        "mark": {"type": "line", "point": _points(shown), "tooltip": True},
+        "encoding": {
+            "facet": {
+                "field": "source",
+                "type": "nominal",
+                "title": None,
+                "sort": sources,
+                "columns": 3,
+                "spacing": {"row": 12, "column": 24},
+                "header": {"labelExpr": _cut("datum.label", 34), "labelLimit": 220, "labelFontSize": 10},
+            },
+            "x": {**_STEP, "axis": {"tickCount": 4, "labelOverlap": True}},
+            "y": {
+                "field": "loss",
+                "type": "quantitative",
+                "title": "loss",
+                "scale": {"zero": False},
+                "axis": {"tickCount": 4},
+            },
+            "color": _two_colours(kinds),
+        },
+    }
+
+
+def by_step(events: list[dict[str, Any]], measures: dict[str, str]) -> dict[str, Any]:
+    """What else is measured at each step, a chart each with its own scale. measures: {title with unit: key}."""
+    shown = thinned(events, 500)
+    values = [
+        {"step": event["step"], "measure": title, "value": _finite(event[key])}
+        for event in shown
+        for title, key in measures.items()
+        if key in event
+    ]
+    return {
+        "$schema": _SCHEMA,
+        "width": 300,
+        "height": 110,
+        "data": {"values": values},
+        "mark": {"type": "line", "color": TUNED_COLOUR, "point": _points(shown), "tooltip": True},
+        "encoding": {
+            "facet": {
+                "field": "measure",
+                "type": "nominal",
+                "title": None,
+                "sort": list(measures),
+                "columns": 2,
+                "header": {"labelFontSize": 12},
+            },
+            "x": {**_STEP, "axis": {"tickCount": 4, "labelOverlap": True}},
+            "y": {
+                "field": "value",
+                "type": "quantitative",
+                "title": None,
+                "axis": {"tickCount": 4},
+            },
+        },
+        "resolve": {"scale": {"y": "independent"}, "axis": {"y": "independent"}},
+    }
+
+
+def thinned(events: list[Any], most: int) -> list[Any]:
+    """At most so many of them, evenly spaced, the first and the last included: a card is redrawn while it grows."""
+    if len(events) <= most:
+        return events
+    return [events[round(place * (len(events) - 1) / (most - 1))] for place in range(most)]
+
+
+def _points(shown: list[Any]) -> bool | dict[str, Any]:
+    """Dots where there are few: a line through one point is not seen."""
+    return {"size": 18} if len(shown) <= 30 else False
+
+
+def _finite(value: float) -> float | None:
+    """None for what JSON has no number for: a card that holds it shows nothing at all."""
+    return value if math.isfinite(value) else None
+
+
+def _cut(label: str, most: int) -> str:
+    """A Vega expression that leaves out a long label's middle: names of sources differ at both ends."""
+    half = most // 2
+    return f"length({label}) > {most} ? slice({label}, 0, {half}) + '…' + slice({label}, -{half}) : {label}"
+
+
+def _two_colours(kinds: tuple[str, str]) -> dict[str, Any]:
+    return {
+        "field": "kind",
+        "type": "nominal",
+        "title": None,
+        "scale": {"domain": list(kinds), "range": [BASE_COLOUR, TUNED_COLOUR]},
+        "legend": {"orient": "top"},
+    }
+
+
+def histogram(bins: list[tuple[int, int, int]], *, x_title: str, y_title: str) -> dict[str, Any]:
+    """A bar each of (from, to, count), at least one, without gaps; to is in the next bin."""
+    values = [
+        {"bin": f"{start:,}" if end == start + 1 else f"{start:,}–{end - 1:,}", "count": count}
+        for start, end, count in bins
+    ]
+    return {
+        "$schema": _SCHEMA,
+        "width": {"step": 28 if len(bins) <= 20 else 16},
+        "height": 150,
+        "data": {"values": values},
+        "mark": {"type": "bar", "color": TUNED_COLOUR, "tooltip": True},
+        "encoding": {
+            "x": {"field": "bin", "type": "ordinal", "title": x_title, "sort": None, "axis": {"labelAngle": -45}},
+            "y": {
+                "field": "count",
+                "type": "quantitative",
+                "title": y_title,
+                "axis": _COUNTS,
+            },
+        },
+    }
+
+
+def fills(percents: dict[int, int], *, x_title: str, y_title: str) -> dict[str, Any]:
+    """How many are filled to each whole percent; 100 is all of it."""
+    values = [{"percent": percent, "to": percent + 1, "count": count} for percent, count in percents.items()]
+    return {
+        "$schema": _SCHEMA,
+        "width": 520,
+        "height": 150,
+        "data": {"values": values},
+        "mark": {"type": "bar", "color": TUNED_COLOUR, "tooltip": True},
+        "encoding": {
+            "x": {
+                "field": "percent",
+                "bin": "binned",
+                "type": "quantitative",
+                "title": x_title,
+                "scale": {"domain": [0, 101], "nice": False},
+                "axis": {"values": list(range(0, 101, 10)), "format": "d"},
+            },
+            "x2": {"field": "to"},
+            "y": {
+                "field": "count",
+                "type": "quantitative",
+                "title": y_title,
+                "axis": _COUNTS,
+            },
+        },
+    }
+
+
+def lengths_by_source(histograms: dict[str, dict[str, list[tuple[int, int, int]]]]) -> dict[str, Any]:
+    """Where each source's rows lie, dark where many: a line a source, a column a kind of length.
+
+    histograms: {kind: {source: [(from, to, count)]}}, bins as histogram has them.
+    """
+    values = [
+        {"kind": kind, "source": source, "from": start, "to": end, "share": count / sum(one[2] for one in bins)}
+        for kind, by_source in histograms.items()
+        for source, bins in by_source.items()
+        for start, end, count in bins
+        if count
+    ]
+    sources = list(dict.fromkeys(source for by_source in histograms.values() for source in by_source))
+    return {
+        "$schema": _SCHEMA,
+        "width": 240,
+        "height": {"step": 16},
+        "data": {"values": values},
+        "mark": {"type": "rect", "tooltip": True},
+        "encoding": {
+            "column": {"field": "kind", "type": "nominal", "title": None, "sort": list(histograms)},
+            "x": {
+                "field": "from",
+                "bin": "binned",
+                "type": "quantitative",
+                "title": "length, tokens (log scale)",
+                "scale": {"type": "log", "base": 2, "nice": False},
+                "axis": {"tickCount": 6, "labelOverlap": True, "format": ",", "grid": True},
+            },
+            "x2": {"field": "to"},
+            "y": _names("source", sources),
+            "color": {
+                "field": "share",
+                "type": "quantitative",
+                "title": "share of the source's rows",
+                "scale": {"scheme": "blues", "domainMin": 0},
+                "legend": {"format": ".0%", "orient": "top", "gradientLength": 200},
+            },
+        },
+    }
+
+
+def _names(field: str, names: list[str]) -> dict[str, Any]:
+    axis = {"labelExpr": _cut("datum.label", 42), "labelLimit": 300}
+    return {"field": field, "type": "nominal", "title": None, "sort": names, "axis": axis}
 
 
 def rollouts(points: list[dict[str, Any]]) -> dict[str, Any]:
@@ -119,25 +314,34 @@ def bars(values: dict[str, float], *, x_title: str) -> dict[str, Any]:
     }
 
 
-def requested_and_achieved(rows: list[dict[str, Any]], *, x_title: str) -> dict[str, Any]:
-    """Two horizontal bars a name: what was asked for in grey, what came in blue. rows: {name, requested, achieved}."""
+def requested_and_achieved(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Two horizontal bars a name, what was asked for in grey and what came in blue; a column an amount.
+
+    rows: {name, amount, requested, achieved}, shares of the amount's sum.
+    """
     kinds = ("requested", "achieved")
-    values = [{"name": row["name"], "kind": kind, "share": row[kind]} for row in rows for kind in kinds]
+    values = [
+        {"name": row["name"], "amount": row["amount"], "kind": kind, "share": row[kind]}
+        for row in rows
+        for kind in kinds
+    ]
+    names, amounts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("name", "amount"))
     return {
         "$schema": _SCHEMA,
-        "width": 520,
-        "height": {"step": 12},
+        "width": 170,
+        "height": {"step": 9},
         "data": {"values": values},
         "mark": {"type": "bar", "tooltip": True},
         "encoding": {
-            "y": {"field": "name", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 300}},
+            "column": {"field": "amount", "type": "nominal", "title": None, "sort": amounts},
+            "y": _names("name", names),
             "yOffset": {"field": "kind", "type": "nominal", "sort": list(kinds)},
-            "x": {"field": "share", "type": "quantitative", "title": x_title, "axis": {"format": ".0%"}},
-            "color": {
-                "field": "kind",
-                "type": "nominal",
-                "title": None,
-                "scale": {"domain": list(kinds), "range": [BASE_COLOUR, TUNED_COLOUR]},
+            "x": {
+                "field": "share",
+                "type": "quantitative",
+                "title": "share of the mixture",
+                "axis": {"format": ".0%", "tickCount": 4},
             },
+            "color": _two_colours(kinds),
         },
     }

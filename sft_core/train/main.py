@@ -117,8 +117,9 @@ def trained(
     if int(os.environ.get("RANK", "0")) == 0:
         check_room(out, bytes_on_disk(shape.num_parameters(), job))
     linear, quadratic = training_flops(shape)
+    costs = pack_costs(collator.plan.num_tokens, collator.plan.offsets, linear=linear, quadratic=quadratic)
     schedule = step_packs(
-        pack_costs(collator.plan.num_tokens, collator.plan.offsets, linear=linear, quadratic=quadratic),
+        costs,
         global_batch_size=training["global_batch_size"],
         num_epochs=training["num_train_epochs"],
         max_steps=training["max_steps"],
@@ -130,6 +131,8 @@ def trained(
     staging = out / "staging"
     if int(os.environ.get("RANK", "0")) == 0:
         discard_staged(staging)
+        if online is None:
+            tell_balance(out / "logs" / "balance.jsonl", costs, schedule, world_size, job["runtime"]["distributed"])
     checkpoint = resumable(out / "checkpoints", job["runtime"]["distributed"], world_size)
     in_4bit = training["lora"] is not None and training["lora"]["load_in_4bit"]
     load = functools.partial(
@@ -183,6 +186,20 @@ def _online(
         global_batch_size=global_batch_size,
         costs=linear * lengths + quadratic * lengths**2,
     )
+
+
+def tell_balance(path: Path, costs: np.ndarray, schedule: np.ndarray, num_ranks: int, strategy: str) -> None:
+    """Writes how evenly the schedule's FLOPs lie on these ranks, for the card. costs: of each pack."""
+    import numpy as np
+
+    from sft_core.data.balance import slowest_over_mean
+    from sft_core.train.schedule import EMPTY
+    from sft_core.train.strategy import SHARED
+
+    slots = np.where(schedule == EMPTY, 0.0, costs[schedule])
+    ratio = slowest_over_mean(slots, num_ranks, each_micro_step=strategy in SHARED)
+    told = {"ranks": num_ranks, "packs_a_step": schedule.shape[1], "slowest_over_mean": round(ratio, 6)}
+    path.write_text(json.dumps(told) + "\n")  # as a log, of which a card never reads half a line
 
 
 def _write_model(

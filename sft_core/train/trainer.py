@@ -228,6 +228,7 @@ class PackTrainer(SFTTrainer):
         if "loss" in logs:
             means, counts = self._loss_by_source.take(self._sum_over_ranks)
             seconds = time.monotonic() - self._last_log
+            logs["seconds"] = round(seconds, 3)  # since the last event, evaluation included
             if self._evaluation is not None:
                 seconds, self._evaluation.seconds = seconds - self._evaluation.seconds, 0.0
             seen = [float(self._tokens_seen), float(self._trained_tokens_seen), self._flops_done]  # by this process

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sft_core.data.lengths import by_length
 from sft_core.data.mixture import AMOUNTS, build_mixture, sample_rows
 from sft_core.data.shards import INDEX, read_index
 from sft_core.data.shares import draw_tokens, fill
@@ -47,8 +49,9 @@ def mix(tmp_path: Path) -> Mix:
         max_repeats: float | None = None,
         **sources: dict[str, Any],
     ) -> tuple[pa.Table, dict[str, Any]]:
-        inputs = {}
+        inputs, manifests = {}, {}
         for name, options in sources.items():
+            manifests[name] = {"counts": {"source": {"rows": options["rows"] + 1, "rejected": {"download": {"x": 1}}}}}
             num_rows = options["rows"]
             columns = {
                 "row_id": [str(row) for row in range(num_rows)],
@@ -61,7 +64,7 @@ def mix(tmp_path: Path) -> Mix:
             (inputs[name] / "shard-00000").mkdir(exist_ok=True, parents=True)
             pq.write_table(pa.table(columns, schema=INDEX), inputs[name] / "shard-00000" / "index.parquet")
         counts = build_mixture(
-            Build(tmp_path, inputs, Runtime()),
+            Build(tmp_path, inputs, Runtime(), manifests=manifests),
             sources=[{"name": name, **{key: options[key] for key in ASKED}} for name, options in sources.items()],
             selection_share=0.0,
             report_share=report_share,
@@ -89,6 +92,15 @@ def test_weight_keeps_a_floored_share_and_whole_copies_over_one(mix: Mix, weight
     times = np.bincount(rows_of(mixture, 0), minlength=37)
     assert times.sum() == kept
     assert times.max() - times.min() <= 1
+
+
+def test_counts_tell_lengths_of_the_rows_that_are_kept_and_what_was_rejected_before(mix: Mix):
+    mixture, counts = mix(a=source(37, weight=2.0, untrained=7), b=source(3, trained=9))
+    one, other = counts["sources"].values()
+    kept = mixture.filter(pc.equal(mixture["source"], 0))
+    assert one["rows_by_tokens"] == by_length(kept["num_tokens"].to_numpy()) and len(one["rows_by_tokens"]) > 4
+    assert one["rows_by_trained_tokens"] == {"4": 60} and other["rows_by_trained_tokens"] == {"8": 3}
+    assert (one["rows_read"], one["rejected"]) == (38, {"download": {"x": 1}})
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 37, 40, 100])

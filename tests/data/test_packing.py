@@ -209,6 +209,9 @@ def test_plan_each_row_is_in_one_pack_of_the_whole_mixture(pack):
         "tokens": 24,
         "max_length": 10,
         "fill": 0.8,
+        "packs_by_fill": {"50": 1, "90": 1, "100": 1},
+        "packs_by_documents": {"1": 1, "2": 2},
+        "documents_by_tokens": {"2": 1, "3": 1, "5": 2, "8": 1},  # 8 and 9 share a bin
         "dropped": {},
         "truncated": {},
         "split": {},
@@ -280,6 +283,8 @@ def test_plan_of_any_mixture_holds_every_row_or_counts_it(tmp_path_factory, leng
     assert sum(fills(plan)) == counts["tokens"]
     assert len(plan) == max(naive([lengths[index] for index in fitting], max_length)) + 1
     assert counts["documents"] + sum(counts["dropped"].values()) == len(lengths)
+    of = {"packs_by_fill": "packs", "packs_by_documents": "packs", "documents_by_tokens": "documents"}
+    assert {name: sum(counts[name].values()) for name in of} == {name: counts[what] for name, what in of.items()}
 
 
 def test_stage_truncated_document_ends_with_the_stop_token(write_rows, pinned, ensure, quickstart):

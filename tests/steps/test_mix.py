@@ -29,16 +29,16 @@ def test_card_shows_shares_asked_for_and_achieved(built_recipe):
     assert "95.0% of trained tokens" in shown and "Shares: requested → achieved" in shown
     achieved = counts["sources"]["copy_no_think"]["achieved"]["trained_tokens"]
     assert f"95.0% → {achieved:.1%}" in shown
-    assert '"yOffset"' in shown and "share of trained tokens" in shown
+    assert '"yOffset"' in shown and "share of the mixture" in shown
     assert "held at max_repeats 4" in shown, "a share that four copies of it cannot give"
-    assert "Rows left out" not in shown and "Duplicates" not in shown and "Contaminated" not in shown
+    assert '"duplicates"' not in shown and "Duplicates" not in shown and "Contaminated" not in shown
 
 
 def test_chart_has_a_bar_for_what_was_asked_and_one_for_what_came():
-    spec = requested_and_achieved([{"name": "a", "requested": 0.5, "achieved": 0.4}], x_title="x")
+    spec = requested_and_achieved([{"name": "a", "amount": "rows", "requested": 0.5, "achieved": 0.4}])
     assert spec["data"]["values"] == [
-        {"name": "a", "kind": "requested", "share": 0.5},
-        {"name": "a", "kind": "achieved", "share": 0.4},
+        {"name": "a", "amount": "rows", "kind": "requested", "share": 0.5},
+        {"name": "a", "amount": "rows", "kind": "achieved", "share": 0.4},
     ]
     assert spec["encoding"]["color"]["scale"]["range"] == [BASE_COLOUR, TUNED_COLOUR]
 
@@ -77,7 +77,7 @@ def test_card_shows_what_was_left_out_and_why(overlapping):
     assert f"Duplicates: {second['duplicates']} exact and 0 near, of" in shown
     assert f"Contaminated: {second['contaminated']} conversations of" in shown
     for said in (
-        "Rows left out",
+        '"duplicates", "contaminated", "left", "kept"',
         "Some duplicates",
         "Some contaminated rows",
         "Somebody once asked",

@@ -110,7 +110,7 @@ def start(libraries: None, make_job: Callable[[PinnedRecipe, Path], dict[str, An
 def log_of(folder: Path) -> list[dict[str, Any]]:
     """What was logged, without what depends on the machine's speed."""
     events = [json.loads(line) for line in (folder / "logs" / "log.jsonl").read_text().splitlines()]
-    speeds = ("tokens_per_s", "trained_tokens_per_s", "tflops_per_s", "memory_gib")
+    speeds = ("seconds", "tokens_per_s", "trained_tokens_per_s", "tflops_per_s", "memory_gib")
     return [{name: value for name, value in event.items() if name not in speeds} for event in events]
 
 

@@ -1,7 +1,6 @@
 """Losses on the selection split while training goes on: right, without a trace in the training, and of use."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,14 @@ from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
 from sft_core.train.checkpoints import numbered, step_of
+from sft_core.train.log_file import read_events
+from sft_core.train.main import tell_balance
+from sft_core.train.schedule import EMPTY
 from sft_core.train.selection import EvaluateSelection, RowLosses, Selection, SelectionLosses, evaluation_steps
 from steps.selection import SELECTION
 from steps.tokenize import TOKENS
-from steps.train import TRAINED
+from steps.train import TRAINED, card
+from tests.browser import Browser
 from tests.train.tiny import LLAMA, SOURCES, Run, tiny_recipe
 
 NUM_STEPS = 8
@@ -168,10 +171,45 @@ def test_selection_without_a_split_is_refused():
         parse_recipe(tiny_recipe(dataset_mixture={"selection_share": 0.0}, **SELECTION_ROWS))
 
 
-def test_selection_card_shows_each_sources_curve(watched: Run):
-    from sft_core.report.plots import selection_curve
+def test_card_of_a_training_shows_what_its_logs_say(watched: Run, browser: Browser):
+    page = browser.card(card(watched.folder))
+    assert page.errors == []
+    told, by_source, last_events, lowest, held_out = page.tables
+    last, shown = watched.events[-1], dict(told)
+    assert shown["step"] == f"{last['step']} of {last['of']}" and shown["loss"] == f"{last['loss']:.4f}"
+    assert shown["so far"] == f"{sum(event['seconds'] for event in watched.events):.0f} s" and "to go" not in shown
+    assert float(shown["gradient norm"]) == pytest.approx(last["grad_norm"], rel=0.01)
+    losses = {source: [event[f"loss/{source}"] for event in watched.events] for source in SOURCES}
+    wanted = {(s, *(f"{loss:.4f}" for loss in (of[0], min(of), of[-1]))) for s, of in losses.items()}
+    assert by_source[0] == ["source", "first loss", "lowest", "last"] and set(map(tuple, by_source[1:])) == wanted
+    assert last_events[0] == ["step", "loss", "learning rate", "gradient norm", "tokens/s", "trained tokens/s"]
+    seen = [(f"{event['step']}", f"{event['loss']:.4f}", f"{event['tokens_per_s']:,.0f}") for event in watched.events]
+    assert [(row[0], row[1], row[4]) for row in last_events[1:]] == seen
+    best = min(measured(watched)[1:], key=lambda event: event["loss"])
+    assert lowest[-1][1] == f"{best['loss']:.4f} at step {best['step']}"
+    assert {row[0] for row in held_out[1:]} == set(SOURCES)
+    training, sources, speeds, selection, selection_sources = page.charts
+    assert [value["loss"] for value in training.values] == [event["loss"] for event in watched.events]
+    assert [value["loss"] for value in selection.values] == [event["loss"] for event in measured(watched)]
+    own = [
+        value["loss"] for value in sources.values if value["source"] == SOURCES[0] and value["kind"] == "this source"
+    ]
+    assert own == losses[SOURCES[0]]
+    own = [value["loss"] for value in selection_sources.values if value["kind"] == "this source"]
+    assert sorted(own) == sorted(loss for event in measured(watched) for loss in event["losses"].values())
+    assert {value["measure"] for value in speeds.values} == set(last_events[0][2:])
+    for chart in page.charts:
+        assert chart.marks["line"] and any("step" in title for title in chart.axes)
 
-    values = selection_curve(measured(watched))["data"]["values"]
-    assert {value["source"] for value in values} == {"mean", *SOURCES}
-    assert all(math.isfinite(value["loss"]) for value in values)
-    assert len(values) == 3 * len(measured(watched))
+
+def test_schedule_on_one_rank_is_even(watched: Run):
+    (told,) = read_events(watched.folder / "logs" / "balance.jsonl")
+    assert told == {"ranks": 1, "packs_a_step": 4, "slowest_over_mean": 1.0}
+
+
+def test_balance_that_is_told_counts_empty_slots_and_where_ranks_wait(tmp_path: Path):
+    costs, schedule = np.array([4.0, 1.0, 1.0, 2.0, 8.0]), np.array([[0, 1, 2, 3], [4, EMPTY, EMPTY, EMPTY]])
+    for strategy, slowest in (("ddp", 5 + 8), ("zero3", 4 + 2 + 8)):  # rank 0 has 4 + 1, rank 1 has 1 + 2
+        tell_balance(tmp_path / "balance.jsonl", costs, schedule, 2, strategy)
+        (told,) = read_events(tmp_path / "balance.jsonl")
+        assert told == {"ranks": 2, "packs_a_step": 4, "slowest_over_mean": pytest.approx(slowest / (4 + 4), abs=1e-6)}
