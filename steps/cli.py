@@ -14,6 +14,7 @@ import click
 from steps.painted import print_fault
 from steps.store_commands import existing_store, store
 
+WHOLE_LINE = 400  # characters
 FLOW = Path(__file__).resolve().parent.parent / "flows" / "sft_flow.py"
 
 
@@ -248,6 +249,127 @@ def import_recipe(recipe: str, output: str, num_processes: int | None, accelerat
     found = write_imported(Path(recipe), Path(output), num_processes, launched)
     beside = f" and {Path(output).with_suffix('.jinja')}" if found.template is not None else ""
     click.echo(f"{account_text(found)}\n\nwrote {output}{beside}\n\n  sft plan {output}")
+
+
+@main.command()
+@click.argument("ref")
+@click.option("--prompt", help="One turn: prints its answer and ends. Otherwise turns are typed, or piped in by line.")
+@click.option("--system", help="The system message.")
+@click.option("--no-think", is_flag=True, help="Start without thinking; /think and /no_think switch.")
+@click.option("--temperature", type=float, help="0 is greedy. Default: as the checkpoint's generation config says.")
+@click.option("--top-p", type=float, help="Sample from the likeliest tokens of this share of the probability.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Of an answer.")
+@click.option("--seed", default=0, show_default=True, help="Of sampling.")
+@click.option("--template-kwarg", "kwargs", multiple=True, metavar="NAME=VALUE", help="A variable of the template.")
+@click.option("--trust-remote-code", is_flag=True, help="Run a model's own code, where it brings some.")
+@click.option("--store", "root", default="store", show_default=True, help="The store, for outputs: a folder or a URL.")
+def chat(
+    ref: str,
+    prompt: str | None,
+    system: str | None,
+    no_think: bool,
+    temperature: float | None,
+    top_p: float | None,
+    max_new_tokens: int,
+    seed: int,
+    kwargs: tuple[str, ...],
+    trust_remote_code: bool,
+    root: str,
+) -> None:
+    """Talk to a checkpoint: an output (stage/key), a run's id or `latest`, a folder, or a hub id.
+
+    Its own chat template writes the prompts, with the kwargs that the store knows it was trained with. In the
+    conversation, /help tells the commands.
+
+    \b
+    Examples: sft chat latest
+              sft chat trained/3f2a --temperature 0.7 --top-p 0.9
+              sft chat store/release/3f2a/model --prompt "sort: dbca" --no-think
+              sft chat org/model < questions.txt
+    """
+    from sft_core.evaluate.chat import Sampling
+    from sft_core.recipe import read_yaml
+    from steps.chat import talk
+
+    variables = {}
+    for one in kwargs:
+        name, is_given, value = one.partition("=")
+        if not is_given:
+            raise ValueError(f"--template-kwarg: found {one!r}; write NAME=VALUE, as header=false")
+        variables[name] = read_yaml(f"value: {value}")["value"]
+    code = talk(
+        ref,
+        root,
+        sampling=Sampling(max_new_tokens, temperature, top_p, seed),
+        system=system,
+        thinking=False if no_think else None,
+        prompt=prompt,
+        kwargs=variables,
+        trust_remote_code=trust_remote_code,
+    )
+    sys.exit(code)
+
+
+@main.command()
+@click.argument("run_a")
+@click.argument("run_b")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object: runs, recipe, amounts, scores.")
+def compare(run_a: str, run_b: str, as_json: bool) -> None:
+    """Two runs side by side: their recipes' differences, data, training and scores. `latest` is the newest run.
+
+    Scores of the tuned models are also compared by row, with a 95 % interval, where both scored the same prompts.
+
+    \b
+    Examples: sft compare 1795362982054539 latest
+              sft compare 1795362982054539 1795363110646365 --json
+    """
+    from steps.compare import as_tables, compared
+    from steps.runs import recorded
+
+    found = compared(recorded(run_a), recorded(run_b))
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        _console().print(*as_tables(found), sep="\n")
+
+
+@main.command()
+@click.argument("ref")
+@click.option("--row", "row_id", help="The way of the row with this row_id, to its packs and steps.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object: root, outputs, removed; with --row a list.")
+@click.option("--store", "root", default="store", show_default=True, help="The store, for outputs: a folder or a URL.")
+def lineage(ref: str, row_id: str | None, as_json: bool, root: str) -> None:
+    """What an output (stage/key), or a run's report, was made from, back to the source files.
+
+    With each output: the digest of its content, when it was made, and by which commit of this project.
+
+    \b
+    Examples: sft lineage latest
+              sft lineage trained/3f2a --json
+              sft lineage latest --row 0bf565fb06cb45b5
+    """
+    from steps import lineage, row_journey
+
+    store, found = lineage.find(ref, root)
+    traced = lineage.trace(store, found)
+    if row_id is not None:
+        journeys = row_journey.journeys(store, traced, row_id)
+        told: Any = journeys
+        trees = [row_journey.as_tree(journey) for journey in journeys]
+    else:
+        told, trees = lineage.as_json(store, traced), [lineage.as_tree(store, traced)]
+    if as_json:
+        click.echo(json.dumps(told, indent=1))
+    else:
+        _console().print(*trees, sep="\n")
+
+
+def _console() -> Any:
+    """Lines are folded in a terminal and whole elsewhere."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WHOLE_LINE)
 
 
 main.add_command(store)
