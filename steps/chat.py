@@ -79,10 +79,10 @@ def _in_folder(folder: Path) -> Place:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json, so it is no model; name a folder of save_pretrained")
     output = folder.resolve().parent
-    if not (output / "manifest.json").is_file():
-        return Place(str(folder), {})
-    store = Store(output.parent.parent)
-    return Place(str(folder), _template_kwargs(store, Ref(output.parent.name, output.name)))
+    ref, store = Ref(output.parent.name, output.name), Store(output.parent.parent)
+    if not store.is_here(ref) or store.manifest(ref).get("ref") != list(ref):
+        return Place(str(folder), {})  # no output of a store
+    return Place(str(folder), _template_kwargs(store, ref))
 
 
 def _in_store(store: Store, ref: Ref) -> Place:

@@ -202,11 +202,15 @@ def resume() -> None:
     \b
     Example: sft resume
     """
+    from sft_core.source_code import source_code
     from steps.runs import last_attempt
+    from steps.tags import resumed_tags
 
     run = last_attempt()
-    click.echo(f"resuming {run}")
-    sys.exit(subprocess.call([sys.executable, str(FLOW), "resume", "--origin-run-id", run]))
+    click.echo(f"resuming {run.id}")
+    # The step that tags a run is finished, so it is not run again.
+    tags = [part for tag in resumed_tags(run.tags, source_code()) for part in ("--tag", tag)]
+    sys.exit(subprocess.call([sys.executable, str(FLOW), "resume", "--origin-run-id", run.id, *tags]))
 
 
 @main.command()

@@ -125,11 +125,11 @@ def _in_packs(store: Store, lineage: Lineage, packed: Ref, source: str, rows: li
         "packed": str(packed),
         "packs": packs,
         "num_tokens": plan.num_tokens[documents].tolist(),
-        "steps": {str(ref): _steps(store, lineage, ref, plan, packs) for ref in trained},
+        "steps": {str(ref): steps_of(store, lineage, ref, plan, packs) for ref in trained},
     }
 
 
-def _steps(store: Store, lineage: Lineage, trained: Ref, plan: PackPlan, packs: list[int]) -> list[int] | None:
+def steps_of(store: Store, lineage: Lineage, trained: Ref, plan: PackPlan, packs: list[int]) -> list[int] | None:
     """Optimizer steps, from 1, that trained on one of the packs; None where that cannot be told any more.
 
     With added tokens the model is larger than the one by whose size the order was made, and of a roll-out that ended

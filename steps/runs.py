@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from sft_core.recipe import Recipe
@@ -37,12 +37,18 @@ class Recorded:
     evaluated: dict[str, dict[str, str]]  # {task: {"base"|"tuned": stage/key}}
 
 
-def last_attempt() -> str:
-    """The id of the newest run or resume, whatever became of it. Raises ValueError when there is none.
+class Attempt(NamedTuple):
+    id: str
+    tags: list[str]  # those that the flow or somebody gave it
+
+
+def last_attempt() -> Attempt:
+    """The newest run or resume, whatever became of it. Raises ValueError when there is none.
 
     An attempt that was killed before its first step holds nothing to go on from, so the one before it counts.
     """
-    return str(next((run for run in _runs() if any(True for _ in run)), _runs()[0]).id)
+    run = next((run for run in _runs() if any(True for _ in run)), _runs()[0])
+    return Attempt(str(run.id), sorted(run.user_tags))
 
 
 def last_finished() -> dict[str, Any]:

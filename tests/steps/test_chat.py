@@ -1,8 +1,10 @@
 """`sft chat` as a process: one turn, piped lines, a terminal; and what a name of a checkpoint means."""
 
+import dataclasses
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,8 +156,6 @@ def test_chat_ctrl_c_stops_the_answer_and_ctrl_d_the_program(terminal: Terminal)
 @pytest.fixture
 def stored(built_recipe: dict[str, Any], model: Path) -> tuple[Store, Ref]:
     """A store with a checkpoint: the built packs, and what stands in the place of their training."""
-    import dataclasses
-    import shutil
 
     def build(build: Any, **settings: Any) -> dict[str, Any]:
         shutil.copytree(model, build.out / "model")
@@ -176,8 +176,11 @@ def test_chat_knows_the_template_kwargs_of_a_stored_checkpoint(stored: tuple[Sto
     assert chat(tmp_path, ref, "--store", store.root, "--prompt", "hello").stdout == SMILE + "\n"
 
 
-def test_chat_folder_outside_a_store_has_no_kwargs(model: Path):
+def test_chat_folder_outside_a_store_has_no_kwargs(model: Path, tmp_path: Path):
     assert find_checkpoint(str(model), "store") == (str(model), {}, None)
+    shutil.copytree(model, tmp_path / "app" / "model")
+    (tmp_path / "app" / "manifest.json").write_text('{"name": "a web app\'s"}')
+    assert find_checkpoint(str(tmp_path / "app" / "model"), "store").kwargs == {}
 
 
 @pytest.mark.parametrize(

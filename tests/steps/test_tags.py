@@ -7,7 +7,7 @@ from metaflow.tagging_util import MAX_TAG_SIZE, validate_tags
 
 from sft_core.recipe import override, parse_recipe
 from sft_core.source_code import SourceCode
-from steps.tags import tags_of
+from steps.tags import resumed_tags, tag_run, tags_of
 
 COMMIT: SourceCode = {"version": "0.1.0", "commit": "0123456789abcdef", "dirty": False}
 NOWHERE: SourceCode = {"version": "0.1.0", "commit": None, "dirty": None}
@@ -45,3 +45,15 @@ def test_tags_of_a_search_name_its_strategy(small_recipe):
 def test_tags_are_cut_to_what_metaflow_takes(small_recipe):
     found = tags(small_recipe, NOWHERE, f"name={'a' * 600}")
     assert found[0].startswith("recipe:aaa") and len(found[0]) == MAX_TAG_SIZE
+
+
+def test_tags_of_a_resumed_run_are_its_own_and_the_commit_that_goes_on():
+    tags = ["commit:7654321-dirty", "mine", "model:org/m", "recipe:small"]
+    assert resumed_tags(tags, COMMIT) == ["mine", "model:org/m", "recipe:small", "commit:0123456"]
+    assert resumed_tags(tags, NOWHERE) == tags[1:]
+
+
+def test_run_that_the_metadata_here_does_not_know_is_left_untagged(small_recipe, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    tag_run("SFTFlow/12", parse_recipe(small_recipe))
+    assert "run=SFTFlow/12 status=untagged" in caplog.text and "recipe:small" in caplog.text
