@@ -59,8 +59,10 @@ class SFTFlow(FlowSpec):
     def start(self):
         """Resolve what the recipe's names point to, and refuse bad input before any work."""
         from steps.pipeline import prepare
+        from steps.tags import tag_run
 
         recipe = effective(self.recipe, self.set, self.limit)
+        tag_run(f"{current.flow_name}/{current.run_id}", recipe)
         self.pins = prepare(recipe).pins
         self.recipe_name, self.sources, self.tasks = recipe.name, recipe.sources, recipe.tasks
         self.next(self.download, foreach="sources")

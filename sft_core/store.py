@@ -38,6 +38,7 @@ from sft_core.manifest import (
     sha256_of,
     write_synced,
 )
+from sft_core.source_code import source_code
 
 if TYPE_CHECKING:
     from sft_core.pins import PinnedRecipe
@@ -307,6 +308,7 @@ class Store:
                 "seconds": seconds,
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "python": platform.python_version(),
+                "source_code": source_code(),
             }
             # Manifest last, rename after it: a reader must never see half an output.
             write_synced(out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))

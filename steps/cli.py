@@ -6,17 +6,15 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from steps.painted import print_fault
+from steps.store_commands import existing_store, store
 
-if TYPE_CHECKING:
-    from sft_core.store import Store
-
+WHOLE_LINE = 400  # characters
 FLOW = Path(__file__).resolve().parent.parent / "flows" / "sft_flow.py"
 
 
@@ -110,43 +108,9 @@ def explain(a: str, b: str, root: str) -> None:
     Examples: sft explain trained/3f2a trained/91bc
               sft explain configs/quickstart.yaml mine.yaml
     """
-    from steps import pipeline
+    from steps.explain import explained
 
-    pairs = _recipe_identities(a, b) if Path(a).is_file() and Path(b).is_file() else _output_identities(a, b, root)
-    told = False
-    for name, before, after in pairs:
-        lines = [f"  {key}: {_short(old)} -> {_short(new)}" for key, old, new in pipeline.differences(before, after)]
-        if lines:
-            click.echo("\n".join([name, *lines]))
-            told = True
-    if not told:
-        click.echo("no difference")
-
-
-def _recipe_identities(a: str, b: str) -> list[tuple[str, Any, Any]]:
-    from sft_core.pins import pin
-    from sft_core.recipe import load_recipe
-    from sft_core.store import Store
-    from steps import pipeline
-
-    sides = []
-    for path in (a, b):
-        loaded = load_recipe(path)
-        found = pipeline.plan(Store(loaded.runtime.store), pin(loaded, allow_unresolved=True))
-        sides.append({f"{one.stage.name} {one.name}": one.identity for one in found})
-    before, after = sides
-    return [(name, before.get(name, {}), after.get(name, {})) for name in dict.fromkeys([*before, *after])]
-
-
-def _output_identities(a: str, b: str, root: str) -> list[tuple[str, Any, Any]]:
-    store = _existing_store(root)
-    refs = [store.find(text) for text in (a, b)]
-    return [(f"{refs[0]} and {refs[1]}", *(store.manifest(ref)["identity"] for ref in refs))]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 120 else text[:117] + "..."
+    click.echo("\n".join(explained(a, b, root)) or "no difference")
 
 
 @main.command()
@@ -204,7 +168,7 @@ def verify(ref: str | None, root: str) -> None:
 
     from sft_core.store import CorruptOutput
 
-    store = _existing_store(root)
+    store = existing_store(root)
     refs = [store.find(ref)] if ref else store.refs()
     faults = []
     for one in tqdm(refs, unit=" outputs", disable=None):
@@ -238,11 +202,15 @@ def resume() -> None:
     \b
     Example: sft resume
     """
+    from sft_core.source_code import source_code
     from steps.runs import last_attempt
+    from steps.tags import resumed_tags
 
     run = last_attempt()
-    click.echo(f"resuming {run}")
-    sys.exit(subprocess.call([sys.executable, str(FLOW), "resume", "--origin-run-id", run]))
+    click.echo(f"resuming {run.id}")
+    # The step that tags a run is finished, so it is not run again.
+    tags = [part for tag in resumed_tags(run.tags, source_code()) for part in ("--tag", tag)]
+    sys.exit(subprocess.call([sys.executable, str(FLOW), "resume", "--origin-run-id", run.id, *tags]))
 
 
 @main.command()
@@ -287,93 +255,128 @@ def import_recipe(recipe: str, output: str, num_processes: int | None, accelerat
     click.echo(f"{account_text(found)}\n\nwrote {output}{beside}\n\n  sft plan {output}")
 
 
-@main.group()
-def store() -> None:
-    """What is in the store, and freeing what is not used."""
+@main.command()
+@click.argument("ref")
+@click.option("--prompt", help="One turn: prints its answer and ends. Otherwise turns are typed, or piped in by line.")
+@click.option("--system", help="The system message.")
+@click.option("--no-think", is_flag=True, help="Start without thinking; /think and /no_think switch.")
+@click.option("--temperature", type=float, help="0 is greedy. Default: as the checkpoint's generation config says.")
+@click.option("--top-p", type=float, help="Sample from the likeliest tokens of this share of the probability.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Of an answer.")
+@click.option("--seed", default=0, show_default=True, help="Of sampling.")
+@click.option("--template-kwarg", "kwargs", multiple=True, metavar="NAME=VALUE", help="A variable of the template.")
+@click.option("--trust-remote-code", is_flag=True, help="Run a model's own code, where it brings some.")
+@click.option("--store", "root", default="store", show_default=True, help="The store, for outputs: a folder or a URL.")
+def chat(
+    ref: str,
+    prompt: str | None,
+    system: str | None,
+    no_think: bool,
+    temperature: float | None,
+    top_p: float | None,
+    max_new_tokens: int,
+    seed: int,
+    kwargs: tuple[str, ...],
+    trust_remote_code: bool,
+    root: str,
+) -> None:
+    """Talk to a checkpoint: an output (stage/key), a run's id or `latest`, a folder, or a hub id.
 
-
-@store.command("list")
-@click.option("--store", "root", default="store", show_default=True, help="The store: a folder or a URL.")
-def list_outputs(root: str) -> None:
-    """Every output with its size and when it was last used.
-
-    \b
-    Example: sft store list
-    """
-    from sft_core.report.tables import text_table
-    from sft_core.store import part_name
-
-    opened = _existing_store(root)
-    rows = []
-    for ref in opened.refs():
-        part = part_name(opened.manifest(ref)["identity"]["part"])
-        rows.append((str(ref), part, _size(opened.num_bytes(ref)), _ago(opened.last_used(ref))))
-    total = sum(opened.num_bytes(ref) for ref in opened.refs())
-    click.echo(text_table(("output", "name", "size", "last used"), rows) if rows else f"{root}: no outputs")
-    click.echo(f"\n{len(rows)} outputs, {_size(total)}")
-
-
-@store.command()
-@click.argument("refs", nargs=-1)
-@click.option("--store", "root", default="store", show_default=True, help="The store: a folder or a URL.")
-@click.option("--unused-for", "days", type=float, default=30.0, show_default=True, help="Days without use.")
-@click.option("--delete", is_flag=True, help="Remove them; without it, only show what would go.")
-def gc(refs: tuple[str, ...], root: str, days: float, delete: bool) -> None:
-    """Remove outputs that no run has used for a while, or those named, and what killed builds left.
+    Its own chat template writes the prompts, with the kwargs that the store knows it was trained with. In the
+    conversation, /help tells the commands.
 
     \b
-    Examples: sft store gc --unused-for 14
-              sft store gc tokens/3f2a --delete
+    Examples: sft chat latest
+              sft chat trained/3f2a --temperature 0.7 --top-p 0.9
+              sft chat store/release/3f2a/model --prompt "sort: dbca" --no-think
+              sft chat org/model < questions.txt
     """
-    import shutil
+    from sft_core.evaluate.chat import Sampling
+    from sft_core.recipe import read_yaml
+    from steps.chat import talk
 
-    opened = _existing_store(root)
-    old = time.time() - days * 86400
-    chosen = [opened.find(ref) for ref in refs] or [ref for ref in opened.refs() if opened.last_used(ref) < old]
-    left = [] if refs else [path for path in opened.abandoned() if path.stat().st_mtime < old]
-    sizes = {str(ref): opened.num_bytes(ref) for ref in chosen}
-    sizes |= {f"{path.name} (unfinished)": _folder_bytes(path) for path in left}
-    there = [] if refs or not opened.remote else [one for one in opened.remote.leftovers() if one.last_used < old]
-    sizes |= {f"{one.path} (unfinished)": one.num_bytes for one in there}
-    for name, size in sizes.items():
-        click.echo(f"{'removed' if delete else 'would remove'} {name}  {_size(size)}")
-    if delete:
-        for ref in chosen:
-            opened.remove(ref)
-        for path in left:
-            shutil.rmtree(path)
-        for one in there:
-            assert opened.remote is not None
-            opened.remote.remove_leftover(one)
-    click.echo(f"{len(sizes)} outputs, {_size(sum(sizes.values()))}" + ("" if delete else "; add --delete to remove"))
-
-
-def _existing_store(root: str) -> Store:
-    from sft_core.store import Store, is_url
-
-    if not is_url(root) and not Path(root).expanduser().is_dir():
-        raise FileNotFoundError(f"--store: found {root!r}; no such folder (looked in {Path.cwd()})")
-    return Store(root)
+    variables = {}
+    for one in kwargs:
+        name, is_given, value = one.partition("=")
+        if not is_given:
+            raise ValueError(f"--template-kwarg: found {one!r}; write NAME=VALUE, as header=false")
+        variables[name] = read_yaml(f"value: {value}")["value"]
+    code = talk(
+        ref,
+        root,
+        sampling=Sampling(max_new_tokens, temperature, top_p, seed),
+        system=system,
+        thinking=False if no_think else None,
+        prompt=prompt,
+        kwargs=variables,
+        trust_remote_code=trust_remote_code,
+    )
+    sys.exit(code)
 
 
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+@main.command()
+@click.argument("run_a")
+@click.argument("run_b")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object: runs, recipe, amounts, scores.")
+def compare(run_a: str, run_b: str, as_json: bool) -> None:
+    """Two runs side by side: their recipes' differences, data, training and scores. `latest` is the newest run.
+
+    Scores of the tuned models are also compared by row, with a 95 % interval, where both scored the same prompts.
+
+    \b
+    Examples: sft compare 1795362982054539 latest
+              sft compare 1795362982054539 1795363110646365 --json
+    """
+    from steps.compare import as_tables, compared
+    from steps.runs import recorded
+
+    found = compared(recorded(run_a), recorded(run_b))
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        _console().print(*as_tables(found), sep="\n")
 
 
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
+@main.command()
+@click.argument("ref")
+@click.option("--row", "row_id", help="The way of the row with this row_id, to its packs and steps.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object: root, outputs, removed; with --row a list.")
+@click.option("--store", "root", default="store", show_default=True, help="The store, for outputs: a folder or a URL.")
+def lineage(ref: str, row_id: str | None, as_json: bool, root: str) -> None:
+    """What an output (stage/key), or a run's report, was made from, back to the source files.
+
+    With each output: the digest of its content, when it was made, and by which commit of this project.
+
+    \b
+    Examples: sft lineage latest
+              sft lineage trained/3f2a --json
+              sft lineage latest --row 0bf565fb06cb45b5
+    """
+    from steps import lineage, row_journey
+
+    store, found = lineage.find(ref, root)
+    traced = lineage.trace(store, found)
+    if row_id is not None:
+        journeys = row_journey.journeys(store, traced, row_id)
+        told: Any = journeys
+        trees = [row_journey.as_tree(journey) for journey in journeys]
+    else:
+        told, trees = lineage.as_json(store, traced), [lineage.as_tree(store, traced)]
+    if as_json:
+        click.echo(json.dumps(told, indent=1))
+    else:
+        _console().print(*trees, sep="\n")
 
 
-def _ago(when: float) -> str:
-    seconds = max(0.0, time.time() - when)
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit} ago"
-    return "just now"
+def _console() -> Any:
+    """Lines are folded in a terminal and whole elsewhere."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WHOLE_LINE)
+
+
+main.add_command(store)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from sft_core.recipe import Recipe
 
 FLOW = "SFTFlow"
+LATEST = "latest"
+# What a step leaves behind that others are found by, and the artifact that is its address.
+OUTPUTS = {
+    "mix": "mixture",
+    "pack": "packed",
+    "train": "trained",
+    "train_on_nodes": "trained",
+    "fan_out": "delivered",
+    "report": "scored",
+    "end": "released",
+}
+NUM_NAMED = 10  # of the runs that an error names
 
 
-def last_attempt() -> str:
-    """The id of the newest run or resume, whatever became of it. Raises ValueError when there is none.
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A run and where its outputs are; of one that is not finished, those of the steps that are."""
+
+    id: str
+    created: str
+    is_finished: bool
+    commit: str | None
+    recipe: Recipe
+    outputs: dict[str, str]  # by the artifact's name: stage/key
+    evaluated: dict[str, dict[str, str]]  # {task: {"base"|"tuned": stage/key}}
+
+
+class Attempt(NamedTuple):
+    id: str
+    tags: list[str]  # those that the flow or somebody gave it
+
+
+def last_attempt() -> Attempt:
+    """The newest run or resume, whatever became of it. Raises ValueError when there is none.
 
     An attempt that was killed before its first step holds nothing to go on from, so the one before it counts.
     """
-    return str(next((run for run in _runs() if any(True for _ in run)), _runs()[0]).id)
+    run = next((run for run in _runs() if any(True for _ in run)), _runs()[0])
+    return Attempt(str(run.id), sorted(run.user_tags))
 
 
 def last_finished() -> dict[str, Any]:
@@ -24,6 +59,46 @@ def last_finished() -> dict[str, Any]:
             found = {"scores": data.scores, "gains": data.thinking, "checkpoint": data.checkpoint}
             return {**found, "pushed": getattr(data, "hub_url", None)}
     raise ValueError("no run has finished yet; start one with `python flows/sft_flow.py run`")
+
+
+def is_run(name: str) -> bool:
+    """Whether it can only be meant as a run: `latest`, or an id as Metaflow or Argo gives it."""
+    return name == LATEST or name.startswith((f"{FLOW}/", "argo-")) or name.isdigit()
+
+
+def recorded(name: str) -> Recorded:
+    """The run of that id (or FLOW/id), or the newest one for `latest`. Raises ValueError that names those known."""
+    from steps.recipes import effective
+
+    runs = [run for run in _runs() if "_parameters" in run]  # without them it was killed before its first step
+    found = next((run for run in runs if name in (LATEST, run.id, run.pathspec)), None)
+    if found is None:
+        named = ", ".join(run.id for run in runs[:NUM_NAMED]) + (", ..." if len(runs) > NUM_NAMED else "")
+        raise ValueError(f"found {name!r}; it is no run. The runs recorded here, newest first: {named or 'none'}")
+    data = found["_parameters"].task.data
+    commits = [tag.partition(":")[2] for tag in found.user_tags if tag.startswith("commit:")]
+    return Recorded(
+        id=found.id,
+        created=f"{found.created_at:%Y-%m-%d %H:%M}",
+        is_finished=bool(found.successful),
+        commit=commits[0] if commits else None,
+        recipe=effective(data.recipe, data.set, data.limit),
+        outputs=_outputs(found),
+        evaluated={data.task: data.evaluated for data in _done(found, "evaluate") if hasattr(data, "evaluated")},
+    )
+
+
+def _outputs(run: Any) -> dict[str, str]:
+    found = {}
+    for step, name in OUTPUTS.items():
+        rounds = sorted(_done(run, step), key=lambda data: getattr(data, "num_rounds", 0))
+        if rounds and hasattr(rounds[-1], name):
+            found[name] = getattr(rounds[-1], name)
+    return found
+
+
+def _done(run: Any, step: str) -> list[Any]:
+    return [task.data for task in run[step] if task.successful] if step in run else []
 
 
 def _runs() -> list[Any]:

@@ -16,7 +16,10 @@ RANKS = {
     "sft_core.links": 0,
     "sft_core.manifest": 0,
     "sft_core.remote": 0,
+    "sft_core.sections": 0,
+    "sft_core.source_code": 0,
     "sft_core.store": 0,
+    "sft_core.wording": 0,
     "sft_core.report": 0,
     "sft_core.data": 1,
     "sft_core.pins": 2,
@@ -77,10 +80,11 @@ def test_report_sees_plain_numbers_only():
 
 
 def test_store_and_recipe_know_none_of_the_project_but_code():
-    bottom = [f"sft_core.{name}" for name in ("recipe", "code", "manifest", "remote", "store")]
+    names = ("recipe", "sections", "wording", "code", "manifest", "remote", "source_code", "store")
+    bottom = {f"sft_core.{name}" for name in names}
     pairs = [(a, b) for a, b in found(late=True) if a in bottom]
     known = {b.rpartition(".")[0] for _, b in pairs if b.startswith("sft_core")}
-    assert known == {"sft_core.code", "sft_core.manifest", "sft_core.remote"}
+    assert known == bottom - {"sft_core.recipe", "sft_core.store"}
     assert "sft_core.remote.Remote" not in {b for _, b in found(late=False)}  # a folder store loads no fsspec
 
 

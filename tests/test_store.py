@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from sft_core import code
 from sft_core.pins import PinnedRecipe
 from sft_core.recipe import override, parse_recipe
+from sft_core.source_code import source_code
 from sft_core.store import Build, CorruptOutput, Ref, Stage, Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,6 +205,8 @@ def test_manifest_tells_what_was_built_from_what(store: Store):
     assert manifest["inputs"] == {"numbers": list(store.locate(NUMBERS, toy(), {}).ref)}
     assert manifest["files"]["sum.txt"]["bytes"] == len("2 summed")
     assert set(manifest["files"]) == {"sum.txt"}
+    assert manifest["source_code"] == source_code()
+    assert "source_code" not in manifest["identity"]
 
 
 def test_failing_build_leaves_nothing_to_read_and_names_the_stage(store: Store):

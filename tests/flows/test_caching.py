@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from sft_core.source_code import source_code, told
 from tests.flows.conftest import DATA, RECIPE, ROOT, Project, names
 
 BRANCH = ("conversations", "rendered", "tokens")
@@ -45,6 +47,17 @@ def test_first_run_builds_everything_once_and_prints_the_table(finished: Project
     scores = json.loads(finished.sft("scores", "--json"))
     assert {row["metric"] for row in scores} == {"loss", "exact_match"}
     assert set(scores[0]) == {"task", "metric", "n", "base", "tuned", "stderr"}
+
+
+def test_run_is_tagged_with_its_recipe_model_and_commit(finished: Project) -> None:
+    code = (
+        "from metaflow import Flow, namespace; namespace(None); print(*list(Flow('SFTFlow'))[-1].user_tags, sep='\\n')"
+    )
+    found = set(finished.call([sys.executable, "-c", code]).splitlines())
+    expected = {"recipe:small", "model:random llama"}
+    if (source := source_code())["commit"] is not None:
+        expected.add(f"commit:{told(source)}")
+    assert found == expected
 
 
 def test_second_run_and_runtime_changes_build_nothing(finished: Project) -> None:

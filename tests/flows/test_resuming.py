@@ -74,6 +74,8 @@ def test_killed_trainer_and_killed_flow_resume_from_the_last_checkpoint(tmp_path
 
     output = project.sft("resume")
     assert "exact_match" in output
+    newest = "from metaflow import Flow, namespace; namespace(None); print(*next(iter(Flow('SFTFlow'))).user_tags)"
+    assert "recipe:small" in project.call([sys.executable, "-c", newest])
     assert max(names(project.builds()).values()) == 1, "no step built its output again"
     steps = logged_steps(project)
     assert steps == list(range(1, STEPS + 1)), "each step is logged once: training went on"

@@ -1,0 +1,101 @@
+"""`sft store`: what is in the store, and freeing what is not used."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from sft_core.store import Store
+
+
+def existing_store(root: str) -> Store:
+    from sft_core.store import Store, is_url
+
+    if not is_url(root) and not Path(root).expanduser().is_dir():
+        raise FileNotFoundError(f"--store: found {root!r}; no such folder (looked in {Path.cwd()})")
+    return Store(root)
+
+
+@click.group()
+def store() -> None:
+    """What is in the store, and freeing what is not used."""
+
+
+@store.command("list")
+@click.option("--store", "root", default="store", show_default=True, help="The store: a folder or a URL.")
+def list_outputs(root: str) -> None:
+    """Every output with its size and when it was last used.
+
+    \b
+    Example: sft store list
+    """
+    from sft_core.report.tables import text_table
+    from sft_core.store import part_name
+
+    opened = existing_store(root)
+    rows = []
+    for ref in opened.refs():
+        part = part_name(opened.manifest(ref)["identity"]["part"])
+        rows.append((str(ref), part, _size(opened.num_bytes(ref)), _ago(opened.last_used(ref))))
+    total = sum(opened.num_bytes(ref) for ref in opened.refs())
+    click.echo(text_table(("output", "name", "size", "last used"), rows) if rows else f"{root}: no outputs")
+    click.echo(f"\n{len(rows)} outputs, {_size(total)}")
+
+
+@store.command()
+@click.argument("refs", nargs=-1)
+@click.option("--store", "root", default="store", show_default=True, help="The store: a folder or a URL.")
+@click.option("--unused-for", "days", type=float, default=30.0, show_default=True, help="Days without use.")
+@click.option("--delete", is_flag=True, help="Remove them; without it, only show what would go.")
+def gc(refs: tuple[str, ...], root: str, days: float, delete: bool) -> None:
+    """Remove outputs that no run has used for a while, or those named, and what killed builds left.
+
+    \b
+    Examples: sft store gc --unused-for 14
+              sft store gc tokens/3f2a --delete
+    """
+    import shutil
+
+    opened = existing_store(root)
+    old = time.time() - days * 86400
+    chosen = [opened.find(ref) for ref in refs] or [ref for ref in opened.refs() if opened.last_used(ref) < old]
+    left = [] if refs else [path for path in opened.abandoned() if path.stat().st_mtime < old]
+    sizes = {str(ref): opened.num_bytes(ref) for ref in chosen}
+    sizes |= {f"{path.name} (unfinished)": _folder_bytes(path) for path in left}
+    there = [] if refs or not opened.remote else [one for one in opened.remote.leftovers() if one.last_used < old]
+    sizes |= {f"{one.path} (unfinished)": one.num_bytes for one in there}
+    for name, size in sizes.items():
+        click.echo(f"{'removed' if delete else 'would remove'} {name}  {_size(size)}")
+    if delete:
+        for ref in chosen:
+            opened.remove(ref)
+        for path in left:
+            shutil.rmtree(path)
+        for one in there:
+            assert opened.remote is not None
+            opened.remote.remove_leftover(one)
+    click.echo(f"{len(sizes)} outputs, {_size(sum(sizes.values()))}" + ("" if delete else "; add --delete to remove"))
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def _ago(when: float) -> str:
+    seconds = max(0.0, time.time() - when)
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return "just now"
