@@ -38,6 +38,13 @@ def chart(spec: dict[str, Any]) -> Any:
     return VegaChart(spec)
 
 
+def warnings(texts: list[str]) -> list[Any]:
+    """What must not be overlooked, red and in words; nothing when there is nothing."""
+    from metaflow.cards import Markdown
+
+    return [Markdown(f"<div style='color:#cf222e'><b>Red flag:</b> {_escaped(text)}</div>") for text in texts]
+
+
 def rejects(by_step: dict[str, dict[str, int]]) -> list[Any]:
     """What was put aside, by step and reason; nothing when nothing was."""
     rows = [(step, reason, count) for step, reasons in by_step.items() for reason, count in reasons.items()]

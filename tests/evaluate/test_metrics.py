@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_core.evaluate.metrics import exact_match, mean_score, paired_gain, strip_thinking, token_loss
+from sft_core.evaluate.metrics import mean_score, paired_gain, strip_thinking, token_loss
 
 
 @pytest.mark.parametrize(
@@ -25,13 +25,6 @@ from sft_core.evaluate.metrics import exact_match, mean_score, paired_gain, stri
 )
 def test_strip_thinking_any_block_is_left_out(output: str, left: str) -> None:
     assert strip_thinking(output) == left
-
-
-def test_exact_match_thinking_and_white_space_do_not_count() -> None:
-    assert exact_match("<think>5</think>\n4 ", "4\n")
-    assert not exact_match("<think>4</think>5", "4")
-    assert not exact_match("<think>4", "4")
-    assert not exact_match("44", "4")
 
 
 def rows(n: int = 200) -> tuple[np.ndarray, np.ndarray]:
