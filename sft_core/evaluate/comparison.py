@@ -91,7 +91,6 @@ def paired(base: pa.Table, tuned: pa.Table) -> list[tuple[dict[str, Any], dict[s
 def changed(base: pa.Table, tuned: pa.Table) -> tuple[list[Any], list[Any]]:
     """The pairs that were won (the tuned model scores higher) and lost, the largest change first."""
     asked = [pair for pair in paired(base, tuned) if pair[0]["score"] is not None and pair[1]["score"] is not None]
-    by_change = sorted(asked, key=lambda pair: pair[0]["score"] - pair[1]["score"])
-    won = [pair for pair in by_change if pair[1]["score"] > pair[0]["score"]]
-    lost = [pair for pair in reversed(by_change) if pair[1]["score"] < pair[0]["score"]]
-    return won, lost
+    asked = sorted(asked, key=lambda pair: -abs(pair[1]["score"] - pair[0]["score"]))
+    won = [pair for pair in asked if pair[1]["score"] > pair[0]["score"]]
+    return won, [pair for pair in asked if pair[1]["score"] < pair[0]["score"]]
