@@ -11,11 +11,20 @@ import ast
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
+import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
 PROJECT_PACKAGES = ("steps", "sft_core")
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Tree(NamedTuple):
+    """Where code is looked at."""
+
+    root: Path
+    packages: tuple[str, ...] | None  # None: whatever lies below the root
 
 
 def code_digest(module: str, libraries: tuple[str, ...] = ()) -> str:
@@ -31,15 +40,36 @@ def code_digest(module: str, libraries: tuple[str, ...] = ()) -> str:
     return digest.hexdigest()
 
 
-def closure(module: str) -> list[str]:
-    """The project modules that `module` can execute, itself included, sorted by name."""
+def user_code_digest(module: str) -> str:
+    """SHA-256 (hex) of a user's module and of what it imports from the folder that it lies in.
+
+    Of a module among installed packages, of its own package alone. Raises ValueError where there is no such module
+    on Python's path, and as `code_digest` does.
+    """
+    top = module.split(".")[0]
+    spec = importlib.util.find_spec(top)
+    places = [spec.origin, *(spec.submodule_search_locations or ())] if spec is not None else []
+    place = next((Path(place) for place in places if place and Path(place).exists()), None)
+    if place is None:
+        raise ValueError(f"{module}: no such module on Python's path; install it, or put its folder into PYTHONPATH")
+    root = place.parent.parent if place.name == "__init__.py" else place.parent
+    is_installed = root.name in ("site-packages", "dist-packages") or str(root) == sysconfig.get_path("stdlib")
+    tree = Tree(root, (top,) if is_installed else None)
+    digest = hashlib.sha256()
+    for name in closure(module, tree):
+        digest.update(f"{name}\0{_read(name, tree).executed}\0".encode())
+    return digest.hexdigest()
+
+
+def closure(module: str, tree: Tree | None = None) -> list[str]:
+    """The modules of the project, or of another tree, that `module` can execute, itself included, sorted by name."""
     found: set[str] = set()
-    waiting = [module, *(name for name in _with_parents(module) if _path(name))]
+    waiting = [module, *(name for name in _with_parents(module) if _path(name, tree))]
     while waiting:
         name = waiting.pop()
         if name not in found:
             found.add(name)
-            waiting.extend(_read(name).imports)
+            waiting.extend(_read(name, tree).imports)
     return sorted(found)
 
 
@@ -48,24 +78,24 @@ class _Module(NamedTuple):
     imports: frozenset[str]
 
 
-def _read(module: str) -> _Module:
-    path = _path(module)
+def _read(module: str, tree: Tree | None = None) -> _Module:
+    path = _path(module, tree)
     if path is None:
         raise ValueError(f"{module}: no such module")
     stat = path.stat()
-    return _parse(module, path, stat.st_mtime_ns, stat.st_size)
+    return _parse(module, path, stat.st_mtime_ns, stat.st_size, tree or Tree(ROOT, PROJECT_PACKAGES))
 
 
 @functools.cache
-def _parse(module: str, path: Path, mtime_ns: int, size: int) -> _Module:
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    imports = frozenset(_imports(tree, module, is_package=path.name == "__init__.py"))
-    return _Module(ast.dump(_WithoutDocstrings().visit(tree)), imports)
+def _parse(module: str, path: Path, mtime_ns: int, size: int, tree: Tree) -> _Module:
+    syntax = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    imports = frozenset(_imports(syntax, module, tree, is_package=path.name == "__init__.py"))
+    return _Module(ast.dump(_WithoutDocstrings().visit(syntax)), imports)
 
 
-def _path(module: str) -> Path | None:
+def _path(module: str, tree: Tree | None = None) -> Path | None:
     """The module's file, found without importing its package."""
-    base = ROOT.joinpath(*module.split("."))
+    base = (tree.root if tree else ROOT).joinpath(*module.split("."))
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
 
@@ -81,10 +111,10 @@ class _WithoutDocstrings(ast.NodeTransformer):
     visit_Module = visit_ClassDef = visit_FunctionDef = visit_AsyncFunctionDef = _strip  # noqa: N815
 
 
-def _imports(tree: ast.Module, module: str, *, is_package: bool) -> set[str]:
+def _imports(syntax: ast.Module, module: str, tree: Tree, *, is_package: bool) -> set[str]:
     found: set[str] = set()
     package = module.split(".") if is_package else module.split(".")[:-1]
-    waiting: list[ast.AST] = [tree]
+    waiting: list[ast.AST] = [syntax]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
@@ -103,8 +133,8 @@ def _imports(tree: ast.Module, module: str, *, is_package: bool) -> set[str]:
             line = getattr(node, "lineno", "?")
             raise ValueError(f"{module}, line {line}: a dynamic import in a builder's code cannot be tracked")
         waiting.extend(ast.iter_child_nodes(node))
-    ours = (name for name in found if name.split(".")[0] in PROJECT_PACKAGES)
-    return {part for name in ours for part in _with_parents(name) if _path(part) is not None}
+    near = (name for name in found if tree.packages is None or name.split(".")[0] in tree.packages)
+    return {part for name in near for part in _with_parents(name) if _path(part, tree) is not None}
 
 
 _DYNAMIC = frozenset({"__import__", "import_module", "run_module", "run_path"})

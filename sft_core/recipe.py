@@ -50,7 +50,7 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if len({*self.tasks}) < len(self.tasks):
             raise ValueError(f"evaluation.tasks: found {', '.join(self.tasks)}; name each task once")
-        for key in ("tasks", "max_new_tokens_by_task"):
+        for key in ("tasks", "max_new_tokens_by_task", "metric_by_task", "json_schema_by_task"):
             for name in getattr(self.evaluation, key) or ():
                 if name not in self.sources:
                     raise ValueError(f"evaluation.{key}: found {name!r}; it is no source{nearest(name, self.sources)}")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sft_core.wording import short
+from sft_core.wording import nearest, short
 
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -31,6 +31,7 @@ Scheduler = Literal[
     "warmup_stable_decay",
 ]
 SourceFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+METRICS = ("exact_match", "numeric", "choice", "json", "json_schema", "tool_call", "reasoning_gym")
 
 
 class Section(BaseModel):
@@ -309,6 +310,17 @@ class Search(Section):
         return self
 
 
+class Sampling(Section):
+    """Answers that are drawn, and not the likeliest token each time. The draws are the seed's, the row's and the
+    sample's, whatever else shares their batch."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: PositiveInt | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    num_samples: PositiveInt = Field(1, description="answers to each prompt; a row's score is their mean")
+
+
 class Evaluation(Section):
     """What is scored: base and tuned model on the report split of each task."""
 
@@ -321,7 +333,35 @@ class Evaluation(Section):
     )
     max_new_tokens: PositiveInt = 256
     max_new_tokens_by_task: dict[str, PositiveInt] = Field({}, description="where a task needs more or fewer")
+    metric_by_task: dict[str, str] = Field(
+        {}, description=f"{', '.join(METRICS)}, or a function of yours as package.module:function; default: exact_match"
+    )
+    json_schema_by_task: dict[str, str | dict[str, Any]] = Field(
+        {}, description="of each task with the metric json_schema: the schema, or the path of its file"
+    )
+    sampling: Sampling | None = Field(None, description="default: greedy answers")
     during_training: DuringTraining | None = None
+
+    @model_validator(mode="after")
+    def _metrics_are_known(self) -> Evaluation:
+        for task, metric in self.metric_by_task.items():
+            if metric not in METRICS and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", metric):
+                raise ValueError(
+                    f"metric_by_task.{task}: found {short(metric)}; it is no metric, and no function as "
+                    f"package.module:function{nearest(metric, list(METRICS))}"
+                )
+        wanting = {task for task, metric in self.metric_by_task.items() if metric == "json_schema"}
+        if missing := sorted(wanting - self.json_schema_by_task.keys()):
+            raise ValueError(
+                f"metric_by_task.{missing[0]}: found 'json_schema', and no schema; give "
+                f"json_schema_by_task.{missing[0]}"
+            )
+        if unused := sorted(self.json_schema_by_task.keys() - wanting):
+            raise ValueError(
+                f"json_schema_by_task.{unused[0]}: no answer is held against it; set metric_by_task.{unused[0]} to "
+                "json_schema, or remove it"
+            )
+        return self
 
 
 class Resources(Section):

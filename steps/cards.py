@@ -41,6 +41,13 @@ def progress_bar(value: int, of: int, *, label: str) -> Any:
     return ProgressBar(max=of, value=value, label=label)
 
 
+def warnings(texts: list[str]) -> list[Any]:
+    """What must not be overlooked, red and in words; nothing when there is nothing."""
+    from metaflow.cards import Markdown
+
+    return [Markdown(f"<div style='color:#cf222e'><b>Red flag:</b> {_escaped(text)}</div>") for text in texts]
+
+
 def rejects(by_source: dict[str, dict[str, dict[str, int]]]) -> list[Any]:
     """What was put aside of each source, by step and reason; nothing when nothing was."""
     rows = [

@@ -181,7 +181,7 @@ def verify(ref: str | None, root: str) -> None:
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="A JSON list of {task, metric, n, base, tuned, stderr}.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON list, an object a row of the table.")
 def scores(as_json: bool) -> None:
     """The table of the last run that finished.
 

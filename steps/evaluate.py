@@ -10,16 +10,21 @@ import pyarrow.parquet as pq
 from sft_core.data import splits
 from sft_core.data.rejects import Rejected
 from sft_core.data.sources import accept, list_files, read_files
+from sft_core.evaluate.comparison import changed
 from sft_core.evaluate.rows import read_rows
+from sft_core.evaluate.scorers import metric_identity
+from sft_core.evaluate.summary import compare, read_answers
 from sft_core.evaluate.tasks import build_evaluated
 from sft_core.pins import PinnedRecipe
+from sft_core.report.tables import score_rows
 from sft_core.store import Needs, Part, Ref, Stage, Store
 from steps import deliver
-from steps.cards import facts, table
+from steps.cards import facts, heading, table, warnings
 from steps.download import CONVERSATIONS
 from steps.tokenize import TOKENS
 
 MODELS = ("base", "tuned")
+MAX_EXAMPLES = 8  # of the rows that were won, and of those that were lost
 MAX_SCANNED_BYTES = 256 * 2**20  # larger local sources are counted once they are downloaded
 
 
@@ -37,12 +42,16 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
         "max_length": recipe.packing.max_length,
         "smoke": recipe.limit is not None,
         "max_new_tokens": recipe.evaluation.max_new_tokens_by_task.get(part["task"], recipe.evaluation.max_new_tokens),
+        "metric": metric_identity(recipe.evaluation, part["task"]),
+        "sampling": recipe.evaluation.sampling and recipe.evaluation.sampling.model_dump(mode="json"),
     }
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
-    tokens: Needs = {"tokens": (TOKENS, {"source": part["task"]})}
-    return tokens if part["model"] == "base" else {**tokens, "trained": deliver.delivered(pinned)}
+    found: Needs = {"tokens": (TOKENS, {"source": part["task"]})}
+    if ":" in pinned.recipe.evaluation.metric_by_task.get(part["task"], ""):  # a function is given the conversation
+        found["conversations"] = (CONVERSATIONS, {"source": part["task"]})
+    return found if part["model"] == "base" else {**found, "trained": deliver.delivered(pinned)}
 
 
 # The version stands for sft_core/evaluate: raise it when a change there changes a score.
@@ -55,30 +64,55 @@ EVALUATED = Stage(
         "tokenizer": pinned.tokenizer_loader,
     },
     needs=_needs,
-    version=2,
+    version=3,
     verify_inputs=True,
 )
 
 
 def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
-    """The task's scores, and some of its rows with what was wanted and what both models wrote."""
-    manifests = {model: store.manifest(ref) for model, ref in refs.items()}
-    scores = {
-        (model, score["metric"]): f"{score['value']:.4f}" + (f" ± {score['stderr']:.4f}" if score["stderr"] else "")
-        for model, manifest in manifests.items()
-        for score in manifest["counts"]["scores"]
-    }
-    metrics = [score["metric"] for score in manifests["tuned"]["counts"]["scores"]]
-    shown: dict[str, Any] = {"rows": manifests["tuned"]["counts"]["rows"]}
-    shown |= {f"{metric}: base → tuned": f"{scores['base', metric]} → {scores['tuned', metric]}" for metric in metrics}
-    components = facts(f"Task {manifests['tuned']['identity']['part']['task']}", shown)
-    rows = {model: read_rows(store.path(ref)).slice(0, 12).to_pylist() for model, ref in refs.items()}
-    pairs = [
-        (tuned["answer"], base["output"], tuned["output"], "yes" if tuned["correct"] else "no")
-        for base, tuned in zip(rows["base"], rows["tuned"], strict=True)
-        if tuned["answer"] is not None
+    """The task's scores with their differences and red flags, and the rows that were won and lost."""
+    manifests = {model: store.manifest(refs[model]) for model in MODELS}
+    folders = {model: store.path(refs[model]) for model in MODELS}
+    task, tuned = manifests["tuned"]["identity"]["part"]["task"], manifests["tuned"]["counts"]
+    scores = {model: manifests[model]["counts"]["scores"] for model in MODELS}
+    compared = compare(folders["base"], folders["tuned"])
+    rows = score_rows({task: scores}, {task: compared}, {task: read_answers(folders["tuned"])})
+    shown: dict[str, Any] = {"rows": tuned["rows"]}
+    for base, after in zip(scores["base"], scores["tuned"], strict=True):
+        shown[f"{after['metric']}: base → tuned"] = _told(base, after, compared.get(after["metric"]))
+    if tuned["answers"]:
+        shown["answers"] = tuned["answers"]
+        for name in ("generated_tokens", "cut_off", "empty", "timeouts"):
+            before, after = (manifests[model]["counts"][name] for model in MODELS)
+            shown[f"{name.replace('_', ' ')}: base → tuned"] = f"{before} → {after}"
+    flags = [f"{row['metric']}: {row['flags']}" for row in rows if row["flags"]]
+    components = [*facts(f"Task {task}", shown), *warnings(flags)]
+    if not tuned["answers"]:
+        return components
+    won, lost = changed(*(read_rows(folders[model]) for model in MODELS))
+    won_shown = _examples("Won", "the tuned model scores higher", won)
+    return [*components, *won_shown, *_examples("Lost", "the base model scores higher", lost)]
+
+
+def _told(base: dict[str, Any], tuned: dict[str, Any], difference: dict[str, Any] | None) -> str:
+    def value(score: dict[str, Any]) -> str:
+        return f"{score['value']:.4f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.4f}")
+
+    text = f"{value(base)} → {value(tuned)} (n {tuned['n']})"
+    if difference is None or difference["low"] is None:
+        return text
+    return f"{text}; {difference['value']:+.4f}, 95 % {difference['low']:+.4f} to {difference['high']:+.4f}"
+
+
+def _examples(name: str, meaning: str, pairs: list[Any]) -> list[Any]:
+    """How many rows changed, and what was written in the first of them."""
+    title = heading(f"{name}: {len(pairs)} rows, in which {meaning}")
+    header = ("wanted", "base wrote", "score", "tuned wrote", "score")
+    shown = [
+        (base["answer"], base["outputs"][0], base["score"], tuned["outputs"][0], tuned["score"])
+        for base, tuned in pairs[:MAX_EXAMPLES]
     ]
-    return [*components, *([table(("wanted", "base wrote", "tuned wrote", "right"), pairs)] if pairs else [])]
+    return [title, *([table(header, shown)] if shown else [])]
 
 
 def count_report_prompts(store: Store, pinned: PinnedRecipe) -> dict[str, int | None]:

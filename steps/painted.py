@@ -1,4 +1,4 @@
-"""A row in colour: what is trained is green, what is masked is dim, control tokens are reversed."""
+"""In colour: of a row what is trained (green), masked (dim) and a control token (reversed); of scores what is red."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from sft_core.data.proof.decoded import Piece
 
-TRAINED, MASKED, CONTROL = "green", "dim", "reverse"
+TRAINED, MASKED, CONTROL, WARNING = "green", "dim", "reverse", "bold red"
 
 
 def painted(pieces: Iterable[Piece]) -> Text:
@@ -45,6 +45,22 @@ def print_fault(error: Exception) -> bool:
     for note in getattr(error, "__notes__", ()):
         console.print(note, markup=False)
     return True
+
+
+def last_column_red(table: str, name: str) -> str:
+    """A text table, its last column red where it says something; without a terminal the table as it is."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        return table
+    header, rule, *rows = table.split("\n")
+    column = header.rindex(name)
+    lines = [Text.assemble(row[:column], (row[column:], "" if row[column:] == "-" else WARNING)) for row in rows]
+    with console.capture() as captured:
+        console.print(Text("\n").join([Text(header), Text(rule), *lines]), end="")
+    return captured.get()
 
 
 @contextlib.contextmanager

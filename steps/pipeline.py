@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sft_core.evaluate.scorers import check_metrics
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import Recipe
 from sft_core.release.push import check_push
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 def prepare(recipe: Recipe) -> PinnedRecipe:
     """The recipe with its names resolved. Raises ValueError or OSError for what would fail later and cost more."""
     check_place(recipe)
+    check_metrics(recipe.evaluation, recipe.tasks)
     pinned = pin(recipe)
     store = Store(recipe.runtime.store)
     check_report_prompts(count_report_prompts(store, pinned), pinned)

@@ -36,6 +36,8 @@ def shown_recipe(pinned: PinnedRecipe) -> dict[str, Any]:
             recipe["model"][key] = Path(name).name
     if (template := recipe["chat_template"]["template"]) is not None:
         recipe["chat_template"]["template"] = Path(template).name
+    schemas = recipe["evaluation"]["json_schema_by_task"]
+    schemas.update({task: Path(schema).name for task, schema in schemas.items() if isinstance(schema, str)})
     for shown, dataset in zip(
         recipe["dataset_mixture"]["datasets"], pinned.recipe.dataset_mixture.datasets, strict=True
     ):

@@ -9,8 +9,9 @@ from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import base_to_tuned
 from sft_core.report.tables import HEADER, text_table
 from sft_core.store import Needs, Part, Ref, Stage, Store
-from steps.cards import chart, heading, table
+from steps.cards import chart, heading, table, warnings
 from steps.evaluate import EVALUATED, MODELS
+from steps.painted import last_column_red
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
@@ -32,7 +33,7 @@ REPORT = Stage(
 def card(store: Store, ref: Ref) -> list[Any]:
     manifest = store.manifest(ref)
     scores, gains = manifest["counts"]["scores"], manifest["counts"]["thinking"]
-    components = [heading(f"Scores of {manifest['identity']['section']['recipe']}")]
+    components = [heading(f"Scores of {manifest['identity']['section']['recipe']}"), *warnings(flagged(scores))]
     components.append(table(HEADER, [tuple(row.values()) for row in scores]))
     components += [chart(base_to_tuned(scores, metric)) for metric in sorted({row["metric"] for row in scores})]
     if gains:
@@ -40,13 +41,21 @@ def card(store: Store, ref: Ref) -> list[Any]:
     return components
 
 
+def flagged(scores: list[dict[str, Any]]) -> list[str]:
+    """The red flags of a score table, one a line."""
+    return [f"{row['task']}, {row['metric']}: {row['flags']}" for row in scores if row["flags"]]
+
+
 def summary(
     scores: list[dict[str, Any]], gains: list[dict[str, Any]], checkpoint: str, pushed: str | None = None
 ) -> str:
     """What the run prints last. pushed: the checkpoint's address on the hub, if it is there."""
-    parts = [text_table(HEADER, [tuple(row.values()) for row in scores])]
+    parts = [
+        "tuned - base is the difference, with its paired 95 % interval from low to high:",
+        last_column_red(text_table(HEADER, [tuple(row.values()) for row in scores]), HEADER[-1]),
+    ]
     if gains:
-        parts.append("What thinking gains (exact match, paired 95 % interval):")
+        parts.append("What thinking gains (mean score, paired 95 % interval; generated tokens; share cut off):")
         parts.append(text_table(GAIN_HEADER, [tuple(row.values()) for row in gains]))
     parts.append(f"checkpoint: {checkpoint}" + (f"\npushed: {pushed}" if pushed else ""))
     parts.append("cards: python flows/sft_flow.py card view report (or train, pack, mix, evaluate, tokenize)")

@@ -28,20 +28,30 @@ def strip_thinking(text: str) -> str:
     return _THINKING.sub("", text).strip()
 
 
-def exact_match(output: str, answer: str) -> bool:
-    return strip_thinking(output) == answer.strip()
-
-
 def token_loss(nll_sums: np.ndarray, num_trained: np.ndarray) -> Score:
-    """Loss a trained token over rows: the ratio of sums, its error by linearisation (Cochran 1977, 6.3).
+    """Loss a trained token over rows. nll_sums, num_trained: shape (rows,)."""
+    return ratio_score("loss", nll_sums, num_trained)
 
-    nll_sums, num_trained: shape (rows,).
-    """
-    n, tokens = len(nll_sums), float(num_trained.sum())
-    loss = float(nll_sums.sum()) / tokens
-    residuals = nll_sums - loss * num_trained
+
+def token_accuracy(num_correct: np.ndarray, num_trained: np.ndarray) -> Score:
+    """Share of the trained tokens that are the likeliest ones, over rows. Shapes (rows,)."""
+    return ratio_score("token_accuracy", num_correct, num_trained)
+
+
+def perplexity(loss: Score) -> Score:
+    """exp(loss), its error by the delta method: the derivative at the loss times the loss's error."""
+    with np.errstate(over="ignore"):
+        value = float(np.exp(loss.value))
+    return Score("perplexity", value, None if loss.stderr is None else value * loss.stderr, loss.n)
+
+
+def ratio_score(metric: str, numerators: np.ndarray, denominators: np.ndarray) -> Score:
+    """The ratio of sums over rows, its error by linearisation (Cochran 1977, 6.3). Shapes (rows,)."""
+    n, total = len(numerators), float(denominators.sum())
+    ratio = float(numerators.sum()) / total
+    residuals = numerators - ratio * denominators
     variance = float((residuals**2).sum()) * n / max(n - 1, 1)
-    return Score("loss", loss, math.sqrt(variance) / tokens if n > 1 else None, n)
+    return Score(metric, ratio, math.sqrt(variance) / total if n > 1 else None, n)
 
 
 def mean_score(metric: str, values: np.ndarray) -> Score:

@@ -3,33 +3,58 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sft_core.evaluate.metrics import Score, mean_score, token_loss
+from sft_core.evaluate.metrics import Score, mean_score, perplexity, strip_thinking, token_accuracy, token_loss
 
+LOSSES = ("loss", "perplexity", "token_accuracy")  # of every row; any other score is of answers
+# Of a row that was not asked, outputs and what follows them, and score, are null. Lists have an entry a sample.
 ROWS = pa.schema(
     [
         ("row_id", pa.string()),
         ("prompt_hash", pa.uint64()),
         ("nll", pa.float64()),
         ("num_trained", pa.int32()),
-        ("answer", pa.string()),
-        ("output", pa.string()),
-        ("correct", pa.bool_()),
-        ("cut_off", pa.bool_()),
+        ("num_correct", pa.int32()),  # of the trained tokens, those that are the likeliest
+        ("answer", pa.string()),  # what was wanted
+        ("outputs", pa.list_(pa.string())),
+        ("num_generated", pa.list_(pa.int32())),  # tokens, the stop token with them
+        ("cut_off", pa.list_(pa.bool_())),
+        ("scores", pa.list_(pa.float64())),
+        ("score", pa.float64()),  # their mean
     ]
 )
 
 
-def scores(table: pa.Table) -> list[Score]:
-    """Loss over all rows, and exact match over those that have an answer."""
-    found = [token_loss(table["nll"].to_numpy(), table["num_trained"].to_numpy())]
-    correct = table["correct"].drop_null()
-    if len(correct):
-        found.append(mean_score("exact_match", correct.to_numpy(zero_copy_only=False).astype(float)))
+def scores(table: pa.Table, metric: str) -> list[Score]:
+    """Loss, perplexity and token accuracy over all rows, and the metric's score over those that were asked."""
+    nll, num_trained, num_correct = (table[name].to_numpy() for name in ("nll", "num_trained", "num_correct"))
+    loss = token_loss(nll, num_trained)
+    found = [loss, perplexity(loss), token_accuracy(num_correct, num_trained)]
+    asked = table["score"].drop_null()
+    if len(asked):
+        found.append(mean_score(metric, asked.to_numpy()))
     return found
+
+
+def of_samples(table: pa.Table, column: str) -> list[Any]:
+    """The values of a list column, of all samples of all rows."""
+    return pc.list_flatten(table[column]).to_pylist()
+
+
+def answer_counts(table: pa.Table) -> dict[str, Any]:
+    """Of all samples: how many there are, are empty without their thinking, were cut off, and their mean tokens."""
+    lengths = of_samples(table, "num_generated")
+    return {
+        "answers": len(lengths),
+        "empty": sum(not strip_thinking(output) for output in of_samples(table, "outputs")),
+        "cut_off": sum(of_samples(table, "cut_off")),
+        "generated_tokens": round(sum(lengths) / len(lengths), 2) if lengths else None,
+    }
 
 
 def read_rows(folder: Path) -> pa.Table:

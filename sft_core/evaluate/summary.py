@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from sft_core.evaluate.comparison import differences
 from sft_core.evaluate.metrics import paired_gain
-from sft_core.evaluate.rows import read_rows
+from sft_core.evaluate.rows import LOSSES, ROWS, answer_counts, of_samples, read_rows
 from sft_core.report.tables import HEADER, markdown_table, score_rows
 
 if TYPE_CHECKING:
     from sft_core.store import Build
 
 THINK, NO_THINK = "_think", "_no_think"
-GAIN_HEADER = ("task", "n", "no_think", "think", "gain", "low", "high")
+GAIN_HEADER = (
+    *("task", "n", "no_think", "think", "gain", "low", "high"),
+    *("tokens no_think", "tokens think", "cut off no_think", "cut off think"),
+)
 
 
 def build_report(build: Build, *, recipe: str, tasks: list[str]) -> dict[str, Any]:
@@ -29,7 +34,9 @@ def build_report(build: Build, *, recipe: str, tasks: list[str]) -> dict[str, An
         }
         for task in tasks
     }
-    scores = score_rows(found)
+    compared = {task: compare(build.inputs[f"base.{task}"], build.inputs[f"tuned.{task}"]) for task in tasks}
+    counts = {task: read_answers(build.inputs[f"tuned.{task}"]) for task in tasks}
+    scores = score_rows(found, compared, counts)
     gains = thinking_gains({task: build.inputs[f"tuned.{task}"] for task in tasks})
     (build.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     sections = [f"# {recipe}", markdown_table(HEADER, [tuple(row.values()) for row in scores])]
@@ -39,25 +46,42 @@ def build_report(build: Build, *, recipe: str, tasks: list[str]) -> dict[str, An
     return {"scores": scores, "thinking": gains}
 
 
+def compare(base: Path, tuned: Path) -> dict[str, dict[str, Any]]:
+    """{metric: {n, value, low, high}} of two evaluations of a task: tuned - base, with its 95 % interval."""
+    found = differences(read_rows(base), read_rows(tuned), read_answers(tuned)["metric"])
+    return {metric: dataclasses.asdict(difference) for metric, difference in found.items()}
+
+
+def read_answers(folder: Path) -> dict[str, Any]:
+    """The counts of an evaluation's answers, and the metric by which they are scored; None where none are."""
+    metrics = [score["metric"] for score in json.loads((folder / "scores.json").read_text())]
+    answered = [metric for metric in metrics if metric not in LOSSES]
+    return {**answer_counts(read_rows(folder)), "metric": answered[0] if answered else None}
+
+
 def thinking_gains(folders: dict[str, Path]) -> list[dict[str, Any]]:
-    """Exact match with and without thinking, for tasks NAME_think and NAME_no_think, paired by prompt."""
+    """The score with and without thinking, for tasks NAME_think and NAME_no_think, paired by prompt, and beside it what
+    the answers to these prompts cost: generated tokens as a mean, and the share that was cut off."""
     gains = []
     for task, folder in folders.items():
         twin = task.removesuffix(NO_THINK) + THINK
         if not task.endswith(NO_THINK) or twin not in folders:
             continue
-        without, with_thinking = _correct(read_rows(folder)), _correct(read_rows(folders[twin]))
+        without, with_thinking = _asked(read_rows(folder)), _asked(read_rows(folders[twin]))
         shared = sorted(without.keys() & with_thinking.keys())
         if len(shared) < 2:
             continue
-        before, after = (np.array([rows[prompt] for prompt in shared]) for rows in (without, with_thinking))
+        sides = [
+            pa.Table.from_pylist([rows[prompt] for prompt in shared], schema=ROWS) for rows in (without, with_thinking)
+        ]
+        before, after = (side["score"].to_numpy() for side in sides)
         gain, low, high = paired_gain(before, after)
-        values = {"no_think": before.mean(), "think": after.mean(), "gain": gain, "low": low, "high": high}
-        name = task.removesuffix(NO_THINK)
-        gains.append({"task": name, "n": len(shared)} | {key: round(float(value), 6) for key, value in values.items()})
+        tokens, cut_off = ([np.mean(of_samples(side, name)) for side in sides] for name in ("num_generated", "cut_off"))
+        values = [before.mean(), after.mean(), gain, low, high, *tokens, *cut_off]
+        rounded = dict(zip(GAIN_HEADER[2:], (round(float(value), 6) for value in values), strict=True))
+        gains.append({"task": task.removesuffix(NO_THINK), "n": len(shared), **rounded})
     return gains
 
 
-def _correct(rows: pa.Table) -> dict[int, bool]:
-    pairs = zip(rows["prompt_hash"].to_pylist(), rows["correct"].to_pylist(), strict=True)
-    return {prompt: correct for prompt, correct in pairs if correct is not None}
+def _asked(rows: pa.Table) -> dict[int, dict[str, Any]]:
+    return {row["prompt_hash"]: row for row in rows.to_pylist() if row["score"] is not None}

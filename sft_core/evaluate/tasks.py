@@ -1,4 +1,4 @@
-"""A task is a source's report split: loss on its trained tokens and, where rows have an answer, exact match."""
+"""A task is a source's report split: loss on its trained tokens, and where the metric asks for them, scored answers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import dataclasses
 import json
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sft_core.data import splits
 from sft_core.data.held_out import held_out_rows
 from sft_core.data.shards import TokenRow, TokenShards, read_index
-from sft_core.evaluate.metrics import exact_match
-from sft_core.evaluate.rows import ROWS, scores
+from sft_core.evaluate.metrics import strip_thinking
+from sft_core.evaluate.rows import ROWS, answer_counts, scores
+from sft_core.evaluate.scorers import DEFAULT, Asked, Metric, Question, load_metric
 
 if TYPE_CHECKING:
     from sft_core.store import Build
@@ -39,31 +42,84 @@ def build_evaluated(
     max_rows: int,
     max_length: int,
     max_new_tokens: int,
+    metric: dict[str, Any],
+    sampling: dict[str, Any] | None,
     smoke: bool,
 ) -> dict[str, Any]:
-    """Writes scores.json, and rows.parquet with each row's loss, generated answer and whether that is right.
+    """Writes scores.json, and rows.parquet with each row's loss, generated answers and their scores.
 
     model: how to load the start model; None scores the trained one. Rows over `max_length` are left out and
-    counted, as in training. smoke: a task without report rows is scored on what it has. Raises ValueError for a
-    task without rows.
+    counted, as in training. metric: its identity (scorers.metric_identity). sampling: None for greedy answers. smoke:
+    a task without report rows is scored on what it has. Raises ValueError for a task without rows, and for an answer
+    that the metric cannot read.
     """
     import torch
 
-    from sft_core.train.model import load_model
-
     torch.set_num_threads(build.runtime.num_threads or max(1, (os.cpu_count() or 1) // TASKS_AT_A_TIME))
     index = read_index(build.inputs["tokens"])
-    found = held_out_rows(index, splits.REPORT, selection_share=selection_share, report_share=report_share)
+    shares = {"selection_share": selection_share, "report_share": report_share}
+    rows, num_over_long = _rows(index, max_rows=max_rows, max_length=max_length, smoke=smoke, **shares)
+    chosen = index.take(rows)
+    shards = TokenShards(build.inputs["tokens"])
+    token_rows = [shards[int(row)] for row in rows]
+    network, vocabulary = _load(build, model, tokenizer, attn_implementation, bf16, seed)
+    with load_metric(metric) as scorer:
+        asked = _asked(scorer, chosen, token_rows, network, vocabulary, build.inputs.get("conversations"))
+        nll, num_correct = row_losses(network, token_rows)
+        prompts = {number: served_prompt(token_rows[number]) for number in asked}
+        keys = {number: chosen["prompt_hash"][number].as_py() for number in asked}
+        answers = _generate(network, vocabulary, prompts, keys, sampling, max_new_tokens, build.runtime.eval_batch_size)
+        found = {number: _scored(scorer, answers[number], asked[number], chosen, number) for number in asked}
+        num_timeouts = scorer.num_timeouts
+    shown = [asked[number].shown if number in asked else answer for number, answer in _numbered(chosen["answer"])]
+    columns = {
+        "row_id": chosen["row_id"],
+        "prompt_hash": chosen["prompt_hash"],
+        "nll": nll,
+        "num_trained": [_num_targets(row) for row in token_rows],
+        "num_correct": num_correct,
+        "answer": shown,
+    }
+    made = ROWS.names[len(columns) :]
+    columns |= {
+        name: [found[number][name] if number in found else None for number in range(len(rows))] for name in made
+    }
+    table = pa.table(columns, schema=ROWS)
+    pq.write_table(table, build.out / "rows.parquet", compression="zstd")
+    scored = [dataclasses.asdict(score) for score in scores(table, scorer.name)]
+    (build.out / "scores.json").write_text(json.dumps(scored, indent=1) + "\n")
+    counts = {"rows": len(rows), "over_long": num_over_long, **answer_counts(table), "timeouts": num_timeouts}
+    return {**counts, "metric": scorer.name, "scores": scored}
+
+
+def _rows(index: pa.Table, *, max_rows: int, max_length: int, smoke: bool, **shares: float) -> tuple[np.ndarray, int]:
+    """The numbers of the rows that are scored, and how many are too long."""
+    found = held_out_rows(index, splits.REPORT, **shares)
     if smoke and len(found) == 0:
         log.warning("no report row among the first rows: this smoke run scores training rows")
         found = np.flatnonzero(index["num_trained"].to_numpy() > 0)
     fits = found[index["num_tokens"].to_numpy()[found] <= max_length]
-    rows = fits[:max_rows]
-    if len(rows) == 0:
+    if len(fits) == 0:
         raise ValueError(
             f"the task has no report rows of at most {max_length} tokens; raise "
             "dataset_mixture.report_share or add data"
         )
+    return fits[:max_rows], len(found) - len(fits)
+
+
+def _load(
+    build: Build,
+    model: dict[str, Any] | None,
+    tokenizer: dict[str, Any],
+    attn_implementation: str,
+    bf16: bool,
+    seed: int,
+) -> tuple[Any, Any]:
+    """The model on its device, ready to be scored, and its tokenizer."""
+    import torch
+
+    from sft_core.train.model import load_model
+
     if model is None:
         folder = str(build.inputs["trained"] / "model")
         loader: dict[str, Any] = {"path": folder, "revision": None, "config": None}
@@ -80,72 +136,126 @@ def build_evaluated(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # In bfloat16 throughout, as it is served: autocast would convert every weight again for each new token.
     network.to(device=device, dtype=torch.bfloat16 if bf16 else None).eval()
-    shards = TokenShards(build.inputs["tokens"])
-    token_rows = [shards[int(row)] for row in rows]
-    answers = [index["answer"][int(row)].as_py() for row in rows]
-    nll = row_losses(network, token_rows)
-    outputs = _generate(network, vocabulary, token_rows, answers, max_new_tokens, build.runtime.eval_batch_size)
-    table = pa.table(
-        {
-            "row_id": index["row_id"].take(rows),
-            "prompt_hash": index["prompt_hash"].take(rows),
-            "nll": nll,
-            "num_trained": [_num_targets(row) for row in token_rows],
-            "answer": answers,
-            "output": [output.text if output else None for output in outputs],
-            "correct": [
-                exact_match(output.text, str(answer)) if output else None
-                for output, answer in zip(outputs, answers, strict=True)
-            ],
-            "cut_off": [output.cut_off if output else None for output in outputs],
-        },
-        schema=ROWS,
-    )
-    pq.write_table(table, build.out / "rows.parquet", compression="zstd")
-    scored = [dataclasses.asdict(score) for score in scores(table)]
-    (build.out / "scores.json").write_text(json.dumps(scored, indent=1) + "\n")
-    return {"rows": len(rows), "over_long": len(found) - len(fits), "scores": scored}
+    return network, vocabulary
+
+
+def _asked(
+    scorer: Metric, chosen: pa.Table, rows: list[TokenRow], model: Any, tokenizer: Any, conversations: Path | None
+) -> dict[int, Asked]:
+    """What is wanted of the rows that the metric asks and that have a prompt, by their place among `chosen`."""
+    known = _conversations(conversations, chosen["row_id"]) if scorer.wants_conversation and conversations else {}
+    found: dict[int, Asked] = {}
+    num_unknown = 0
+    for number, answer in _numbered(chosen["answer"]):
+        row_id, row = chosen["row_id"][number].as_py(), rows[number]
+        target = tokenizer.decode(_without_stop(trained_turn(row), stop_ids(model)), skip_special_tokens=False)
+        try:
+            asked = scorer.ask(Question(row_id, answer, strip_thinking(target), known.get(row_id)))
+        except ValueError as error:
+            raise ValueError(f"row {row_id}: {error}") from error
+        if asked is not None and len(served_prompt(row)):
+            found[number] = asked
+        num_unknown += asked is not None and number not in found
+    if num_unknown:
+        log.warning(
+            "not_asked=%d rows are trained from their first token: where the prompt ends is unknown", num_unknown
+        )
+    if not found and not num_unknown and scorer.name != DEFAULT:
+        raise ValueError(
+            f"the metric {scorer.name} finds nothing to ask in the task's {len(rows)} report rows: none has an answer"
+            + (
+                ", and no last turn calls a tool between <tool_call> or <code> tags"
+                if scorer.name == "tool_call"
+                else ""
+            )
+        )
+    return found
+
+
+def _conversations(folder: Path, row_ids: pa.ChunkedArray) -> dict[str, dict[str, Any]]:
+    """The canonical conversations of rows, by row id."""
+    table = pq.read_table(folder / "conversations.parquet", columns=["row_id", "conversation"])
+    table = table.filter(pc.is_in(table["row_id"], value_set=row_ids.combine_chunks()))
+    pairs = zip(table["row_id"].to_pylist(), table["conversation"].to_pylist(), strict=True)
+    return {row_id: json.loads(text) for row_id, text in pairs}
+
+
+def _numbered(column: pa.ChunkedArray) -> list[tuple[int, Any]]:
+    return list(enumerate(column.to_pylist()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
     text: str
+    num_tokens: int
     cut_off: bool
 
 
 def _generate(
     model: Any,
     tokenizer: Any,
-    rows: list[TokenRow],
-    answers: list[str | None],
+    prompts: dict[int, np.ndarray],
+    keys: dict[int, int],
+    sampling: dict[str, Any] | None,
     max_new_tokens: int,
     batch_size: int,
-) -> list[Output | None]:
-    """Greedy answers for the rows that have one to compare with, and a prompt."""
-    from sft_core.evaluate.generate import generate_answers
+) -> dict[int, list[Output]]:
+    """The answers to each prompt, one a sample. keys: what a prompt's draws hang on, besides the seed."""
+    from sft_core.evaluate.generate import Drawn, generate_answers, uniforms
 
-    prompts = {number: served_prompt(rows[number]) for number, answer in enumerate(answers) if answer is not None}
-    asked = [number for number, prompt in prompts.items() if len(prompt)]
-    if num_unknown := len(prompts) - len(asked):
-        log.warning(
-            "not_asked=%d rows are trained from their first token: where the prompt ends is unknown", num_unknown
-        )
-    stop = model.generation_config.eos_token_id
-    stop_ids = stop if isinstance(stop, list) else [stop]
+    drawn, num_samples = None, 1
+    if sampling is not None:
+        num_samples = sampling["num_samples"]
+        numbers = uniforms(sampling["seed"], [keys[number] for number in prompts], num_samples, max_new_tokens)
+        drawn = Drawn(numbers, **{name: sampling[name] for name in ("temperature", "top_p", "top_k")})
+    stops = stop_ids(model)
     generated = generate_answers(
         model,
-        [prompts[number] for number in asked],
-        stop_ids=stop_ids,
+        [prompt for prompt in prompts.values() for _ in range(num_samples)],
+        stop_ids=stops,
         pad_id=tokenizer.pad_token_id,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        drawn=drawn,
     )
-    outputs: list[Output | None] = [None] * len(rows)
-    for number, ids in zip(asked, generated, strict=True):
-        cut_off = len(ids) == 0 or int(ids[-1]) not in stop_ids
-        text = tokenizer.decode(ids if cut_off else ids[:-1], skip_special_tokens=False)
-        outputs[number] = Output(text, cut_off)
+    outputs: dict[int, list[Output]] = {number: [] for number in prompts}
+    for place, ids in enumerate(generated):
+        kept = _without_stop(ids, stops)
+        text = tokenizer.decode(kept, skip_special_tokens=False)
+        outputs[list(prompts)[place // num_samples]].append(Output(text, len(ids), len(kept) == len(ids)))
     return outputs
+
+
+def _scored(scorer: Metric, outputs: list[Output], asked: Asked, chosen: pa.Table, number: int) -> dict[str, Any]:
+    """A row's columns of ROWS that its outputs lead to."""
+    try:
+        values = [scorer.score(strip_thinking(output.text), asked.wanted) for output in outputs]
+    except Exception as error:
+        error.add_note(f"while {scorer.name} scored row {chosen['row_id'][number].as_py()}")
+        raise
+    return {
+        "outputs": [output.text for output in outputs],
+        "num_generated": [output.num_tokens for output in outputs],
+        "cut_off": [output.cut_off for output in outputs],
+        "scores": values,
+        "score": sum(values) / len(values),
+    }
+
+
+def stop_ids(model: Any) -> list[int]:
+    stop = model.generation_config.eos_token_id
+    return stop if isinstance(stop, list) else [stop]
+
+
+def _without_stop(ids: np.ndarray, stops: list[int]) -> np.ndarray:
+    return ids[:-1] if len(ids) and int(ids[-1]) in stops else ids
+
+
+def trained_turn(row: TokenRow) -> np.ndarray:
+    """The ids of the last trained turn, its stop token with them. int32, shape (tokens,)."""
+    after = row.input_ids[len(served_prompt(row)) :], row.trained[len(served_prompt(row)) :]
+    ends = np.flatnonzero(after[1] == 0)
+    return after[0][: ends[0]] if len(ends) else after[0]
 
 
 def served_prompt(row: TokenRow) -> np.ndarray:
@@ -158,14 +268,18 @@ def served_prompt(row: TokenRow) -> np.ndarray:
     return row.input_ids[: starts[-1]]
 
 
-def row_losses(model: Any, rows: list[TokenRow]) -> np.ndarray:
-    """Summed negative log-likelihood of each row's trained tokens: float64, shape (rows,)."""
+def row_losses(model: Any, rows: list[TokenRow]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row's trained tokens, the summed negative log-likelihood and how many are the likeliest.
+
+    float64 and int64, shape (rows,).
+    """
     import torch
+    import torch.nn.functional as F
 
     from sft_core.train.collate import collate
-    from sft_core.train.loss import trained_token_nll
+    from sft_core.train.loss import trained_token_logits
 
-    sums = np.zeros(len(rows))
+    sums, num_correct = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
     group: list[int] = []
     with torch.inference_mode():
         for number in range(len(rows)):
@@ -176,10 +290,13 @@ def row_losses(model: Any, rows: list[TokenRow]) -> np.ndarray:
                     name: values.to(model.device)
                     for name, values in collate([(rows[member], member) for member in group]).items()
                 }
-                nll_N, targets_N = trained_token_nll(model, batch)
-                np.add.at(sums, batch["source"][0, targets_N].cpu().numpy(), nll_N.double().cpu().numpy())
+                logits_NV, targets_N = trained_token_logits(model, batch)
+                wanted_N, row_N = batch["labels"][0, targets_N], batch["source"][0, targets_N].cpu().numpy()
+                nll_N = F.cross_entropy(logits_NV, wanted_N, reduction="none")
+                np.add.at(sums, row_N, nll_N.double().cpu().numpy())
+                np.add.at(num_correct, row_N, (logits_NV.argmax(dim=-1) == wanted_N).cpu().numpy())
                 group = []
-    return sums
+    return sums, num_correct
 
 
 def _num_targets(row: TokenRow) -> int:

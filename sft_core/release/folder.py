@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft_core.evaluate.rows import read_rows
+from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.evaluate.summary import GAIN_HEADER
 from sft_core.links import link_files
 from sft_core.report.model_card import Base, Card, CutOff, Score, Source, model_card
@@ -100,9 +100,7 @@ def _cut_offs(tasks: list[str], build: Build) -> list[CutOff]:
     """Of the tasks whose rows have an answer to generate."""
     found = []
     for task in tasks:
-        base, tuned = (
-            read_rows(build.inputs[f"{model}.{task}"])["cut_off"].drop_null().to_pylist() for model in ("base", "tuned")
-        )
+        base, tuned = (of_samples(read_rows(build.inputs[f"{model}.{task}"]), "cut_off") for model in ("base", "tuned"))
         if tuned:
             found.append(CutOff(task, len(tuned), sum(base), sum(tuned)))
     return found

@@ -16,6 +16,8 @@ from typing import Any
 from sft_core.report.tables import markdown_table
 
 Z_95 = 1.959964  # two-sided 95 % of the normal distribution
+# Means of values in 0 to 1, whose spread is a share's at most.
+SHARES = ("exact_match", "numeric", "choice", "json", "json_schema", "tool_call", "reasoning_gym")
 UNKNOWN = "unknown"
 _FLOW = "sft-flow"
 _SMOKE = (
@@ -153,7 +155,7 @@ def interval(metric: str, value: float, stderr: float | None, n: int) -> tuple[f
     """
     if stderr is None or not math.isfinite(value):
         return None, None
-    if metric == "exact_match":
+    if metric in SHARES:
         scale = 1 + Z_95**2 / n
         centre = (value + Z_95**2 / (2 * n)) / scale
         half = Z_95 * math.sqrt(value * (1 - value) / n + Z_95**2 / (4 * n**2)) / scale
@@ -185,7 +187,7 @@ def _scores(card: Card) -> list[str]:
     ]
     sections = [
         "## Scores",
-        "Base and tuned model on the same held-out prompts, with 95 % intervals; answers are generated greedily.",
+        f"Base and tuned model on the same held-out prompts, with 95 % intervals; {_generated(card.recipe)}",
         *([_SMOKE.format(limit=card.recipe["limit"])] if card.recipe.get("limit") else []),
         _table(("task", "metric", "n", "base", "tuned"), rows),
     ]
@@ -199,8 +201,16 @@ def _scores(card: Card) -> list[str]:
         ]
     header, gains = card.gains
     if gains:
-        sections += ["What thinking gains (exact match, paired 95 % interval):", _table(header, gains)]
+        sections += ["What thinking gains (mean score, paired 95 % interval):", _table(header, gains)]
     return sections
+
+
+def _generated(recipe: dict[str, Any]) -> str:
+    sampling = recipe.get("evaluation", {}).get("sampling")
+    if sampling is None:
+        return "answers are generated greedily."
+    settings = ", ".join(f"{name} {value}" for name, value in sampling.items() if value is not None)
+    return f"answers are sampled ({_text(settings)})."
 
 
 def _data(sources: list[Source]) -> list[str]:

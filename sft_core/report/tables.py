@@ -4,29 +4,47 @@ from __future__ import annotations
 
 from typing import Any
 
-HEADER = ("task", "metric", "n", "base", "tuned", "stderr")
+from sft_core.report.flags import red_flags
+
+HEADER = ("task", "metric", "n", "base", "tuned", "stderr", "difference", "low", "high", "flags")
 
 
-def score_rows(scores: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
-    """[{task, metric, n, base, tuned, stderr}] of {task: {"base"|"tuned": [{metric, value, stderr, n}]}}.
+def score_rows(
+    scores: dict[str, dict[str, list[dict[str, Any]]]],
+    differences: dict[str, dict[str, dict[str, Any]]],
+    answers: dict[str, dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """A row of HEADER for each score of {task: {"base"|"tuned": [{metric, value, stderr, n}]}}.
 
-    stderr is the tuned score's standard error.
+    stderr is the tuned score's standard error. differences: {task: {metric: {value, low, high}}}, tuned - base with a
+    95 % interval; where there is none, None. answers: {task: counts of the tuned model's answers, and their metric}.
+    flags: what a reader must not overlook, in words, or None.
     """
     rows = []
     for task, models in scores.items():
         base = {score["metric"]: score for score in models["base"]}
         for tuned in models["tuned"]:
-            rows.append(
-                {
-                    "task": task,
-                    "metric": tuned["metric"],
-                    "n": tuned["n"],
-                    "base": round(base[tuned["metric"]]["value"], 6),
-                    "tuned": round(tuned["value"], 6),
-                    "stderr": None if tuned["stderr"] is None else round(tuned["stderr"], 6),
-                }
-            )
+            metric = tuned["metric"]
+            found = differences.get(task, {}).get(metric, {})
+            row = {
+                "task": task,
+                "metric": metric,
+                "n": tuned["n"],
+                "base": _rounded(base[metric]["value"]),
+                "tuned": _rounded(tuned["value"]),
+                "stderr": _rounded(tuned["stderr"]),
+                "difference": _rounded(found.get("value")),
+                "low": _rounded(found.get("low")),
+                "high": _rounded(found.get("high")),
+            }
+            counts = answers.get(task, {})
+            flags = red_flags(row, counts if counts.get("metric") == metric else None)
+            rows.append({**row, "flags": "; ".join(flags) or None})
     return rows
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
 
 
 def text_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -19,15 +19,29 @@ def trained_token_nll(
     documents of a pack attend to each other. fused_lm_head: the model has TRL's tiled head, which on a GPU
     never holds all logits at once.
     """
-    labels_T = batch["labels"][0]
-    targets_N = (labels_T != IGNORED).nonzero().squeeze(1)
-    assert len(targets_N) == 0 or int(targets_N[0]) > 0, "the first token of a document is never a target"
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     if fused_lm_head:
-        log_probs_BT = model(**inputs, labels=batch["labels"], fused_lm_head=True).log_probs
+        targets_N = _targets(batch)
+        log_probs_BT = model(**_inputs(batch), labels=batch["labels"], fused_lm_head=True).log_probs
         return -log_probs_BT[0, targets_N - 1].float(), targets_N
-    logits_NV = model(**inputs, logits_to_keep=targets_N - 1, use_cache=False).logits[0]
-    return F.cross_entropy(logits_NV.float(), labels_T[targets_N], reduction="none"), targets_N
+    logits_NV, targets_N = trained_token_logits(model, batch)
+    return F.cross_entropy(logits_NV, batch["labels"][0, targets_N], reduction="none"), targets_N
+
+
+def trained_token_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits from which each trained token is predicted, and its position: float32 (N, V) and int64 (N,)."""
+    targets_N = _targets(batch)
+    logits_NV = model(**_inputs(batch), logits_to_keep=targets_N - 1, use_cache=False).logits[0]
+    return logits_NV.float(), targets_N
+
+
+def _targets(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    targets_N = (batch["labels"][0] != IGNORED).nonzero().squeeze(1)
+    assert len(targets_N) == 0 or int(targets_N[0]) > 0, "the first token of a document is never a target"
+    return targets_N
+
+
+def _inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: batch[name] for name in ("input_ids", "position_ids")}
 
 
 class LossBySource:

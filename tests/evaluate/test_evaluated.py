@@ -10,8 +10,8 @@ import torch
 
 from sft_core.data import splits
 from sft_core.data.shards import TokenShards, read_index
-from sft_core.evaluate.metrics import mean_score, token_loss
-from sft_core.evaluate.rows import read_rows
+from sft_core.evaluate.metrics import mean_score, perplexity, token_accuracy, token_loss
+from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.evaluate.tasks import build_evaluated, row_losses
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
@@ -57,8 +57,9 @@ def test_evaluated_rows_are_report_rows_with_their_loss(scored: Path, tokens: Pa
     places = [index["row_id"].to_pylist().index(row_id) for row_id in rows["row_id"].to_pylist()]
     token_rows = [TokenShards(tokens)[place] for place in places]
     model, _ = start_model(pinned)
-    expected = [row_losses(model.eval(), [row])[0] for row in token_rows]
-    assert rows["nll"].to_pylist() == pytest.approx(expected, rel=1e-4)
+    expected = [row_losses(model.eval(), [row]) for row in token_rows]
+    assert rows["nll"].to_pylist() == pytest.approx([nll[0] for nll, _ in expected], rel=1e-4)
+    assert rows["num_correct"].to_pylist() == [num_correct[0] for _, num_correct in expected]
     assert rows["num_trained"].to_pylist() == [int(row.trained.sum()) for row in token_rows]
     assert rows["answer"].to_pylist() == [index["answer"][place].as_py() for place in places]
 
@@ -66,10 +67,15 @@ def test_evaluated_rows_are_report_rows_with_their_loss(scored: Path, tokens: Pa
 def test_evaluated_scores_follow_from_the_rows(scored: Path, store: Store) -> None:
     rows, found = read_rows(scored).to_pydict(), json.loads((scored / "scores.json").read_text())
     loss = token_loss(np.array(rows["nll"]), np.array(rows["num_trained"]))
-    match = mean_score("exact_match", np.array(rows["correct"], float))
-    assert found == [vars(loss), vars(match)]
-    manifest = json.loads((scored / "manifest.json").read_text())
-    assert manifest["counts"] == {"rows": 12, "over_long": 0, "scores": found}
+    accuracy = token_accuracy(np.array(rows["num_correct"]), np.array(rows["num_trained"]))
+    match = mean_score("exact_match", np.array(rows["score"]))
+    assert found == [vars(loss), vars(perplexity(loss)), vars(accuracy), vars(match)]
+    counts = json.loads((scored / "manifest.json").read_text())["counts"]
+    lengths, cut_off = ([value[0] for value in rows[name]] for name in ("num_generated", "cut_off"))
+    assert counts == {
+        **{"rows": 12, "over_long": 0, "answers": 12, "empty": 0, "timeouts": 0, "metric": "exact_match"},
+        **{"cut_off": sum(cut_off), "generated_tokens": round(sum(lengths) / 12, 2), "scores": found},
+    }
 
 
 def evaluate_checkpoint(pinned: PinnedRecipe, tokens: Path, trained: Path, out: Path, **changes: Any) -> Any:
@@ -106,20 +112,20 @@ def test_evaluated_answer_that_stops_is_compared_without_its_stop_token(
     writes_four: Path, tokens: Path, pinned: PinnedRecipe, tmp_path: Path
 ) -> None:
     rows = evaluate_checkpoint(pinned, tokens, writes_four, tmp_path / "out", max_rows=100)
-    assert set(rows["output"].to_pylist()) == {"4"}
-    assert not any(rows["cut_off"].to_pylist())
+    assert set(of_samples(rows, "outputs")) == {"4"} and set(of_samples(rows, "num_generated")) == {2}
+    assert not any(of_samples(rows, "cut_off"))
     wanted = rows["answer"].to_pylist()
     assert 1 <= wanted.count("4") < len(wanted)
-    assert rows["correct"].to_pylist() == [answer == "4" for answer in wanted]
-    assert json.loads((tmp_path / "out" / "scores.json").read_text())[1]["value"] == wanted.count("4") / len(wanted)
+    assert rows["score"].to_pylist() == [float(answer == "4") for answer in wanted]
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())[-1]["value"] == wanted.count("4") / len(wanted)
 
 
 def test_evaluated_answer_without_room_to_stop_is_cut_off(
     writes_four: Path, tokens: Path, pinned: PinnedRecipe, tmp_path: Path
 ) -> None:
     rows = evaluate_checkpoint(pinned, tokens, writes_four, tmp_path / "out", max_new_tokens=1)
-    assert set(rows["output"].to_pylist()) == {"4"}
-    assert all(rows["cut_off"].to_pylist())
+    assert set(of_samples(rows, "outputs")) == {"4"} and set(of_samples(rows, "num_generated")) == {1}
+    assert all(of_samples(rows, "cut_off"))
 
 
 def test_evaluated_without_report_rows_is_an_error(tokens: Path, pinned: PinnedRecipe, tmp_path: Path) -> None:
@@ -164,5 +170,9 @@ def test_evaluated_whole_rows_trained_have_a_loss_and_no_answer(store: Store) ->
     rows = read_rows(store.path(ref))
     assert rows.num_rows == 4
     assert rows["answer"].null_count == 0
-    assert rows["output"].null_count == rows["correct"].null_count == 4
-    assert [score["metric"] for score in store.manifest(ref)["counts"]["scores"]] == ["loss"]
+    assert rows["outputs"].null_count == rows["score"].null_count == 4
+    assert [score["metric"] for score in store.manifest(ref)["counts"]["scores"]] == [
+        "loss",
+        "perplexity",
+        "token_accuracy",
+    ]

@@ -83,12 +83,15 @@ def test_row_losses_grouped_are_those_of_each_row(model: PreTrainedModel) -> Non
         TokenRow(rng.integers(1, VOCABULARY, n).astype(np.int32), rng.integers(0, 2, n).astype(np.uint8))
         for n in lengths
     ]
-    found = row_losses(model, rows)
-    assert found.shape == (len(rows),)
+    found, num_correct = row_losses(model, rows)
+    assert found.shape == num_correct.shape == (len(rows),)
+    assert 0 < num_correct.sum() < sum(int(row.trained[1:].sum()) for row in rows)
     with torch.no_grad():
-        for row, total in zip(rows, found, strict=True):
+        for row, total, correct in zip(rows, found, num_correct, strict=True):
             ids = torch.from_numpy(row.input_ids.astype(np.int64))
             logits = model(ids[None], use_cache=False).logits[0, :-1]
+            likeliest = (logits.argmax(dim=-1) == ids[1:]).numpy()
+            assert correct == (likeliest & (row.trained[1:] == 1)).sum()
             nll = F.cross_entropy(logits, ids[1:], reduction="none")[torch.from_numpy(row.trained[1:]) == 1]
             assert total == pytest.approx(nll.sum().item(), rel=1e-4, abs=1e-6)
-    assert row_losses(model, []).tolist() == []
+    assert [values.tolist() for values in row_losses(model, [])] == [[], []]

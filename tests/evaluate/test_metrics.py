@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_core.evaluate.metrics import exact_match, mean_score, paired_gain, strip_thinking, token_loss
+from sft_core.evaluate.metrics import (
+    mean_score,
+    paired_gain,
+    perplexity,
+    strip_thinking,
+    token_accuracy,
+    token_loss,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,13 +32,6 @@ from sft_core.evaluate.metrics import exact_match, mean_score, paired_gain, stri
 )
 def test_strip_thinking_any_block_is_left_out(output: str, left: str) -> None:
     assert strip_thinking(output) == left
-
-
-def test_exact_match_thinking_and_white_space_do_not_count() -> None:
-    assert exact_match("<think>5</think>\n4 ", "4\n")
-    assert not exact_match("<think>4</think>5", "4")
-    assert not exact_match("<think>4", "4")
-    assert not exact_match("44", "4")
 
 
 def rows(n: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -57,6 +57,28 @@ def test_token_loss_is_the_mean_over_tokens_with_the_bootstrap_error() -> None:
     assert score.stderr == pytest.approx(error, rel=0.08)
 
 
+def test_perplexity_is_the_exponential_of_the_loss_with_the_bootstrap_error() -> None:
+    sums, counts = rows()
+    score = perplexity(token_loss(sums, counts))
+    assert score.value == pytest.approx(math.exp(sums.sum() / counts.sum()))
+    assert (score.metric, score.n) == ("perplexity", 200)
+    error = bootstrap_std(200, lambda drawn: math.exp(sums[drawn].sum() / counts[drawn].sum()))
+    assert score.stderr == pytest.approx(error, rel=0.08)
+    assert perplexity(token_loss(np.array([5000.0]), np.array([2]))).value == math.inf
+
+
+def test_token_accuracy_is_the_share_of_all_tokens_with_the_bootstrap_error() -> None:
+    rng = np.random.default_rng(3)
+    counts = rng.integers(2, 60, 200)
+    correct = rng.binomial(counts, 0.9 - counts / 120)  # longer rows are harder: not the mean over rows
+    score = token_accuracy(correct, counts)
+    assert score.value == pytest.approx(correct.sum() / counts.sum())
+    assert score.value < (correct / counts).mean() - 0.02
+    assert (score.metric, score.n) == ("token_accuracy", 200)
+    error = bootstrap_std(200, lambda drawn: correct[drawn].sum() / counts[drawn].sum())
+    assert score.stderr == pytest.approx(error, rel=0.08)
+
+
 def test_mean_score_has_the_bootstrap_error() -> None:
     values = (np.arange(120) % 3 == 0).astype(float)
     score = mean_score("exact_match", values)
@@ -68,6 +90,7 @@ def test_mean_score_has_the_bootstrap_error() -> None:
 def test_scores_one_row_have_no_error() -> None:
     assert token_loss(np.array([3.0]), np.array([2])).stderr is None
     assert mean_score("exact_match", np.array([1.0])).stderr is None
+    assert perplexity(token_loss(np.array([3.0]), np.array([2]))).stderr is None
     assert token_loss(np.array([3.0]), np.array([2])).value == 1.5
 
 

@@ -11,17 +11,20 @@ from sft_core.evaluate.rows import ROWS
 from sft_core.evaluate.summary import thinking_gains
 
 
-def save(folder: Path, correct: dict[int, bool | None]) -> Path:
-    n = len(correct)
+def save(folder: Path, score: dict[int, float | None], num_tokens: int = 3, cut_off: bool = False) -> Path:
+    n = len(score)
     columns: dict[str, list[Any]] = {
         "row_id": [str(row) for row in range(n)],
-        "prompt_hash": list(correct),
+        "prompt_hash": list(score),
         "nll": [1.0] * n,
         "num_trained": [2] * n,
         "answer": ["4"] * n,
-        "output": ["4"] * n,
-        "correct": list(correct.values()),
-        "cut_off": [False] * n,
+        "num_correct": [1] * n,
+        "outputs": [["4"]] * n,
+        "num_generated": [[num_tokens]] * n,
+        "cut_off": [[cut_off]] * n,
+        "scores": [[value] for value in score.values()],
+        "score": list(score.values()),
     }
     folder.mkdir()
     pq.write_table(pa.table(columns, schema=ROWS), folder / "rows.parquet")
@@ -31,14 +34,20 @@ def save(folder: Path, correct: dict[int, bool | None]) -> Path:
 def test_thinking_gains_pairs_rows_by_prompt(tmp_path: Path) -> None:
     # In another order, and each with a row that the other has not; by position the interval would be another.
     folders = {
-        "sum_no_think": save(tmp_path / "a", {1: False, 2: True, 2**63: False, 4: False, 9: True, 11: None}),
-        "sum_think": save(tmp_path / "b", {4: True, 2**63: True, 2: False, 1: False, 7: False, 11: True}),
+        "sum_no_think": save(
+            tmp_path / "a", {1: False, 2: True, 2**63: False, 4: False, 9: True, 11: None}, num_tokens=5
+        ),
+        "sum_think": save(
+            tmp_path / "b", {4: True, 2**63: True, 2: False, 1: False, 7: False, 11: True}, num_tokens=40, cut_off=True
+        ),
     }
     (found,) = thinking_gains(folders)
     before, after = np.array([0, 1, 0, 0]), np.array([0, 0, 1, 1])
     gain, low, high = paired_gain(before, after)
     assert (found["task"], found["n"]) == ("sum", 4)
     assert (found["no_think"], found["think"], found["gain"]) == (0.25, 0.5, 0.25)
+    assert (found["tokens no_think"], found["tokens think"]) == (5, 40)
+    assert (found["cut off no_think"], found["cut off think"]) == (0, 1)
     assert (found["gain"], found["low"], found["high"]) == pytest.approx((gain, low, high), abs=1e-6)
 
 

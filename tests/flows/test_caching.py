@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sft_core.report.tables import HEADER
 from sft_core.source_code import source_code, told
 from tests.flows.conftest import DATA, RECIPE, ROOT, Project, names
 
@@ -45,8 +46,8 @@ def test_first_run_builds_everything_once_and_prints_the_table(finished: Project
     assert dict(first) == {**branches, **MIXED_ON, "evaluated base checksum_think": 1}
     assert "exact_match" in finished.first_output
     scores = json.loads(finished.sft("scores", "--json"))
-    assert {row["metric"] for row in scores} == {"loss", "exact_match"}
-    assert set(scores[0]) == {"task", "metric", "n", "base", "tuned", "stderr"}
+    assert {row["metric"] for row in scores} == {"loss", "perplexity", "token_accuracy", "exact_match"}
+    assert set(scores[0]) == set(HEADER)
 
 
 def test_run_is_tagged_with_its_recipe_model_and_commit(finished: Project) -> None:

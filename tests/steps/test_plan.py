@@ -166,6 +166,8 @@ def own_identities(data: dict[str, Any], *overrides: str) -> dict[str, list[Any]
         ("evaluation.max_rows=9", {"evaluated"}),
         ("evaluation.max_new_tokens=9", {"evaluated"}),
         ("evaluation.max_new_tokens_by_task={copy_no_think: 9}", {"evaluated"}),
+        ("evaluation.metric_by_task={copy_no_think: choice}", {"evaluated"}),
+        ("evaluation.sampling={temperature: 0.7}", {"evaluated"}),
         ("evaluation.tasks=[copy_no_think]", {"evaluated", "report"}),
         ("evaluation.min_report_rows=1", set()),
         ("model.trust_remote_code=true", set()),
@@ -368,6 +370,8 @@ def test_plan_too_few_report_prompts_is_refused(source: str, request, sft, save_
 
 def test_prepare_refuses_what_would_fail_later(small_recipe, tmp_path: Path):
     assert prepare(parse_recipe(small_recipe)).pins["sources"]
+    with pytest.raises(ValueError, match=r"metric_by_task\.copy_no_think: .*found nothing as 'loadd' in json"):
+        prepare(parse_recipe(override(small_recipe, ("evaluation.metric_by_task={copy_no_think: 'json:loadd'}",))))
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot be written"):
         prepare(parse_recipe(override(small_recipe, (f"runtime.store={tmp_path}/file/store",))))

@@ -76,7 +76,7 @@ def losses_of(model_folder: Path, store: Store, pinned: PinnedRecipe) -> dict[st
     for number, source in enumerate(SOURCES):
         shards = TokenShards(store.path(store.ensure(TOKENS, pinned, source=source)))
         rows = [shards[row] for row in plan["row"][plan["source"] == number]]
-        losses[source] = row_losses(model, rows).sum() / sum(int(row.trained[1:].sum()) for row in rows)
+        losses[source] = row_losses(model, rows)[0].sum() / sum(int(row.trained[1:].sum()) for row in rows)
     return losses
 
 

@@ -75,11 +75,11 @@ def canonical(row: Any, *, format: str = "auto") -> dict[str, Any]:
     if kwargs:
         conversation["kwargs"] = kwargs
     if (answer := row.get("answer")) is not None:
-        conversation["answer"] = str(answer)
+        conversation["answer"] = to_json(answer) if isinstance(answer, dict | list) else str(answer)
     return conversation
 
 
-def to_json(conversation: dict[str, Any]) -> str:
+def to_json(conversation: dict[str, Any] | list[Any]) -> str:
     """Keys stay in their order: a template shows a tool's schema and a call's arguments in it."""
     return json.dumps(conversation, ensure_ascii=False, separators=(",", ":"))
 

@@ -52,6 +52,7 @@ def test_messages_name_and_tool_call_id_are_kept():
 
 def test_messages_answer_that_is_a_number_becomes_text():
     assert say(USER, ANSWER, answer=0)["answer"] == "0"
+    assert say(USER, ANSWER, answer={"é": [1, None]})["answer"] == '{"é":[1,null]}', "what is no text is JSON"
 
 
 def test_sharegpt_system_column_and_turns():

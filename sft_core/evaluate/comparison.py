@@ -1,0 +1,96 @@
+"""Base and tuned model on the same rows: the difference of each score with its interval, and the rows that changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+NUM_RESAMPLES = 10_000
+SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """tuned - base over the n rows that both have, with a 95 % interval; a single row has none."""
+
+    n: int
+    value: float
+    low: float | None
+    high: float | None
+
+
+def differences(base: pa.Table, tuned: pa.Table, metric: str) -> dict[str, Difference]:
+    """Of loss, perplexity, token accuracy, and of the metric where rows were asked; rows are paired by prompt."""
+    pairs = paired(base, tuned)
+    before, after = ([row[side] for row in pairs] for side in (0, 1))
+
+    def columns(*names: str) -> tuple[np.ndarray, ...]:
+        return tuple(np.array([row[name] for row in side], float) for side in (before, after) for name in names)
+
+    def ratio(*sums: np.ndarray) -> np.ndarray:
+        return sums[2] / sums[3] - sums[0] / sums[1]
+
+    def exponential(*sums: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return np.exp(sums[2] / sums[3]) - np.exp(sums[0] / sums[1])
+
+    if not pairs:
+        return {}
+    losses = columns("nll", "num_trained")
+    found = {
+        "loss": bootstrapped(losses, ratio),
+        "perplexity": bootstrapped(losses, exponential),
+        "token_accuracy": bootstrapped(columns("num_correct", "num_trained"), ratio),
+    }
+    asked = [(one, other) for one, other in pairs if one["score"] is not None and other["score"] is not None]
+    if asked:
+        scores = tuple(np.array([row[side]["score"] for row in asked]) for side in (0, 1))
+        count = len(asked)
+        found[metric] = bootstrapped(scores, lambda before, after: (after - before) / count)
+    return found
+
+
+def bootstrapped(columns: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray]) -> Difference:
+    """A statistic of the columns' sums, and its percentile interval (Efron 1979): whole rows are drawn again.
+
+    columns: float64, shape (rows,) each. statistic: takes the sums of each column, of any one shape. The draws are
+    the same for the same number of rows.
+    """
+    from scipy.stats import bootstrap
+
+    def of_rows(*drawn: np.ndarray, axis: int) -> np.ndarray:
+        return statistic(*(column.sum(axis=axis) for column in drawn))
+
+    n = len(columns[0])
+    value = float(of_rows(*columns, axis=-1))
+    if n < 2:
+        return Difference(n, value, None, None)
+    low, high = bootstrap(
+        columns,
+        of_rows,
+        paired=True,
+        vectorized=True,
+        n_resamples=NUM_RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+        batch=max(1, 2_000_000 // n),  # some 100 MB, whatever the number of rows
+    ).confidence_interval
+    return Difference(n, value, float(low), float(high))
+
+
+def paired(base: pa.Table, tuned: pa.Table) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The rows of both that have the same prompt, in the order of the base's."""
+    after = {row["prompt_hash"]: row for row in tuned.to_pylist()}
+    return [(row, after[row["prompt_hash"]]) for row in base.to_pylist() if row["prompt_hash"] in after]
+
+
+def changed(base: pa.Table, tuned: pa.Table) -> tuple[list[Any], list[Any]]:
+    """The pairs that were won (the tuned model scores higher) and lost, the largest change first."""
+    asked = [pair for pair in paired(base, tuned) if pair[0]["score"] is not None and pair[1]["score"] is not None]
+    asked = sorted(asked, key=lambda pair: -abs(pair[1]["score"] - pair[0]["score"]))
+    won = [pair for pair in asked if pair[1]["score"] > pair[0]["score"]]
+    return won, [pair for pair in asked if pair[1]["score"] < pair[0]["score"]]

@@ -1,0 +1,108 @@
+"""Tool calls that a text holds, in the forms that templates have models write, and whether two texts make the same."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from typing import Any
+
+from sft_core.data.formats.tools import tool_calls
+from sft_core.data.rejects import Rejected
+from sft_core.evaluate.scorers import Asked, Metric, Question
+
+_TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)  # JSON: ours, Hermes', Qwen's
+_CODE = re.compile(r"<code>(.*?)</code>", re.DOTALL)  # Python: ours, SmolLM3's
+
+
+def calls_in(text: str) -> list[str]:
+    """Each call as canonical JSON of its name and arguments, sorted; none for a text without calls.
+
+    Calls of one turn are made before any of them has answered, so their order says nothing. Raises ValueError for a
+    call that cannot be read.
+    """
+    if "<tool_call>" in text:
+        found = _TAGGED.findall(text)
+        if text.count("<tool_call>") != len(found):
+            raise ValueError("a <tool_call> does not end")
+        return _canonical([_json(one) for one in found])
+    return _canonical([call for block in _CODE.findall(text) for call in _python_calls(block)])
+
+
+def calls_in_answer(answer: str) -> list[str]:
+    """As `calls_in`, of a row's answer, which may also be a JSON list of calls, or one call. Raises ValueError."""
+    if answer.lstrip().startswith(("[", "{")):
+        value = _json(answer)
+        return _canonical(value if isinstance(value, list) else [value])
+    return calls_in(answer)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _python_calls(block: str) -> list[dict[str, Any]]:
+    """The calls of a block of Python, each an expression with literals by keyword. Nothing is executed."""
+    try:
+        statements = ast.parse(block.strip()).body
+    except (SyntaxError, RecursionError, MemoryError):
+        raise ValueError("it is not Python") from None
+    found = []
+    for statement in statements:
+        call = statement.value if isinstance(statement, ast.Expr) else None
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("a statement is no call with arguments by name")
+        arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        found.append({"name": ast.unparse(call.func), "arguments": arguments})
+    return found
+
+
+def _canonical(calls: list[Any]) -> list[str]:
+    try:
+        read = [call["function"] for call in tool_calls(calls, "calls")]
+        return sorted(json.dumps(_numbers(call), sort_keys=True) for call in read)
+    except (Rejected, TypeError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _numbers(value: Any) -> Any:
+    """1.0 and 1 are one number of JSON."""
+    if isinstance(value, dict):
+        return {key: _numbers(element) for key, element in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(element) for element in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class ToolCall(Metric):
+    """The calls of the row's answer, or where it has none, of the turn that it trains last; what else is said is free.
+
+    A row whose last turn calls nothing is not asked.
+    """
+
+    def ask(self, question: Question) -> Asked | None:
+        if question.answer is not None:
+            return Asked(question.answer, self.read(question.answer))
+        wanted = calls_in(question.target)
+        return Asked("\n".join(wanted), wanted) if wanted else None
+
+    def read(self, answer: str) -> list[str]:
+        try:
+            found = calls_in_answer(answer)
+        except ValueError as error:
+            raise ValueError(f"found {answer[:80]!r}; its tool calls cannot be read ({error})") from None
+        if not found:
+            raise ValueError(
+                f"found {answer[:80]!r}; tool_call wants calls: JSON, or as the model writes them, between <tool_call> "
+                "tags or as Python between <code> tags"
+            )
+        return found
+
+    def score(self, output: str, wanted: list[str]) -> float:
+        try:
+            return float(calls_in(output) == wanted)
+        except ValueError:
+            return 0.0

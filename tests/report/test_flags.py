@@ -1,0 +1,53 @@
+from typing import Any
+
+import pytest
+
+from sft_core.report.flags import red_flags
+from sft_core.report.tables import HEADER, score_rows
+
+
+def score(**changes: Any) -> dict[str, Any]:
+    return {"metric": "exact_match", "base": 0.2, "tuned": 0.4, "low": 0.1, "high": 0.3, **changes}
+
+
+def answers(**changes: int) -> dict[str, Any]:
+    return {"answers": 100, "empty": 0, "cut_off": 0, **changes}
+
+
+@pytest.mark.parametrize(
+    ("row", "counts", "flags"),
+    [
+        (score(), answers(), []),
+        (score(), None, []),
+        (score(tuned=0.0), None, ["tuned is exactly 0"]),
+        (score(base=0.0), None, ["base is exactly 0"]),
+        (score(low=-0.3, high=-0.1), None, ["worse than base"]),
+        (score(low=-0.3, high=0.1), None, []),
+        (score(low=None, high=None), None, []),
+        (score(metric="loss", low=-0.3, high=-0.1), None, []),
+        (score(metric="loss"), None, ["worse than base"]),
+        (score(metric="perplexity"), None, ["worse than base"]),
+        (score(), answers(cut_off=5), []),
+        (score(), answers(cut_off=6), ["6% cut off"]),
+        (score(), answers(empty=1), ["1 of 100 answers empty"]),
+        (score(), answers(answers=0), []),
+    ],
+)
+def test_red_flags_are_said_in_words(row: dict[str, Any], counts: dict[str, Any] | None, flags: list[str]) -> None:
+    assert red_flags(row, counts) == flags
+
+
+def test_score_rows_have_differences_and_flags_of_the_answers_metric_alone() -> None:
+    def scores(loss: float, match: float) -> list[dict[str, Any]]:
+        values = {"loss": loss, "exact_match": match}
+        return [{"metric": name, "value": value, "stderr": None, "n": 9} for name, value in values.items()]
+
+    found = {"a": {"base": scores(2, 0.5), "tuned": scores(1, 0.0)}, "b": {"base": scores(2, 1), "tuned": scores(1, 1)}}
+    compared = {"a": {"exact_match": {"value": -0.5, "low": -0.8, "high": -0.2}}}
+    counts = {"a": {"metric": "exact_match", **answers(cut_off=30)}}
+    rows = score_rows(found, compared, counts)
+    assert all(tuple(row) == HEADER for row in rows)
+    flags = {(row["task"], row["metric"]): row["flags"] for row in rows}
+    assert flags.pop(("a", "exact_match")) == "tuned is exactly 0; worse than base; 30% cut off"
+    assert set(flags.values()) == {None}
+    assert rows[1]["difference"] == -0.5 and rows[0]["difference"] is None
