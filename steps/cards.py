@@ -3,7 +3,10 @@ goes into Markdown is escaped."""
 
 from __future__ import annotations
 
+import contextlib
 import html
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,19 @@ def sample_row(rendered: Path) -> list[Any]:
     body = "".join([*pieces, _escaped(text[start:])])
     style = "white-space:pre-wrap;font-family:monospace;font-size:13px"
     return [heading("First row (trained part in blue)"), Markdown(f"<div style='{style}'>{body}</div>")]
+
+
+@contextlib.contextmanager
+def traceback_on(card: Any) -> Iterator[None]:
+    """Puts what is raised inside on the card as well."""
+    try:
+        yield
+    except Exception:
+        from metaflow.cards import Markdown
+
+        text = _escaped(traceback.format_exc())
+        card.extend([heading("Failed"), Markdown(f"<pre style='white-space:pre-wrap'>{text}</pre>")])
+        raise
 
 
 def _cell(value: Any) -> str:

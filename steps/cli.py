@@ -238,11 +238,14 @@ def resume() -> None:
     \b
     Example: sft resume
     """
-    from steps.runs import last_attempt
+    from steps.runs import failed_tasks, last_attempt
 
     run = last_attempt()
-    click.echo(f"resuming {run}")
-    sys.exit(subprocess.call([sys.executable, str(FLOW), "resume", "--origin-run-id", run]))
+    failed = failed_tasks(run)
+    # To Metaflow a failed evaluation is done. From the step on, those that are scored are hits.
+    step = ["evaluate"] if failed else []
+    click.echo(f"resuming {run}" + (f", evaluating {', '.join(failed)} again" if failed else ""))
+    sys.exit(subprocess.call([sys.executable, str(FLOW), "resume", *step, "--origin-run-id", run]))
 
 
 @main.command()

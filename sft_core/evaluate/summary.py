@@ -12,6 +12,7 @@ import pyarrow as pa
 from sft_core.evaluate.metrics import paired_gain
 from sft_core.evaluate.rows import read_rows
 from sft_core.report.tables import HEADER, markdown_table, score_rows
+from sft_core.sections import LM_EVAL
 
 if TYPE_CHECKING:
     from sft_core.store import Build
@@ -30,7 +31,7 @@ def build_report(build: Build, *, recipe: str, tasks: list[str]) -> dict[str, An
         for task in tasks
     }
     scores = score_rows(found)
-    gains = thinking_gains({task: build.inputs[f"tuned.{task}"] for task in tasks})
+    gains = thinking_gains({task: build.inputs[f"tuned.{task}"] for task in tasks if not task.startswith(LM_EVAL)})
     (build.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     sections = [f"# {recipe}", markdown_table(HEADER, [tuple(row.values()) for row in scores])]
     if gains:
