@@ -37,7 +37,7 @@ def failures(failed: dict[str, str]) -> str:
         [
             f"{len(failed)} of the tasks could not be evaluated:",
             *told,
-            "The others are scored and the checkpoint is there, with a card that names what is missing; nothing is pushed.",
+            "The others are scored; the checkpoint is there, its card names what is missing, and it is not pushed.",
             "The tasks' logs and cards hold the tracebacks: python flows/sft_flow.py card view evaluate",
             "Once the cause is gone, `sft resume` evaluates these tasks again; so does a new run: the rest is a hit.",
         ]

@@ -1,8 +1,9 @@
 """Our model behind lm-eval's interface: asked as it is served, its thinking left out of its answers.
 
 What differs from lm-eval's own wrapper: a prompt is rendered with the recipe's date and kwargs, gets no second BOS, and
-is cut into the tokens that it is served in; a stop string inside a thought ends nothing; log-softmax is in fp32; of the checkpoint's generation settings only the
-stop tokens count; prompts that are cut to the context are counted; the hub is not asked about the model.
+is cut into the tokens that it is served in; a stop string inside a thought ends nothing; log-softmax is in fp32; of the
+checkpoint's generation settings only the stop tokens count; prompts that are cut to the context are counted; the hub
+is not asked about the model.
 """
 
 from __future__ import annotations
