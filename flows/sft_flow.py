@@ -27,6 +27,7 @@ from metaflow import (  # noqa: E402
     FlowSpec,
     Parameter,
     card,
+    catch,
     config_expr,
     current,
     package_sources,
@@ -64,7 +65,7 @@ class SFTFlow(FlowSpec):
         recipe = effective(self.recipe, self.set, self.limit)
         tag_run(f"{current.flow_name}/{current.run_id}", recipe)
         self.pins = prepare(recipe).pins
-        self.recipe_name, self.sources, self.tasks = recipe.name, recipe.sources, recipe.tasks
+        self.recipe_name, self.sources, self.tasks = recipe.name, recipe.sources, recipe.scored
         self.next(self.download, foreach="sources")
 
     @asks("data")
@@ -170,45 +171,51 @@ class SFTFlow(FlowSpec):
         self.next(self.evaluate, foreach="tasks")
 
     @asks("evaluate")
+    @catch(var="failure")  # once its retries are used up: the other tasks are scored, and `end` fails
     @card(type="blank")
     @step
     def evaluate(self):
         """Base and tuned model on one task."""
-        from steps import evaluate
+        from steps import cards, evaluate, harness
 
         self.task = self.input
-        self.evaluated = {
-            model: self.ensure(evaluate.EVALUATED, model=model, task=self.task) for model in evaluate.MODELS
-        }
-        refs = {model: self.ref(address) for model, address in self.evaluated.items()}
-        current.card.extend(evaluate.card(self.store, refs))
+        with cards.traceback_on(current.card):
+            scorings = {model: harness.scoring(model, self.task) for model in evaluate.MODELS}
+            self.evaluated = {model: self.ensure(stage, **part) for model, (stage, part) in scorings.items()}
+            refs = {model: self.ref(address) for model, address in self.evaluated.items()}
+            current.card.extend(harness.task_card(self.store, self.task, refs))
         self.next(self.report)
 
     @card(type="blank")
     @step
     def report(self, inputs):
         """The table base → tuned, and the checkpoint with its model card; on the hub where the recipe says so."""
-        from steps import release, report
+        from steps import harness, release, report
 
         self.merge_artifacts(inputs, include=["pins", "recipe_name"])
-        self.scored = self.ensure(report.REPORT)
+        told = {one.task: one.failure.exception for one in inputs if one.failure and hasattr(one, "task")}
+        self.failed = harness.not_scored(self.store, self.pinned, told)
+        part = {"without": [*self.failed]} if self.failed else {}
+        self.scored = self.ensure(report.REPORT, **part)
         manifest = self.store.manifest(self.ref(self.scored))
         self.scores, self.thinking = manifest["counts"]["scores"], manifest["counts"]["thinking"]
         current.card.extend(report.card(self.store, self.ref(self.scored)))
-        self.released = self.ensure(release.RELEASED)
+        self.released = self.ensure(release.RELEASED, **part)
         self.checkpoint = str(self.store.path(self.ref(self.released)) / "model")
         self.hub_url = None
-        if self.pinned.recipe.hub:
+        if self.pinned.recipe.hub and not self.failed:  # what others see is whole
             self.pushed = self.ensure(release.PUSHED)
             self.hub_url = self.store.manifest(self.ref(self.pushed))["counts"]["url"]
         self.next(self.end)
 
     @step
     def end(self):
-        """Say what came out, and where it is."""
-        from steps.report import summary
+        """Say what came out, and where it is. Fails where tasks are not scored."""
+        from steps.report import failures, summary
 
         print(summary(self.scores, self.thinking, self.checkpoint, self.hub_url))
+        if self.failed:
+            raise RuntimeError(failures(self.failed))
 
     # What the steps share; no artifacts.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sft_core.data.hub_token import check_token
 from sft_core.data.sources import digest_files, list_files
+from sft_core.harness_tasks import digest_task, pin_tasks
 from sft_core.recipe import Recipe
 from sft_core.store import Unresolved
 
@@ -96,6 +97,18 @@ class PinnedRecipe:
         template = self.recipe.chat_template
         return {"pin": self.pins["template"], "kwargs": template.kwargs, "date": template.date.isoformat()}
 
+    def harness_identity(self, task: str) -> dict[str, Any]:
+        """What an lm-eval task asks and how it scores."""
+        pinned = self.pins["lm_eval"]
+        return {"name": task, "lm_eval": pinned["version"], "digest": pinned["tasks"][task]["digest"]}
+
+    def harness_loader(self, task: str) -> dict[str, Any]:
+        lm_eval, pinned = self.recipe.evaluation.lm_eval, self.pins["lm_eval"]["tasks"][task]
+        assert lm_eval is not None, "what is to be scored is planned where the recipe says so"
+        found = digest_task(task, lm_eval.include_path, pinned["folders"])
+        _unchanged(f"evaluation.lm_eval.tasks: {task}", pinned["digest"], found)
+        return {"name": task, "include_path": lm_eval.include_path, "folders": pinned["folders"]}
+
     @property
     def row_policy(self) -> dict[str, str]:
         template = self.recipe.chat_template
@@ -148,6 +161,8 @@ def pin(recipe: Recipe, *, allow_unresolved: bool = False) -> PinnedRecipe:
     )
     if (template := template_path(recipe)) is not None:
         pins["template"] = hashlib.sha256(template.read_bytes()).hexdigest()
+    if lm_eval := recipe.evaluation.lm_eval:
+        pins["lm_eval"] = pin_tasks(lm_eval.tasks, lm_eval.include_path, lm_eval.num_fewshot)
     if hub.licences:
         pins["licences"] = hub.licences
     return PinnedRecipe(recipe, pins, hub.problems)

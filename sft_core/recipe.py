@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from sft_core.sections import (
+    LM_EVAL,
     ChatTemplate,
     Dataset,
     DatasetMixture,
@@ -110,6 +111,12 @@ class Recipe(Section):
     @property
     def tasks(self) -> list[str]:
         return list(self.evaluation.tasks if self.evaluation.tasks is not None else self.sources)
+
+    @property
+    def scored(self) -> list[str]:
+        """All that the report scores: the tasks, and those of the lm-evaluation-harness, with a prefix."""
+        lm_eval = self.evaluation.lm_eval
+        return [*self.tasks, *(f"{LM_EVAL}{name}" for name in (lm_eval.tasks if lm_eval else ()))]
 
     def dataset(self, source: str) -> Dataset:
         return next(dataset for dataset in self.dataset_mixture.datasets if dataset.source == source)

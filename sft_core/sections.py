@@ -16,6 +16,9 @@ from sft_core.wording import nearest, short
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 LossScope = Literal["assistant", "completion", "all"]
+LM_EVAL = (
+    "lm_eval:"  # before the names of the harness's tasks, where they stand beside ours; no source's name has a ':'
+)
 RESERVED = ("mixture", "packs", "selection", "duplicates")  # stages read these beside the sources, by name
 SECRETS = ("hub_token", "push_to_hub_token", "token", "use_auth_token")
 Scheduler = Literal[
@@ -321,6 +324,27 @@ class Sampling(Section):
     num_samples: PositiveInt = Field(1, description="answers to each prompt; a row's score is their mean")
 
 
+class LmEval(Section):
+    """Tasks of EleutherAI's lm-evaluation-harness: its prompts and metrics, on base and tuned model."""
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = Field(description="names as `lm-eval ls tasks` has them")
+    include_path: str | None = Field(None, description="a folder of task YAMLs, which win over the harness's own")
+    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="default: the task's own")
+    limit: PositiveInt | None = Field(None, description="only the first documents of each task")
+    apply_chat_template: bool = Field(True, description="ask in a user turn; false: in plain text, for base models")
+    chat_template_kwargs: dict[str, Any] = Field({}, description="win over chat_template.kwargs")
+    system_instruction: str | None = None
+    gen_kwargs: dict[str, Any] = Field({}, description="win over a task's generation_kwargs, as max_gen_toks: 512")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LmEval:
+        if len({*self.tasks}) < len(self.tasks):
+            raise ValueError(f"tasks: found {', '.join(self.tasks)}; name each task once")
+        if self.chat_template_kwargs and not self.apply_chat_template:
+            raise ValueError("chat_template_kwargs: apply_chat_template is false; remove one of the two")
+        return self
+
+
 class Evaluation(Section):
     """What is scored: base and tuned model on the report split of each task."""
 
@@ -341,6 +365,7 @@ class Evaluation(Section):
     )
     sampling: Sampling | None = Field(None, description="default: greedy answers")
     during_training: DuringTraining | None = None
+    lm_eval: LmEval | None = Field(None, description="tasks of the lm-evaluation-harness, beside the report splits")
 
     @model_validator(mode="after")
     def _metrics_are_known(self) -> Evaluation:

@@ -3,7 +3,10 @@ goes into Markdown is escaped."""
 
 from __future__ import annotations
 
+import contextlib
 import html
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from sft_core.data.lengths import end_of
@@ -89,6 +92,19 @@ def short(name: str) -> str:
     """A long name without its middle, so that a table of many columns fits: names of sources differ at both ends."""
     half = MAX_NAME // 2
     return name if len(name) <= MAX_NAME else f"{name[:half]}…{name[-half:]}"
+
+
+@contextlib.contextmanager
+def traceback_on(card: Any) -> Iterator[None]:
+    """Puts what is raised inside on the card as well."""
+    try:
+        yield
+    except Exception:
+        from metaflow.cards import Markdown
+
+        text = _escaped(traceback.format_exc())
+        card.extend([heading("Failed"), Markdown(f"<pre style='white-space:pre-wrap'>{text}</pre>")])
+        raise
 
 
 def _cell(value: Any) -> str:

@@ -203,14 +203,17 @@ def resume() -> None:
     Example: sft resume
     """
     from sft_core.source_code import source_code
-    from steps.runs import last_attempt
+    from steps.runs import failed_tasks, last_attempt
     from steps.tags import resumed_tags
 
     run = last_attempt()
-    click.echo(f"resuming {run.id}")
+    failed = failed_tasks(run.id)
+    # To Metaflow a failed evaluation is done. From the step on, those that are scored are hits.
+    step = ["evaluate"] if failed else []
+    click.echo(f"resuming {run.id}" + (f", evaluating {', '.join(failed)} again" if failed else ""))
     # The step that tags a run is finished, so it is not run again.
     tags = [part for tag in resumed_tags(run.tags, source_code()) for part in ("--tag", tag)]
-    sys.exit(subprocess.call([sys.executable, str(FLOW), "resume", "--origin-run-id", run.id, *tags]))
+    sys.exit(subprocess.call([sys.executable, str(FLOW), "resume", *step, "--origin-run-id", run.id, *tags]))
 
 
 @main.command()

@@ -117,7 +117,19 @@ def plan(store: Store, pinned: PinnedRecipe) -> list[Located]:
 ORDER = [
     *("conversations", "rendered", "tokens"),
     *("signatures", "duplicates", "report_prompts", "contamination"),  # where the recipe asks for them
-    *("mixture", "windows", "packed", "selection", "trained", "delivered", "evaluated", "report", "release", "pushed"),
+    *(
+        "mixture",
+        "windows",
+        "packed",
+        "selection",
+        "trained",
+        "delivered",
+        "evaluated",
+        "harness",
+        "report",
+        "release",
+        "pushed",
+    ),
 ]
 
 

@@ -12,7 +12,7 @@ from sft_core.release.push import build_pushed
 from sft_core.store import Needs, Part, Stage
 from steps.deliver import delivered, round_of
 from steps.download import CONVERSATIONS
-from steps.evaluate import EVALUATED, MODELS
+from steps.harness import scored_tasks, scorings
 from steps.mix import MIXTURE
 from steps.report import REPORT
 from steps.tokenize import TOKENS
@@ -24,7 +24,8 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
         "recipe": shown_recipe(pinned),
         "base": _base(pinned),
         "sources": [_source(pinned, name) for name in pinned.recipe.sources],
-        "tasks": pinned.recipe.tasks,
+        "tasks": scored_tasks(pinned, part),
+        "not_scored": list(part.get("without", ())),
     }
 
 
@@ -38,6 +39,8 @@ def shown_recipe(pinned: PinnedRecipe) -> dict[str, Any]:
         recipe["chat_template"]["template"] = Path(template).name
     schemas = recipe["evaluation"]["json_schema_by_task"]
     schemas.update({task: Path(schema).name for task, schema in schemas.items() if isinstance(schema, str)})
+    if (lm_eval := recipe["evaluation"]["lm_eval"]) is not None and lm_eval["include_path"] is not None:
+        lm_eval["include_path"] = Path(lm_eval["include_path"]).name
     for shown, dataset in zip(
         recipe["dataset_mixture"]["datasets"], pinned.recipe.dataset_mixture.datasets, strict=True
     ):
@@ -79,19 +82,14 @@ def _licences(pinned: PinnedRecipe) -> dict[str, str]:
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
-    scored: Needs = {
-        f"{model}.{task}": (EVALUATED, {"model": model, "task": task})
-        for task in pinned.recipe.tasks
-        for model in MODELS
-    }
-    return {"trained": delivered(pinned), **scored}
+    return {"trained": delivered(pinned), **scorings(pinned, part)}
 
 
 def _mentions(pinned: PinnedRecipe, part: Part) -> Needs:
     """Counts and addresses stand in manifests: behind a URL no data comes with them."""
     training = (TRAINED, round_of(pinned))
     packs = TRAINED.needs(pinned, round_of(pinned))["packs"]
-    found: Needs = {"report": (REPORT, {}), "training": training, "packs": packs, "mixture": (MIXTURE, {})}
+    found: Needs = {"report": (REPORT, part), "training": training, "packs": packs, "mixture": (MIXTURE, {})}
     for source in pinned.recipe.sources:
         found[f"tokens:{source}"] = (TOKENS, {"source": source})
         found[f"conversations:{source}"] = (CONVERSATIONS, {"source": source})

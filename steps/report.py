@@ -5,28 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from sft_core.evaluate.summary import GAIN_HEADER, build_report
-from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import base_to_tuned
 from sft_core.report.tables import HEADER, text_table
-from sft_core.store import Needs, Part, Ref, Stage, Store
+from sft_core.store import Ref, Stage, Store
 from steps.cards import chart, heading, table, warnings
-from steps.evaluate import EVALUATED, MODELS
+from steps.harness import scored_tasks, scorings
 from steps.painted import last_column_red
-
-
-def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
-    return {
-        f"{model}.{task}": (EVALUATED, {"model": model, "task": task})
-        for task in pinned.recipe.tasks
-        for model in MODELS
-    }
-
 
 REPORT = Stage(
     "report",
     build_report,
-    section=lambda pinned, part: {"recipe": pinned.recipe.name, "tasks": pinned.recipe.tasks},
-    needs=_needs,
+    section=lambda pinned, part: {"recipe": pinned.recipe.name, "tasks": scored_tasks(pinned, part)},
+    needs=scorings,
 )
 
 
@@ -44,6 +34,20 @@ def card(store: Store, ref: Ref) -> list[Any]:
 def flagged(scores: list[dict[str, Any]]) -> list[str]:
     """The red flags of a score table, one a line."""
     return [f"{row['task']}, {row['metric']}: {row['flags']}" for row in scores if row["flags"]]
+
+
+def failures(failed: dict[str, str]) -> str:
+    """What the run ends with where tasks are not scored. failed: {task: why}."""
+    told = [f"  {task}: {reason}" for task, reason in failed.items()]
+    return "\n".join(
+        [
+            f"{len(failed)} of the tasks could not be evaluated:",
+            *told,
+            "The others are scored; the checkpoint is there, its card names what is missing, and it is not pushed.",
+            "The tasks' logs and cards hold the tracebacks: python flows/sft_flow.py card view evaluate",
+            "Once the cause is gone, `sft resume` evaluates these tasks again; so does a new run: the rest is a hit.",
+        ]
+    )
 
 
 def summary(

@@ -51,6 +51,18 @@ def last_attempt() -> Attempt:
     return Attempt(str(run.id), sorted(run.user_tags))
 
 
+def failed_tasks(run: str) -> dict[str, str]:
+    """{task: why} of the evaluations that failed in a run whose other steps are done; empty for any other run."""
+    from metaflow import Step
+    from metaflow.exception import MetaflowNotFound
+
+    try:
+        report = Step(f"{FLOW}/{run}/report").task
+    except MetaflowNotFound:
+        return {}
+    return report.data.failed if report is not None and report.successful else {}
+
+
 def last_finished() -> dict[str, Any]:
     """What the newest finished run reports: scores, gains, where the checkpoint is. Raises ValueError for no run."""
     for run in _runs():

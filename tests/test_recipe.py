@@ -351,3 +351,24 @@ def test_read_yaml_and_override_random_text_raise_nothing_but_value_error(text: 
             assert isinstance(call(), dict)
         except ValueError as error:
             assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("lm_eval", "message"),
+    [
+        ({"tasks": []}, "evaluation.lm_eval.tasks: found []"),
+        ({"tasks": ["a", "a"]}, "evaluation.lm_eval: tasks: found a, a; name each task once"),
+        ({"tasks": ["a"], "fewshot": 1}, "evaluation.lm_eval.fewshot: unknown key; did you mean 'num_fewshot'?"),
+        (
+            {"tasks": ["a"], "apply_chat_template": False, "chat_template_kwargs": {"enable_thinking": False}},
+            "evaluation.lm_eval: chat_template_kwargs: apply_chat_template is false; remove one of the two",
+        ),
+    ],
+)
+def test_lm_eval_mistakes_are_told(small_recipe, lm_eval: dict[str, Any], message: str):
+    assert error_of(small_recipe | {"evaluation": {"lm_eval": lm_eval}}).startswith(message)
+
+
+def test_scored_tasks_of_the_harness_stand_behind_the_sources_with_a_prefix(small_recipe):
+    recipe = parse_recipe(small_recipe | {"evaluation": {"tasks": ["copy_no_think"], "lm_eval": {"tasks": ["arc"]}}})
+    assert recipe.scored == ["copy_no_think", "lm_eval:arc"] and recipe.tasks == ["copy_no_think"]

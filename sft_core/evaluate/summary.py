@@ -14,6 +14,7 @@ from sft_core.evaluate.comparison import differences
 from sft_core.evaluate.metrics import paired_gain
 from sft_core.evaluate.rows import LOSSES, ROWS, answer_counts, of_samples, read_rows
 from sft_core.report.tables import HEADER, markdown_table, score_rows
+from sft_core.sections import LM_EVAL
 
 if TYPE_CHECKING:
     from sft_core.store import Build
@@ -34,10 +35,11 @@ def build_report(build: Build, *, recipe: str, tasks: list[str]) -> dict[str, An
         }
         for task in tasks
     }
-    compared = {task: compare(build.inputs[f"base.{task}"], build.inputs[f"tuned.{task}"]) for task in tasks}
-    counts = {task: read_answers(build.inputs[f"tuned.{task}"]) for task in tasks}
+    paired = [task for task in tasks if not task.startswith(LM_EVAL)]  # the harness keeps rows of its own
+    compared = {task: compare(build.inputs[f"base.{task}"], build.inputs[f"tuned.{task}"]) for task in paired}
+    counts = {task: read_answers(build.inputs[f"tuned.{task}"]) for task in paired}
     scores = score_rows(found, compared, counts)
-    gains = thinking_gains({task: build.inputs[f"tuned.{task}"] for task in tasks})
+    gains = thinking_gains({task: build.inputs[f"tuned.{task}"] for task in paired})
     (build.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     sections = [f"# {recipe}", markdown_table(HEADER, [tuple(row.values()) for row in scores])]
     if gains:

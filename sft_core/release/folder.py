@@ -14,6 +14,7 @@ from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.evaluate.summary import GAIN_HEADER
 from sft_core.links import link_files
 from sft_core.report.model_card import Base, Card, CutOff, Score, Source, model_card
+from sft_core.sections import LM_EVAL
 
 if TYPE_CHECKING:
     from sft_core.store import Build
@@ -29,11 +30,12 @@ def build_release(
     base: dict[str, Any],
     sources: list[dict[str, Any]],
     tasks: list[str],
+    not_scored: list[str],
 ) -> dict[str, Any]:
     """Writes model/: what was trained, and README.md, its card.
 
     recipe: plain data without where it runs. base and sources: the fields of the card's Base and Source that a recipe
-    and its pins know.
+    and its pins know. not_scored: the tasks whose evaluation failed.
     """
     model = build.out / "model"
     num_linked, num_files = link_files(build.inputs["trained"] / "model", model, without=README)
@@ -42,6 +44,8 @@ def build_release(
         base=Base(**base),
         sources=_sources(sources, build),
         scores=_scores(tasks, build),
+        not_scored=not_scored,
+        harness_version=_harness_version(tasks, build),
         cut_offs=_cut_offs(tasks, build),
         gains=(GAIN_HEADER, [tuple(row.values()) for row in build.manifests["report"]["counts"]["thinking"]]),
         training=_training(recipe, build),
@@ -53,6 +57,12 @@ def build_release(
     (model / README).write_text(model_card(card), encoding="utf-8")
     log.info("files=%d hard_links=%d", num_files, num_linked)
     return {"files": num_files + 1, "bytes": sum(path.stat().st_size for path in model.rglob("*") if path.is_file())}
+
+
+def _harness_version(tasks: list[str], build: Build) -> str | None:
+    """Of lm-eval, when the base was scored: the tuned model was by the same, or its task would have another key."""
+    scored = (build.manifests[f"base.{task}"] for task in tasks if task.startswith(LM_EVAL))
+    return next((manifest["identity"]["section"]["task"]["lm_eval"] for manifest in scored), None)
 
 
 def _template_of(model: Path) -> str:
@@ -100,6 +110,8 @@ def _cut_offs(tasks: list[str], build: Build) -> list[CutOff]:
     """Of the tasks whose rows have an answer to generate."""
     found = []
     for task in tasks:
+        if task.startswith(LM_EVAL):
+            continue  # lm-eval does not say which answers it cut
         base, tuned = (of_samples(read_rows(build.inputs[f"{model}.{task}"]), "cut_off") for model in ("base", "tuned"))
         if tuned:
             found.append(CutOff(task, len(tuned), sum(base), sum(tuned)))

@@ -26,6 +26,16 @@ _SMOKE = (
 )
 
 
+_NOT_SCORED = (
+    "**Not scored: {tasks}.** Their evaluation failed, so nothing here tells how the model does on them, and no mean "
+    "over the table stands for all tasks."
+)
+_HARNESS = (
+    "Tasks called `lm_eval:` are those of EleutherAI's lm-evaluation-harness ({version}), with its own prompts and "
+    "metrics; whether their questions were trained on has not been looked at."
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Base:
     """What training started from."""
@@ -88,6 +98,8 @@ class Card:
     template_kwargs: dict[str, Any]
     has_thinking_switch: bool
     lineage: list[tuple[str, str]]  # (what, its address in the store or its commit), from scores back to sources
+    not_scored: list[str] = dataclasses.field(default_factory=list)  # tasks whose evaluation failed
+    harness_version: str | None = None  # of lm-eval, where tasks of its are scored
 
 
 def model_card(card: Card) -> str:
@@ -120,18 +132,16 @@ def _metadata(card: Card) -> str:
     for score in card.scores:
         if not math.isfinite(score.tuned):
             continue  # the table has it; the hub takes numbers alone
-        source, (low, high) = by_name[score.task], interval(score.metric, score.tuned, score.tuned_stderr, score.n)
+        low, high = interval(score.metric, score.tuned, score.tuned_stderr, score.n)
+        of_source = by_name.get(score.task)
         results.append(
             EvalResult(
                 task_type="text-generation",
-                dataset_type=_line(source.hub_id or source.name),
+                **(_dataset(of_source) if of_source else {"dataset_type": _line(score.task)}),
                 dataset_name=_line(score.task),
-                dataset_config=source.config and _line(source.config),
-                dataset_split=source.split and _line(source.split),
-                dataset_revision=source.revision if source.hub_id else None,
                 metric_type=score.metric,
                 metric_value=score.tuned,
-                metric_name=f"{_words(score.metric)} ({_line(score.task)}, held-out prompts)",
+                metric_name=f"{_words(score.metric)} ({_line(score.task)}{', held-out prompts' if of_source else ''})",
                 metric_args={"n": score.n, "low_95": low, "high_95": high},
             )
         )
@@ -147,6 +157,15 @@ def _metadata(card: Card) -> str:
     return data.to_yaml()
 
 
+def _dataset(source: Source) -> dict[str, Any]:
+    return {
+        "dataset_type": _line(source.hub_id or source.name),
+        "dataset_config": source.config and _line(source.config),
+        "dataset_split": source.split and _line(source.split),
+        "dataset_revision": source.revision if source.hub_id else None,
+    }
+
+
 def interval(metric: str, value: float, stderr: float | None, n: int) -> tuple[float | None, float | None]:
     """The 95 % interval; (None, None) for a single row.
 
@@ -155,7 +174,7 @@ def interval(metric: str, value: float, stderr: float | None, n: int) -> tuple[f
     """
     if stderr is None or not math.isfinite(value):
         return None, None
-    if metric in SHARES:
+    if metric in (*SHARES, "acc"):
         scale = 1 + Z_95**2 / n
         centre = (value + Z_95**2 / (2 * n)) / scale
         half = Z_95 * math.sqrt(value * (1 - value) / n + Z_95**2 / (4 * n**2)) / scale
@@ -188,8 +207,10 @@ def _scores(card: Card) -> list[str]:
     sections = [
         "## Scores",
         f"Base and tuned model on the same held-out prompts, with 95 % intervals; {_generated(card.recipe)}",
+        *([_HARNESS.format(version=_text(card.harness_version))] if card.harness_version else []),
         *([_SMOKE.format(limit=card.recipe["limit"])] if card.recipe.get("limit") else []),
-        _table(("task", "metric", "n", "base", "tuned"), rows),
+        *([_NOT_SCORED.format(tasks=_text(", ".join(card.not_scored)))] if card.not_scored else []),
+        *([_table(("task", "metric", "n", "base", "tuned"), rows)] if rows else []),
     ]
     if card.cut_offs:
         shares = [

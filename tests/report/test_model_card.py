@@ -147,3 +147,27 @@ def outside_fences(body: str) -> list[str]:
             found.append(line)
     assert not fence
     return found
+
+
+def test_tasks_that_are_not_scored_are_named_and_nothing_is_said_of_them_in_the_metadata():
+    text = model_card(card(not_scored=["two", "lm_eval:three"]))
+    assert "**Not scored: two, lm_eval:three.** Their evaluation failed" in text
+    assert {result.dataset_name for result in ModelCard(text).data.eval_results} == {"one"}
+    assert "Not scored" not in model_card(card())
+    bare = model_card(card(scores=[], cut_offs=[], gains=((), []), not_scored=["one"]))
+    assert "Not scored: one" in bare and "| task |" not in bare and ModelCard(bare).data.eval_results is None
+
+
+def test_scores_of_the_harness_name_it_and_no_source():
+    found = Score("lm_eval:gsm8k", "exact_match,strict-match", 40, 0.25, 0.07, 0.5, 0.08)
+    text = model_card(card(scores=[found], harness_version="0.4.13"))
+    (result,) = ModelCard(text).data.eval_results
+    assert (result.dataset_type, result.dataset_name, result.metric_value) == ("lm_eval:gsm8k", "lm_eval:gsm8k", 0.5)
+    assert (result.dataset_config, result.dataset_revision) == (None, None)
+    assert result.metric_name == "exact match,strict-match (lm_eval:gsm8k)"
+    assert "lm-evaluation-harness (0.4.13)" in text and "lm-evaluation-harness" not in model_card(card())
+    assert rows(text, "task | metric")[0][:3] == ["lm_eval:gsm8k", "exact match,strict-match", "40"]
+
+
+def test_interval_of_the_harness_share_has_a_width_where_every_answer_is_right():
+    assert interval("acc", 1.0, 0.0, 228) == interval("exact_match", 1.0, 0.0, 228)

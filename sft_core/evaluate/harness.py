@@ -1,0 +1,164 @@
+"""A task of EleutherAI's lm-evaluation-harness: its prompts, filters and metrics on a model of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft_core.evaluate.metrics import Score
+
+if TYPE_CHECKING:
+    from sft_core.store import Build
+
+log = logging.getLogger(__name__)
+TASKS_AT_A_TIME = 2  # as many share a machine's cores where the flow runs locally
+_NO_METRIC = ("alias", "name", "sample_len", "sample_count")
+
+
+def build_harness(
+    build: Build,
+    *,
+    model: dict[str, Any] | None,
+    tokenizer: dict[str, Any],
+    template: dict[str, Any] | None,
+    task: dict[str, Any],
+    attn_implementation: str,
+    bf16: bool,
+    seed: int,
+    num_fewshot: int | None,
+    limit: int | None,
+    system_instruction: str | None,
+    gen_kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes scores.json, and samples.jsonl with each document, what was asked, what came and what it scored.
+
+    model: how to load the start model; None scores the trained one. template: the text, kwargs and date that prompts
+    are rendered with, the same for both; None asks in plain text. task: its name and where its YAMLs are.
+    Raises what the task raises.
+    """
+    import datasets
+    import torch
+
+    from sft_core.data.rendering import chat_template
+    from sft_core.harness_tasks import task_manager
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or the reader of local files is reported to a server
+    torch.set_num_threads(build.runtime.num_threads or max(1, (os.cpu_count() or 1) // TASKS_AT_A_TIME))
+    network, vocabulary = _load(build, model, tokenizer, attn_implementation, bf16, seed)
+    manager = task_manager(task["include_path"], task["folders"])
+    from lm_eval import simple_evaluate
+
+    from sft_core.evaluate.served_lm import ServedLM
+
+    rendering = None if template is None else chat_template(vocabulary, **template)
+    lm = ServedLM(network, vocabulary, rendering, build.runtime.eval_batch_size)
+    results = simple_evaluate(
+        lm,
+        tasks=[task["name"]],
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=template is not None,
+        fewshot_as_multiturn=template is not None,
+        system_instruction=system_instruction,
+        gen_kwargs=gen_kwargs or None,
+        batch_size=build.runtime.eval_batch_size,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    assert results is not None, "one process evaluates, and it is the first"
+    if lm.num_cut:
+        log.warning(
+            "cut=%d of %d prompts are longer than the context: their beginning is lost", lm.num_cut, lm.num_prompts
+        )
+    scores = [dataclasses.asdict(score) for score in scores_of(results, task["name"])]
+    _write_samples(results["samples"], build.out / "samples.jsonl")
+    (build.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    rows = sum(count["effective"] for count in results["n-samples"].values())
+    return {
+        "rows": rows,
+        "prompts": lm.num_prompts,
+        "cut": lm.num_cut,
+        "num_fewshot": _shots(results),
+        "scores": scores,
+    }
+
+
+def _load(
+    build: Build, model: dict[str, Any] | None, tokenizer: dict[str, Any], attention: str, bf16: bool, seed: int
+) -> tuple[Any, Any]:
+    """The start model, or the trained one, ready to be asked, and its tokenizer."""
+    import torch
+
+    from sft_core.train.model import load_model
+
+    if model is None:
+        folder = str(build.inputs["trained"] / "model")
+        tokenizer = {**tokenizer, "path": folder, "revision": None, "add_special_tokens": []}
+        model = {
+            "path": folder,
+            "revision": None,
+            "config": None,
+            "dtype": "auto",
+            "attn_implementation": attention,
+            "stop_tokens": [],  # in the checkpoint's generation config
+            "trust_remote_code": tokenizer["trust_remote_code"],
+        }
+    network: Any
+    network, vocabulary = load_model(**model, tokenizer=tokenizer, seed=seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return network.to(device=device, dtype=torch.bfloat16 if bf16 else None).eval(), vocabulary
+
+
+def scores_of(results: dict[str, Any], name: str) -> list[Score]:
+    """The task's scores; a group's are its own where it has some, else, as a tag's, those of its members by name.
+
+    A metric is called as lm-eval calls it; with the filter behind a comma where the task names one.
+    Raises ValueError when there is none.
+    """
+    table = results["results"]
+    found = _scores(table.get(name, {}), "", sum(count["effective"] for count in results["n-samples"].values()))
+    if not found:
+        for member, count in results["n-samples"].items():
+            found += _scores(table[member], f"{member} ", count["effective"])
+    if not found:
+        raise ValueError(f"lm-eval's task {name} gave no score; see its metric_list and process_results")
+    return found
+
+
+def _scores(row: dict[str, Any], prefix: str, n: int) -> list[Score]:
+    found = []
+    for key, value in row.items():
+        metric, _, filtered = key.partition(",")
+        if key in _NO_METRIC or metric.endswith("_stderr") or isinstance(value, str):
+            continue
+        stderr = row.get(f"{metric}_stderr,{filtered}")
+        known = None if stderr is None or isinstance(stderr, str) else float(stderr)  # "N/A" where there is none
+        named = metric if filtered in ("", "none") else key
+        found.append(Score(f"{prefix}{named}", float(value), known, n))
+    return found
+
+
+def _shots(results: dict[str, Any]) -> int | str:
+    """How many examples came before each question; a span where members of a group differ."""
+    found = sorted({int(results["n-shot"].get(name, 0)) for name in results["n-samples"]})
+    return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def _write_samples(samples: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for task, rows in samples.items():
+            for row in rows:
+                file.write(json.dumps({"task": task, **row}, ensure_ascii=False, default=str) + "\n")
+
+
+def read_samples(folder: Path, at_most: int) -> list[dict[str, Any]]:
+    """The first samples of a scored task."""
+    with (folder / "samples.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line, _ in zip(file, range(at_most), strict=False)]

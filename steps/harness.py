@@ -1,0 +1,129 @@
+"""harness: base and tuned model on one task of the lm-evaluation-harness; and what scores any task of a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sft_core.evaluate.harness import build_harness, read_samples
+from sft_core.pins import PinnedRecipe
+from sft_core.sections import LM_EVAL, LmEval
+from sft_core.store import Needs, Part, Ref, Stage, Store
+from steps import deliver, evaluate
+from steps.cards import facts, table
+
+MAX_SHOWN = 12  # documents on a card
+
+
+def _asked(pinned: PinnedRecipe) -> LmEval:
+    lm_eval = pinned.recipe.evaluation.lm_eval
+    assert lm_eval is not None, "what is to be scored is planned where the recipe says so"
+    return lm_eval
+
+
+def _template(pinned: PinnedRecipe, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    asked = _asked(pinned)
+    if not asked.apply_chat_template:
+        return None
+    return arguments | {"kwargs": arguments["kwargs"] | asked.chat_template_kwargs}
+
+
+def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
+    recipe, asked = pinned.recipe, _asked(pinned)
+    limits = [limit for limit in (asked.limit, recipe.limit) if limit is not None]
+    return {
+        "model": pinned.model_identity if part["model"] == "base" else None,
+        "tokenizer": pinned.tokenizer_identity,
+        "template": _template(pinned, pinned.template_identity),
+        "task": pinned.harness_identity(part["task"]),
+        "attn_implementation": recipe.model.attn_implementation,
+        "bf16": recipe.training.bf16,
+        "seed": recipe.training.seed,
+        "num_fewshot": asked.num_fewshot,
+        "limit": min(limits, default=None),
+        "system_instruction": asked.system_instruction,
+        "gen_kwargs": asked.gen_kwargs,
+    }
+
+
+def _places(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
+    return {
+        "model": pinned.model_loader if part["model"] == "base" else None,
+        "tokenizer": pinned.tokenizer_loader,
+        "template": _template(pinned, pinned.template_arguments),
+        "task": pinned.harness_loader(part["task"]),
+    }
+
+
+# The version stands for sft_core/evaluate/harness.py and served_lm.py: raise it when a change there changes a score.
+HARNESS = Stage(
+    "harness",
+    build_harness,
+    section=_section,
+    places=_places,
+    needs=lambda pinned, part: {"trained": deliver.delivered(pinned)} if part["model"] == "tuned" else {},
+    version=1,
+    verify_inputs=True,
+)
+
+
+def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
+    """The task's scores, and some of its documents with what was wanted and what came."""
+    counts = {model: store.manifest(ref)["counts"] for model, ref in refs.items()}
+    base = {score["metric"]: score["value"] for score in counts["base"]["scores"]}
+    shown: dict[str, Any] = {
+        "documents": counts["tuned"]["rows"],
+        "examples before each": counts["tuned"]["num_fewshot"],
+    }
+    if counts["tuned"]["cut"]:
+        shown["prompts cut to the model's context"] = f"{counts['tuned']['cut']} of {counts['tuned']['prompts']}"
+    for score in counts["tuned"]["scores"]:
+        stderr = f" ± {score['stderr']:.4f}" if score["stderr"] else ""
+        shown[f"{score['metric']}: base → tuned"] = f"{base[score['metric']]:.4f} → {score['value']:.4f}{stderr}"
+    name = store.manifest(refs["tuned"])["identity"]["part"]["task"]
+    samples = {model: read_samples(store.path(ref), MAX_SHOWN) for model, ref in refs.items()}
+    rows = [
+        (str(tuned["arguments"][0][0])[-200:], tuned["target"], base["filtered_resps"], tuned["filtered_resps"])
+        for base, tuned in zip(samples["base"], samples["tuned"], strict=True)
+    ]
+    return [*facts(f"Task {LM_EVAL}{name}", shown), table(("asked (its end)", "wanted", "base", "tuned"), rows)]
+
+
+# Any task of a recipe: a source's report split, or one of the harness
+
+
+def scoring(model: str, task: str) -> tuple[Stage, Part]:
+    """What scores the model on a task, by the name that it has in the report."""
+    if task.startswith(LM_EVAL):
+        return HARNESS, {"model": model, "task": task.removeprefix(LM_EVAL)}
+    return evaluate.EVALUATED, {"model": model, "task": task}
+
+
+def scored_tasks(pinned: PinnedRecipe, part: Part) -> list[str]:
+    """The tasks of a report or a release: all, or without those whose evaluation failed, which its part names."""
+    return [task for task in pinned.recipe.scored if task not in part.get("without", ())]
+
+
+def scorings(pinned: PinnedRecipe, part: Part) -> Needs:
+    """What a report or a release reads."""
+    tasks = scored_tasks(pinned, part)
+    return {f"{model}.{task}": scoring(model, task) for task in tasks for model in evaluate.MODELS}
+
+
+def task_card(store: Store, task: str, refs: dict[str, Ref]) -> list[Any]:
+    return card(store, refs) if task.startswith(LM_EVAL) else evaluate.card(store, refs)
+
+
+def not_scored(store: Store, pinned: PinnedRecipe, told: dict[str, str]) -> dict[str, str]:
+    """{task: why} of those that lack a score of a model. told: {task: what it raised}, without those that were killed.
+
+    A reason is one line of at most 300 characters: the UI shows no large artifacts.
+    """
+    seen: dict[Any, Any] = {}
+    by_task = {task: [scoring(model, task) for model in evaluate.MODELS] for task in pinned.recipe.scored}
+    missing = [
+        task
+        for task, scorings in by_task.items()
+        if any(store.locate(stage, pinned, part, seen).status != "hit" for stage, part in scorings)
+    ]
+    killed = "its process was killed; was there memory enough?"
+    return {task: (told.get(task) or killed).splitlines()[0][:300] for task in missing}
