@@ -197,6 +197,19 @@ def test_interrupt_keeps_what_was_said(tmp_path: Path):
     assert chat.turns[-1] == {"role": "assistant", "content": "abca"}
 
 
+def test_interrupt_before_the_first_token_leaves_the_turn_out(folder: Path):
+    def interrupt(module: Any, arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    checkpoint = load(folder)
+    chat = Chat(checkpoint, GREEDY)
+    hook = checkpoint.model.register_forward_pre_hook(interrupt)
+    assert chat.ask("hi", lambda text: None).ended == "interrupted"
+    hook.remove()
+    assert chat.turns == []
+    assert "".join(ask(chat, "hi")) == SMILE
+
+
 def test_sampling_is_seeded_and_follows_its_settings(folder: Path):
     def sampled(**options: Any) -> str:
         return Chat(load(folder), Sampling(40, **options)).ask("x", lambda text: None).text
