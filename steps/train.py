@@ -136,12 +136,12 @@ def _times(seen: list[dict[str, Any]]) -> dict[str, str]:
     last, seconds = seen[-1], sum(event.get("seconds", 0.0) for event in seen)
     if not seconds:
         return {}
-    told = {"so far": _duration(seconds)}
+    told = {"time so far": _duration(seconds)}
     left, between = last["of"] - last["step"], last["step"] - (seen[-2]["step"] if len(seen) > 1 else 0)
     if left >= between:  # else nothing more will be logged
         # By the latest events: the first ones load and compile.
         steps = last["step"] - seen[-RECENT - 1]["step"] if len(seen) > RECENT else last["step"]
-        told["to go"] = _duration(sum(event.get("seconds", 0.0) for event in seen[-RECENT:]) / steps * left)
+        told["time to go"] = _duration(sum(event.get("seconds", 0.0) for event in seen[-RECENT:]) / steps * left)
     return told
 
 

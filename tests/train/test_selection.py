@@ -177,7 +177,10 @@ def test_card_of_a_training_shows_what_its_logs_say(watched: Run, browser: Brows
     told, by_source, last_events, lowest, held_out = page.tables
     last, shown = watched.events[-1], dict(told)
     assert shown["step"] == f"{last['step']} of {last['of']}" and shown["loss"] == f"{last['loss']:.4f}"
-    assert shown["so far"] == f"{sum(event['seconds'] for event in watched.events):.0f} s" and "to go" not in shown
+    assert (
+        shown["time so far"] == f"{sum(event['seconds'] for event in watched.events):.0f} s"
+        and "time to go" not in shown
+    )
     assert float(shown["gradient norm"]) == pytest.approx(last["grad_norm"], rel=0.01)
     losses = {source: [event[f"loss/{source}"] for event in watched.events] for source in SOURCES}
     wanted = {(s, *(f"{loss:.4f}" for loss in (of[0], min(of), of[-1]))) for s, of in losses.items()}
