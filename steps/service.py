@@ -22,7 +22,7 @@ def check_service(arguments: Sequence[str] = RECORDS) -> None:
         raise ValueError(
             f"METAFLOW_SERVICE_URL: found {SERVICE_URL or 'nothing'}, where no Metaflow metadata service answers "
             f"({fault}). Runs are recorded in one because METAFLOW_DEFAULT_METADATA (in the environment or in "
-            "~/.metaflowconfig) or --metadata says `service`. Start it (deploy/metaflow-ui: `docker compose up -d`), "
+            "~/.metaflowconfig) or --metadata says `service`. Start it (`make ui`, see deploy/metaflow-ui), "
             "give its URL, or record runs in .metaflow: METAFLOW_DEFAULT_METADATA=local"
         )
 
