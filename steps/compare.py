@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from sft_core.evaluate.paired import difference
+from sft_core.evaluate.comparison import Difference
+from sft_core.evaluate.comparison import differences as score_differences
+from sft_core.evaluate.rows import LOSSES
 from sft_core.search.journal import CURVES, read_journal
 from sft_core.store import Ref, Store
 from steps.pipeline import differences
@@ -103,15 +106,24 @@ def _scores(stores: list[Store], runs: tuple[Recorded, Recorded]) -> list[dict[s
     for task in dict.fromkeys([*runs[0].evaluated, *runs[1].evaluated]):
         sides = [_task(store, run, task) for store, run in zip(stores, runs, strict=True)]
         tables = [_rows(store, run, task) for store, run in zip(stores, runs, strict=True)]
-        for metric in dict.fromkeys([*sides[0], *sides[1]]):
+        metrics = list(dict.fromkeys([*sides[0], *sides[1]]))
+        paired = _differences(tables, [metric for metric in metrics if metric not in LOSSES])
+        for metric in metrics:
             row: dict[str, Any] = {"task": task, "metric": metric}
             row |= {name: side.get(metric) for name, side in zip("ab", sides, strict=True)}
-            found = None
-            if tables[0] is not None and tables[1] is not None:
-                found = difference(metric, tables[0], tables[1])
-            row["difference"] = found and {name: getattr(found, name) for name in ("n", "value", "low", "high")}
+            row["difference"] = dataclasses.asdict(paired[metric]) if metric in paired else None
             rows.append(row)
     return rows
+
+
+def _differences(tables: list[pa.Table | None], asked: list[str]) -> dict[str, Difference]:
+    """By metric; of answers only where both runs scored them alike. asked: the metrics of answers of either run."""
+    if tables[0] is None or tables[1] is None:
+        return {}
+    found = score_differences(tables[0], tables[1], asked[0] if asked else "")
+    if len(asked) > 1:
+        found.pop(asked[0], None)
+    return {metric: one for metric, one in found.items() if one.low is not None}
 
 
 def _task(store: Store, run: Recorded, task: str) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,9 @@ NUM_RESAMPLES = 10_000
 SEED = 0
 
 
+Pair = tuple[dict[str, Any], dict[str, Any]]  # a row of ROWS of each side
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """tuned - base over the n rows that both have, with a 95 % interval; a single row has none."""
@@ -24,12 +27,14 @@ class Difference:
 
 
 def differences(base: pa.Table, tuned: pa.Table, metric: str) -> dict[str, Difference]:
-    """Of loss, perplexity, token accuracy, and of the metric where rows were asked; rows are paired by prompt."""
-    pairs = paired(base, tuned)
-    before, after = ([row[side] for row in pairs] for side in (0, 1))
+    """Of loss, perplexity, token accuracy, and of the metric where rows were asked; of what no two rows have, nothing.
 
-    def columns(*names: str) -> tuple[np.ndarray, ...]:
-        return tuple(np.array([row[name] for row in side], float) for side in (before, after) for name in names)
+    Rows are the same where the prompt is, and what was wanted: the answer, or for losses the whole conversation in as
+    many trained tokens.
+    """
+
+    def columns(pairs: list[Pair], *names: str) -> tuple[np.ndarray, ...]:
+        return tuple(np.array([pair[side][name] for pair in pairs], float) for side in (0, 1) for name in names)
 
     def ratio(*sums: np.ndarray) -> np.ndarray:
         return sums[2] / sums[3] - sums[0] / sums[1]
@@ -38,18 +43,16 @@ def differences(base: pa.Table, tuned: pa.Table, metric: str) -> dict[str, Diffe
         with np.errstate(over="ignore"):
             return np.exp(sums[2] / sums[3]) - np.exp(sums[0] / sums[1])
 
-    if not pairs:
-        return {}
-    losses = columns("nll", "num_trained")
-    found = {
-        "loss": bootstrapped(losses, ratio),
-        "perplexity": bootstrapped(losses, exponential),
-        "token_accuracy": bootstrapped(columns("num_correct", "num_trained"), ratio),
-    }
-    asked = [(one, other) for one, other in pairs if one["score"] is not None and other["score"] is not None]
-    if asked:
-        scores = tuple(np.array([row[side]["score"] for row in asked]) for side in (0, 1))
-        count = len(asked)
+    found = {}
+    if trained := paired(base, tuned, "row_id", "num_trained"):
+        losses = columns(trained, "nll", "num_trained")
+        found = {
+            "loss": bootstrapped(losses, ratio),
+            "perplexity": bootstrapped(losses, exponential),
+            "token_accuracy": bootstrapped(columns(trained, "num_correct", "num_trained"), ratio),
+        }
+    if asked := _asked(base, tuned):
+        scores, count = columns(asked, "score"), len(asked)
         found[metric] = bootstrapped(scores, lambda before, after: (after - before) / count)
     return found
 
@@ -82,15 +85,23 @@ def bootstrapped(columns: tuple[np.ndarray, ...], statistic: Callable[..., np.nd
     return Difference(n, value, float(low), float(high))
 
 
-def paired(base: pa.Table, tuned: pa.Table) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The rows of both that have the same prompt, in the order of the base's."""
-    after = {row["prompt_hash"]: row for row in tuned.to_pylist()}
-    return [(row, after[row["prompt_hash"]]) for row in base.to_pylist() if row["prompt_hash"] in after]
+def paired(base: pa.Table, tuned: pa.Table, *same: str) -> list[Pair]:
+    """The rows of both that have the same prompt and are the same in these columns, in the order of the base's."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("prompt_hash", *same))
+
+    after = {key(row): row for row in tuned.to_pylist()}
+    return [(row, after[key(row)]) for row in base.to_pylist() if key(row) in after]
+
+
+def _asked(base: pa.Table, tuned: pa.Table) -> list[Pair]:
+    pairs = paired(base, tuned, "answer")
+    return [pair for pair in pairs if pair[0]["score"] is not None and pair[1]["score"] is not None]
 
 
 def changed(base: pa.Table, tuned: pa.Table) -> tuple[list[Any], list[Any]]:
     """The pairs that were won (the tuned model scores higher) and lost, the largest change first."""
-    asked = [pair for pair in paired(base, tuned) if pair[0]["score"] is not None and pair[1]["score"] is not None]
-    asked = sorted(asked, key=lambda pair: -abs(pair[1]["score"] - pair[0]["score"]))
+    asked = sorted(_asked(base, tuned), key=lambda pair: -abs(pair[1]["score"] - pair[0]["score"]))
     won = [pair for pair in asked if pair[1]["score"] > pair[0]["score"]]
     return won, [pair for pair in asked if pair[1]["score"] < pair[0]["score"]]

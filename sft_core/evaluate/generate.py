@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,10 +37,33 @@ def generate_answers(
     prompts: int32, shape (tokens,) each. Prompts of like length share a batch, padded on the left. drawn: None for
     the likeliest token each time.
     """
-    # Its own settings, not the model's: a repetition penalty would make a copied word a wrong answer.
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_ids, pad_token_id=pad_id, use_cache=True
     )
+    with _without_own_settings(model):
+        return _in_batches(model, prompts, settings, stop_ids, pad_id, batch_size, drawn)
+
+
+@contextlib.contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """generate fills what a given config leaves open from the model's own (transformers 5.23): a repetition penalty
+    would make a copied word a wrong answer."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _in_batches(
+    model: Any,
+    prompts: list[np.ndarray],
+    settings: GenerationConfig,
+    stop_ids: list[int],
+    pad_id: int,
+    batch_size: int,
+    drawn: Drawn | None,
+) -> list[np.ndarray]:
     answers: list[np.ndarray] = [np.empty(0, np.int64)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     for start in tqdm(range(0, len(order), batch_size), unit=" batches", disable=None, desc="generate"):

@@ -101,3 +101,17 @@ def test_changed_rows_are_won_and_lost_the_largest_change_first() -> None:
     won, lost = changed(base, tuned)
     assert [pair[0]["row_id"] for pair in won] == ["0", "2"]
     assert [pair[0]["row_id"] for pair in lost] == ["3", "7", "1"]
+
+
+def with_column(rows: pa.Table, name: str, values: list[object]) -> pa.Table:
+    place = ROWS.get_field_index(name)
+    return rows.set_column(place, ROWS.field(place), pa.array(values, ROWS.field(place).type))
+
+
+def test_differences_leave_out_rows_that_wanted_something_else() -> None:
+    base, tuned = table([0.0] * 4), table([1.0] * 4)
+    found = differences(base, with_column(tuned, "answer", ["4", "4", "4", "5"]), "exact_match")
+    assert (found["exact_match"].n, found["exact_match"].value, found["loss"].n) == (3, 1.0, 4)
+    tokens = tuned["num_trained"].to_pylist()
+    found = differences(base, with_column(tuned, "num_trained", [tokens[0] + 1, *tokens[1:]]), "exact_match")
+    assert (found["exact_match"].n, found["loss"].n) == (4, 3)

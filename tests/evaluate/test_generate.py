@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from sft_core.data.shards import TokenRow
 from sft_core.evaluate.generate import generate_answers
@@ -54,6 +54,19 @@ def test_generate_batched_is_greedy_one_by_one(
     expected = [ids[: ids.index(49) + 1] if 49 in ids else ids for ids in expected]
     assert len({tuple(ids) for ids in expected}) > 4, "prompts that all give the same answer show nothing"
     assert [ids.tolist() for ids in found] == expected
+
+
+def test_generate_passes_over_the_models_own_settings(model: PreTrainedModel, prompts: list[np.ndarray]) -> None:
+    settings = {"stop_ids": [49], "pad_id": PAD, "max_new_tokens": 8, "batch_size": 3}
+    expected = generate_answers(model, prompts, **settings)
+    own = model.generation_config
+    model.generation_config = GenerationConfig(repetition_penalty=1e6, no_repeat_ngram_size=1, do_sample=True)
+    try:
+        found = generate_answers(model, prompts, **settings)
+        assert model.generation_config.no_repeat_ngram_size == 1, "and leaves them"
+    finally:
+        model.generation_config = own
+    assert [ids.tolist() for ids in found] == [ids.tolist() for ids in expected]
 
 
 @pytest.mark.parametrize("padded_with_stop", [False, True])
