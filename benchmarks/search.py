@@ -29,6 +29,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import random
 import statistics
 import sys
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=ROOT / "build" / "search", help="default: %(default)s")
     parser.add_argument("--small", action="store_true", help="a smaller model on fewer rows: whether it runs")
     options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one bar is for the runs, transformers' for each load
     chosen = [variant for variant in variants() if str(variant) in options.strategies]
     runs, controls = run_all(chosen, range(options.seeds), options.store, small=options.small)
     results = {"strategies": summaries(runs), "control": controls, "runs": runs}
@@ -421,7 +423,11 @@ def show(results: dict[str, Any]) -> None:
         for row in rows
     ]
     print(
-        text_table(("strategy", "roll-outs", "training TFLOPs", "evaluation TFLOPs", "MB at most", "s"), costs) + "\n"
+        text_table(
+            ("strategy", "roll-outs", "training TFLOPs", "evaluation TFLOPs", "MB of weights at most", "training s"),
+            costs,
+        )
+        + "\n"
     )
     controls = [
         (one["seed"], one["rollouts"], ", ".join(one["robust"]) or "nobody", ", ".join(one["paper"]) or "nobody")
