@@ -75,6 +75,26 @@ def test_tulu3_settings_are_the_published_ones(tulu3: Recipe):
     assert tulu3.chat_template.template == "tulu"
 
 
+@pytest.fixture(scope="module")
+def msft_paper() -> Recipe:
+    return load_recipe(ROOT / "configs" / "msft-paper.yaml")
+
+
+def test_msft_paper_settings_are_the_published_ones(msft_paper: Recipe):
+    training, search = msft_paper.training, msft_paper.search
+    datasets = msft_paper.dataset_mixture.datasets
+    assert len(datasets) == 10 and {dataset.num_rows for dataset in datasets} == {1800}
+    assert (training.learning_rate, training.lr_scheduler_type, training.warmup_ratio) == (1e-5, "constant", 0.0)
+    assert (training.weight_decay, training.max_grad_norm, training.extra) == (0.0, 0.0, {})
+    # 64 rows: a pack is one row. Small updates at this rate want fp32 weights.
+    assert (training.global_batch_size, msft_paper.packing.packing_strategy) == (64, "none")
+    assert (msft_paper.model.dtype, training.bf16) == ("float32", True)
+    assert search is not None
+    assert (search.strategy, search.preset, search.evaluations_per_epoch) == ("msft", "paper", 4)
+    assert (search.max_rollouts, search.max_epochs, search.max_idle) == (10, None, None)
+    assert msft_paper.dataset_mixture.selection_share > 0 and msft_paper.dataset_mixture.report_share > 0
+
+
 PLAN = """
 import sys
 from steps.cli import main

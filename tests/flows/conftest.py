@@ -80,7 +80,7 @@ class Project:
             return subprocess.Popen(
                 command,
                 cwd=self.folder,
-                env=self.environment,
+                env=self.environment | {"PYTHONPATH": str(self.source)},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
