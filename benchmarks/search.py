@@ -7,9 +7,9 @@ learnt the quickstart's tasks and none of these: some of them it learns in a few
 and some rules it does not find, so that it soon remembers their rows. A run is a strategy with a seed, which draws the
 rows of the mixture and their order. All strategies that a recipe knows take part, msft with both of its presets.
 
-Equal is what a strategy may train: the FLOPs of 8 epochs of the whole mixture, roll-outs that are thrown away
-included. sft, continual and strategies of one roll-out train 8 epochs; sro and soft_sro 4 in the first roll-out and at
-most as much after it; msft goes on in roll-outs of one epoch for as long as the next one fits. All are evaluated four
+Equal is what a strategy may train: the FLOPs of 12 epochs of the whole mixture, roll-outs that are thrown away
+included. sft, continual and strategies of one roll-out train 12 epochs; sro and soft_sro 6 in the first roll-out and at
+most as much after it; msft goes on in roll-outs of two epochs for as long as the next one fits. All are evaluated four
 times an epoch, and what that took is told beside. All deliver the evaluation of the best pooled selection score.
 
 Scores are of the report split, which no decision has seen: the mean over tasks, then over seeds, with a 95 % interval
@@ -91,8 +91,8 @@ UNEQUAL = Mixture(
         "count consonants": 300,
         "sort down": 400,
     },
-    budget=8,
-    rollout=1,
+    budget=12,
+    rollout=2,
 )
 CONTROL = Mixture({"rotate": 1000, "swap ends": 1000, "next": 1000, "sort down": 1000}, budget=2, rollout=1)
 SMALL = Mixture({"last": 20, "rotate": 60}, budget=2, rollout=1, max_rows=10)

@@ -84,10 +84,11 @@ class Recipe(Section):
                 f"training.lr_scheduler_type: found {training.lr_scheduler_type!r}; a search does not know how long it "
                 "will train: constant, or constant_with_warmup at the start of each roll-out"
             )
-        if search.strategy == "dynamix" and self.runtime.distributed != "ddp":
+        wanting = "dynamix" if search.strategy == "dynamix" else "search.score answers"
+        if (search.strategy == "dynamix" or search.score == "answers") and self.runtime.distributed != "ddp":
             raise ValueError(
-                f"runtime.distributed: found {self.runtime.distributed!r}; dynamix tries steps and takes them back, "
-                "for which each rank holds all weights: ddp"
+                f"runtime.distributed: found {self.runtime.distributed!r}; {wanting} works on each rank by itself, for "
+                "which it holds all weights: ddp"
             )
         if training.lora is not None:
             raise ValueError("training.lora: a search goes back to whole checkpoints; remove search or lora")

@@ -286,6 +286,9 @@ class Search(Section):
     epochs_per_rollout: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the rows that are trained")
     evaluations_per_epoch: PositiveInt = 4
     max_rows: PositiveInt = Field(200, description="unique selection prompts of each source, at most")
+    score: Literal["loss", "answers"] = Field(
+        "loss", description="of a selection row: minus its loss, or what the greedy answer scores by the task's metric"
+    )
     preset: Literal["robust", "paper"] = Field(
         "robust", description="msft: knows noise, or exactly as published; see sft_core/search/msft.py"
     )

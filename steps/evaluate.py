@@ -12,7 +12,6 @@ from sft_core.data.rejects import Rejected
 from sft_core.data.sources import accept, list_files, read_files
 from sft_core.evaluate.comparison import changed
 from sft_core.evaluate.rows import read_rows
-from sft_core.evaluate.scorers import metric_identity
 from sft_core.evaluate.summary import compare, read_answers
 from sft_core.evaluate.tasks import build_evaluated
 from sft_core.pins import PinnedRecipe
@@ -21,6 +20,7 @@ from sft_core.store import Needs, Part, Ref, Stage, Store
 from steps import deliver
 from steps.cards import facts, heading, table, warnings
 from steps.download import CONVERSATIONS
+from steps.scoring import asked_of_answers, wants_conversation
 from steps.tokenize import TOKENS
 
 MODELS = ("base", "tuned")
@@ -41,15 +41,14 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
         "max_rows": recipe.evaluation.max_rows,
         "max_length": recipe.packing.max_length,
         "smoke": recipe.limit is not None,
-        "max_new_tokens": recipe.evaluation.max_new_tokens_by_task.get(part["task"], recipe.evaluation.max_new_tokens),
-        "metric": metric_identity(recipe.evaluation, part["task"]),
+        **asked_of_answers(pinned, part["task"]),
         "sampling": recipe.evaluation.sampling and recipe.evaluation.sampling.model_dump(mode="json"),
     }
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
     found: Needs = {"tokens": (TOKENS, {"source": part["task"]})}
-    if ":" in pinned.recipe.evaluation.metric_by_task.get(part["task"], ""):  # a function is given the conversation
+    if wants_conversation(pinned, part["task"]):
         found["conversations"] = (CONVERSATIONS, {"source": part["task"]})
     return found if part["model"] == "base" else {**found, "trained": deliver.delivered(pinned)}
 

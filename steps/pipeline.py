@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 def prepare(recipe: Recipe) -> PinnedRecipe:
     """The recipe with its names resolved. Raises ValueError or OSError for what would fail later and cost more."""
     check_place(recipe)
-    check_metrics(recipe.evaluation, recipe.tasks)
+    searched = recipe.dataset_mixture.trained_sources if recipe.search and recipe.search.score == "answers" else []
+    check_metrics(recipe.evaluation, list(dict.fromkeys([*recipe.tasks, *searched])))
     pinned = pin(recipe)
     store = Store(recipe.runtime.store)
     check_report_prompts(count_report_prompts(store, pinned), pinned)

@@ -19,7 +19,9 @@ from sft_core.train import accelerator
 from sft_core.train.launch import among_nodes, build_trained, train_along
 from sft_core.train.log_file import read_events
 from steps.cards import chart, facts, heading, progress_bar, table
+from steps.download import CONVERSATIONS
 from steps.pack import PACKED, rows_to_pack
+from steps.scoring import asked_of_answers, wants_conversation
 from steps.selection import SELECTION
 
 REFRESH_S = 3.0
@@ -57,6 +59,8 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
             "active": list(rollout.active),
             "start": None if rollout.start is None else rollout.start._asdict(),
         }
+        if search.score == "answers":
+            job["rollout"]["answers"] = {task: asked_of_answers(pinned, task) for task in job["rollout"]["tasks"]}
         if search.strategy == "ies":
             packing = pinned.recipe.packing  # its rows are packed anew
             job["rollout"]["max_length"] = packing.max_length if packing.packing_strategy == "ffd" else None
@@ -73,6 +77,10 @@ def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
     needs: Needs = {"packs": (PACKED, _packs_of(pinned, part)), **rows_to_pack(pinned)}
     if pinned.recipe.selection_rows is not None:
         needs["selection"] = (SELECTION, {})
+    if (search := pinned.recipe.search) is not None and search.score == "answers":
+        for task in pinned.recipe.dataset_mixture.trained_sources:
+            if wants_conversation(pinned, task):
+                needs[f"conversations:{task}"] = (CONVERSATIONS, {"source": task})
     # Decisions rest on all that was measured before.
     return needs | {f"round:{number}": (TRAINED, {"round": number}) for number in range(part["round"])}
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sft_core.data.packing import PackPlan
+from sft_core.search.answers import AnswerScores
 from sft_core.search.journal import CURVES, Cost, Drawn, Journal, read_journal, write_journal
 from sft_core.search.rollouts import Search, replay
 from sft_core.search.samplers import Sampler, make_sampler
@@ -31,6 +32,7 @@ def roll_out(job: dict[str, Any], out: Path) -> None:
         out,
         watch=functools.partial(RolloutWatch, search, tasks, job["sources"], out),
         sampler=functools.partial(sampler_of, job),
+        answers=functools.partial(answers_of, job),
     )
     if trainer.accelerator.is_main_process:
         assert trainer.selection is not None and isinstance(trainer.selection.watch, RolloutWatch)
@@ -74,6 +76,22 @@ def sampler_of(job: dict[str, Any], plan: PackPlan, num_steps: int) -> Sampler |
         global_batch_size=training["global_batch_size"],
         max_length=rollout.get("max_length"),
         seed=training["seed"],
+    )
+
+
+def answers_of(job: dict[str, Any], plan: PackPlan, *, tokenizer: Any, flops_a_token: float) -> AnswerScores | None:
+    """Who scores the answers to the selection rows; None where their losses are the scores."""
+    if "answers" not in job["rollout"]:
+        return None
+    return AnswerScores(
+        plan,
+        job["sources"],
+        [list(map(Path, folders)) for folders in job["tokens"]],
+        job["rollout"]["answers"],
+        {task: Path(folder) for task, folder in job["rollout"]["conversations"].items()},
+        tokenizer,
+        batch_size=job["runtime"]["eval_batch_size"],
+        flops_a_token=flops_a_token,
     )
 
 

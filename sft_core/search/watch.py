@@ -15,7 +15,7 @@ from sft_core.train.selection import RowLosses
 
 
 class RolloutWatch:
-    """Scores a selection row by minus its loss per trained token.
+    """Scores a selection row by minus its loss per trained token, or by its answer where answers are scored.
 
     out: where the roll-out is built. tasks: those that the search knows; other sources are not looked at.
     """
@@ -44,8 +44,9 @@ class RolloutWatch:
         self.most_kept = max((len(event["kept"]) for event in past), default=0)
 
     def see(self, step: int, losses: RowLosses, save: Callable[[Path], None]) -> dict[str, Any]:
-        by_row = -losses.by_row
-        of_source = {task: losses.source == self._sources.index(task) for task in self._tasks}
+        by_row = -losses.by_row if losses.answers is None else losses.answers
+        is_scored = ~np.isnan(by_row)
+        of_source = {task: (losses.source == self._sources.index(task)) & is_scored for task in self._tasks}
         self._steps.append(step)
         self._scores.append({task: by_row[is_its].tolist() for task, is_its in of_source.items()})
         evaluation, wanted = len(self._steps) - 1, self._search.wanted(self.curves)

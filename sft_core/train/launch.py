@@ -79,10 +79,15 @@ def rank_module(job: dict[str, Any]) -> str:
     return "sft_core.search.main" if "rollout" in job else "sft_core.train.main"
 
 
+_CONVERSATIONS = "conversations:"
+
+
 def _rollout(build: Build, job: dict[str, Any], round: int) -> dict[str, Any]:
     """What a roll-out's job says besides: where the ones before it are, and the weights that it starts from."""
     before = [str(build.inputs[f"round:{number}"].resolve()) for number in range(round)]
-    changed: dict[str, Any] = {"rollout": {**job["rollout"], "before": before}}
+    wanted = {name.removeprefix(_CONVERSATIONS): path for name, path in build.inputs.items() if _CONVERSATIONS in name}
+    conversations = {task: str(path.resolve()) for task, path in wanted.items()}
+    changed: dict[str, Any] = {"rollout": {**job["rollout"], "before": before, "conversations": conversations}}
     if (start := job["rollout"]["start"]) is not None:
         weights = evaluation_folder(Path(before[start["round"]]), start["evaluation"])
         changed["model"] = {**job["model"], "path": str(weights), "revision": None, "config": None}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sft_core.data.packing import PackPlan
     from sft_core.train.collate import PackCollator
     from sft_core.train.online import OnlineSchedule, Sampler
-    from sft_core.train.selection import Selection, Watch
+    from sft_core.train.selection import AnswerScorer, Selection, Watch
     from sft_core.train.trainer import PackTrainer
 
 log = logging.getLogger(__name__)
@@ -80,12 +80,13 @@ def trained(
     *,
     watch: Callable[[int], Watch] | None = None,
     sampler: Callable[[PackPlan, int], Sampler | None] | None = None,
+    answers: Callable[..., AnswerScorer | None] | None = None,
 ) -> PackTrainer:
     """The trainer after its last step.
 
     watch: of a number of steps an epoch, who looks at the selection losses. sampler: of all packs and the number of
-    steps, who draws what is trained; None: a schedule that stands from the start. Raises Stopped when it was asked to
-    stop.
+    steps, who draws what is trained; None: a schedule that stands from the start. answers: of the selection rows, the
+    tokenizer and the FLOPs of a token, who scores what the model answers. Raises Stopped when it was asked to stop.
     """
     import numpy as np
     import torch
@@ -146,6 +147,9 @@ def trained(
     )
     model, tokenizer = loaded or load()
     model.config.use_cache = False
+    score_answers = None
+    if answers is not None:  # a forward pass is a third of what training takes
+        score_answers = functools.partial(answers, tokenizer=tokenizer, flops_a_token=linear / 3)
     trainer = PackTrainer(
         model=model,
         args=arguments,
@@ -159,7 +163,7 @@ def trained(
         folder=out / "checkpoints",
         keep=job["runtime"]["keep_checkpoints"],
         flops=(linear, quadratic),
-        selection=_selection(job, len(schedule), len(collator.plan), watch),
+        selection=_selection(job, len(schedule), len(collator.plan), watch, score_answers),
         online=online,
         write_model=functools.partial(_write_model, tokenizer, job["chat_template"], training["lora"] is not None),
     )
@@ -214,7 +218,11 @@ def _write_model(
 
 
 def _selection(
-    job: dict[str, Any], num_steps: int, num_packs: int, watch: Callable[[int], Watch] | None
+    job: dict[str, Any],
+    num_steps: int,
+    num_packs: int,
+    watch: Callable[[int], Watch] | None,
+    answers: Callable[[PackPlan], AnswerScorer | None] | None,
 ) -> Selection | None:
     """What is evaluated while training goes on; None where nothing is."""
     if "selection" not in job:
@@ -232,6 +240,7 @@ def _selection(
         Path(job["out"]) / "logs" / "selection.jsonl",
         keep_best=job["selection"]["keep_best"],
         watch=watch(steps_per_epoch) if watch is not None else None,
+        answers=answers(collator.plan) if answers is not None else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -11,12 +12,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft_core.data.packing import PackPlan
 from sft_core.train.collate import PackCollator
 from sft_core.train.log_file import LogFile, read_events
-from sft_core.train.loss import trained_token_nll
+from sft_core.train.loss import trained_token_logits, trained_token_nll
 from sft_core.train.schedule import EMPTY
 
 
@@ -38,6 +40,9 @@ class RowLosses:
     nll: np.ndarray  # float64, shape (rows,)
     num_trained: np.ndarray  # float64, shape (rows,)
     source: np.ndarray  # int64, shape (rows,)
+    num_correct: np.ndarray | None = None  # float64, shape (rows,): trained tokens that are the likeliest
+    answers: np.ndarray | None = None  # float64, shape (rows,): what a generated answer scores; NaN where none is asked
+    answer_flops: float = 0.0
 
     @property
     def by_row(self) -> np.ndarray:
@@ -67,6 +72,22 @@ class Watch(Protocol):
         """Whether the training can end."""
 
 
+class AnswerScorer(Protocol):
+    """As sft_core.search.answers has it."""
+
+    def ready(self, model: Any) -> contextlib.AbstractContextManager[None]: ...
+
+    def score(
+        self,
+        model: Any,
+        losses: RowLosses,
+        *,
+        rank: int,
+        num_ranks: int,
+        sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[np.ndarray, float]: ...
+
+
 class SelectionLosses:
     """The losses of all selection rows. Ranks share the packs; all get the result."""
 
@@ -86,24 +107,34 @@ class SelectionLosses:
         num_ranks: int,
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
         fused_lm_head: bool,
+        count_correct: bool = False,
     ) -> RowLosses:
-        """The model is in training mode again when this returns."""
+        """The model is in training mode again when this returns. count_correct: of which tokens are the likeliest."""
         plan = self.plan
-        sums = torch.zeros(2, len(plan.row), dtype=torch.float64, device=device)  # of loss, of tokens
+        sums = torch.zeros(3, len(plan.row), dtype=torch.float64, device=device)  # of loss, of tokens, of correct ones
         model.eval()
         try:
             with torch.no_grad():
                 for pack in self._packs_of(rank, num_ranks):
                     batch = {name: values.to(device) for name, values in self._collator([{"pack": pack}]).items()}
-                    nll_N, targets_N = trained_token_nll(model, batch, fused_lm_head=fused_lm_head)
+                    correct_N = torch.zeros(())
+                    if count_correct:
+                        logits_NV, targets_N = trained_token_logits(model, batch)
+                        labels_N = batch["labels"][0, targets_N]
+                        nll_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
+                        correct_N = (logits_NV.argmax(dim=-1) == labels_N).double()
+                    else:
+                        nll_N, targets_N = trained_token_nll(model, batch, fused_lm_head=fused_lm_head)
                     if pack != EMPTY:
                         document_N = (batch["position_ids"][0] == 0).cumsum(0)[targets_N] - 1 + int(plan.offsets[pack])
                         sums[0].index_add_(0, document_N, nll_N.double())
                         sums[1].index_add_(0, document_N, torch.ones_like(nll_N, dtype=torch.float64))
+                        if count_correct:
+                            sums[2].index_add_(0, document_N, correct_N)
         finally:
             model.train()
-        nll, num_trained = sum_over_ranks(sums).cpu().numpy()
-        return RowLosses(nll, num_trained, plan.source.astype(np.int64))
+        nll, num_trained, num_correct = sum_over_ranks(sums).cpu().numpy()
+        return RowLosses(nll, num_trained, plan.source.astype(np.int64), num_correct if count_correct else None)
 
     def _packs_of(self, rank: int, num_ranks: int) -> Iterator[int]:
         """Every rank gets as many: one that shares its parameters waits for the others at each forward pass."""
@@ -122,6 +153,7 @@ class Selection:
     log: Path
     keep_best: bool  # whether the weights of the lowest loss are wanted
     watch: Watch | None = None
+    answers: AnswerScorer | None = None
 
 
 class EvaluateSelection(TrainerCallback):
@@ -142,6 +174,7 @@ class EvaluateSelection(TrainerCallback):
         self._log = LogFile(selection.log)
         self.seconds = 0.0  # spent on it since somebody looked
         self.num_done = 0
+        self.answer_flops = 0.0
 
     def begin(self, step: int, *, writes: bool) -> bool:
         """Goes on from what was measured up to a step: whether it is over. writes: on one rank, which takes back what
@@ -149,6 +182,7 @@ class EvaluateSelection(TrainerCallback):
         before = step if step > 0 else -1  # the start is measured again
         past = [event for event in read_events(self._selection.log) if event["step"] <= before]
         self.num_done = len(past)
+        self.answer_flops = sum(event.get("answer_flops", 0.0) for event in past)
         if writes:
             self._log.rewind(before)
         if (watch := self._selection.watch) is None:
@@ -178,7 +212,10 @@ class EvaluateSelection(TrainerCallback):
         if state.global_step > 0 and (state.best_metric is None or mean < state.best_metric):
             state.best_metric, state.best_global_step = mean, state.global_step
             control.should_save |= self._selection.keep_best
+        self.answer_flops += found.answer_flops
         event = {"step": state.global_step, "of": state.max_steps, "loss": mean, "losses": losses}
+        if found.answers is not None:
+            event["answer_flops"] = found.answer_flops
         if (watch := self._selection.watch) is not None:
             event |= watch.see(state.global_step, found, self._save_weights)
             control.should_training_stop |= watch.is_decided

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import shutil
 import time
@@ -23,7 +25,7 @@ from sft_core.train.log_file import LogFile
 from sft_core.train.loss import LossBySource, trained_token_nll
 from sft_core.train.online import OnlineSchedule, Pack, step_gain
 from sft_core.train.schedule import EMPTY
-from sft_core.train.selection import EvaluateSelection, RowLosses, Selection, SelectionLosses
+from sft_core.train.selection import AnswerScorer, EvaluateSelection, RowLosses, Selection, SelectionLosses
 from sft_core.train.speed import batch_flops, peak_flops_per_s, peak_memory_gib
 from sft_core.train.strategy import SHARED, check_engaged
 
@@ -96,7 +98,9 @@ class PackTrainer(SFTTrainer):
             # It was over there, before its last step. The Trainer trains nothing only where no data is left either.
             self.args.max_steps = step
             self.train_dataset = self.train_dataset.select(range(step * self._global_batch_size))  # type: ignore
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        answers = self.selection.answers if self.selection is not None else None
+        with answers.ready(self.model) if answers is not None else contextlib.nullcontext():
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         assert self.train_dataset is not None
@@ -131,7 +135,7 @@ class PackTrainer(SFTTrainer):
     def _has_fused_head(self) -> bool:
         return self.args.device.type == "cuda"
 
-    def _measure(self, losses: SelectionLosses) -> RowLosses:
+    def _measure(self, losses: SelectionLosses, *, count_correct: bool = False) -> RowLosses:
         return losses.measure(
             self.model_wrapped,
             device=self.args.device,
@@ -139,6 +143,7 @@ class PackTrainer(SFTTrainer):
             num_ranks=self.accelerator.num_processes,
             sum_over_ranks=self._sum_over_ranks,
             fused_lm_head=self._has_fused_head,
+            count_correct=count_correct,
         )
 
     def _measure_training_losses(self) -> np.ndarray:
@@ -168,7 +173,10 @@ class PackTrainer(SFTTrainer):
 
     def _measure_selection(self) -> RowLosses:
         assert self.selection is not None
-        found = self._measure(self.selection.losses)
+        answers = self.selection.answers
+        found = self._measure(self.selection.losses, count_correct=answers is not None)
+        if answers is not None:
+            found = self._with_answers(answers, found)
         losses = found.by_source(self.selection.sources)
         by_source = {f"eval_selection_loss/{source}": loss for source, loss in losses.items()}
         should_log = self.control.should_log  # what training logs at this step; logging takes the wish for done
@@ -176,11 +184,25 @@ class PackTrainer(SFTTrainer):
         self.control.should_log = should_log
         return found
 
+    def _with_answers(self, answers: AnswerScorer, losses: RowLosses) -> RowLosses:
+        model: Any = self.model
+        model.eval()
+        scores, flops = answers.score(
+            model,
+            losses,
+            rank=self.accelerator.process_index,
+            num_ranks=self.accelerator.num_processes,
+            sum_over_ranks=self._sum_over_ranks,
+        )
+        model.train()
+        return dataclasses.replace(losses, answers=scores, answer_flops=flops)
+
     def flops(self) -> tuple[float, float]:
         """Of the training so far, and of what was measured while it went on, on all ranks together."""
         evaluation = 0.0
         if self._evaluation is not None and self.selection is not None:
-            evaluation = self._evaluation.num_done * float(self._costs(self.selection.losses.plan).sum()) / 3
+            forward = float(self._costs(self.selection.losses.plan).sum()) / 3
+            evaluation = self._evaluation.num_done * forward + self._evaluation.answer_flops
         if self._online is not None:
             training, measuring = self._online.flops(self.state.global_step)
             return training, evaluation + measuring

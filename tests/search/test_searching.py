@@ -38,6 +38,7 @@ OWN: dict[str, dict[str, Any]] = {
     "msft": {"preset": "paper", "max_rollouts": 3},
     "dynamix": {"dynamix": {"every_steps": 3}, "epochs_per_rollout": 4.0},
     "ies": {"ies": {"delta": 0.3}, "epochs_per_rollout": 7.0},
+    "sft": {"score": "answers"},
 }
 
 
@@ -197,7 +198,7 @@ store.ensure(TRAINED, progress(store, pinned).pinned, round=0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")
-@pytest.mark.parametrize(("strategy", "whole_checkpoints"), [("msft", 2), ("dynamix", 6), ("ies", 7)])
+@pytest.mark.parametrize(("strategy", "whole_checkpoints"), [("msft", 2), ("dynamix", 6), ("ies", 7), ("sft", 2)])
 def test_search_killed_in_a_rollout_measures_the_same(
     store: Store, strategy: str, whole_checkpoints: int, tmp_path: Path
 ):
