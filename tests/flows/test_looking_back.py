@@ -37,7 +37,7 @@ def test_compare_tells_what_differs_and_the_paired_difference(two_runs: tuple[Pr
     assert amounts["last loss"][0] != amounts["last loss"][1] and amounts["trained tokens an epoch"][0] > 0
     assert all(seconds > 0 for seconds in amounts["seconds of training"])
     rows = {row["metric"]: row for row in found["scores"]}
-    assert set(rows) == {"loss", "exact_match"}
+    assert set(rows) == {"loss", "perplexity", "token_accuracy", "exact_match"}
     loss = rows["loss"]
     assert loss["difference"]["n"] == loss["a"]["n"] == 8
     assert loss["difference"]["value"] == pytest.approx(loss["b"]["tuned"] - loss["a"]["tuned"])

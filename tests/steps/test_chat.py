@@ -109,10 +109,14 @@ class Terminal:
         os.close(slave)
         self.seen = b""
 
-    def wait_for(self, text: str, after: int = 0) -> int:
-        """Reads on until the text has come; the place where it ends."""
+    def wait_for(self, text: str, after: int = 0, press: str = "") -> int:
+        """Reads on until the text has come; the place where it ends.
+
+        press: typed once a second. readline shows a prompt a moment before it sees a signal.
+        """
         deadline = time.monotonic() + TIMEOUT_S
         while (place := self.seen.find(text.encode(), after)) < 0:
+            self.type(press)
             assert time.monotonic() < deadline and self.process.poll() is None, self.seen[-2000:].decode()
             if select.select([self._master], [], [], 1.0)[0]:
                 self.seen += os.read(self._master, 65536)
@@ -143,8 +147,7 @@ def test_chat_ctrl_c_stops_the_answer_and_ctrl_d_the_program(terminal: Terminal)
     place = terminal.wait_for("> ", terminal.wait_for("[stopped after ", place))
     terminal.type("/system Be kind.\n")
     place = terminal.wait_for("> ", terminal.wait_for("system message set", place))
-    terminal.type("\x03")
-    place = terminal.wait_for("> ", terminal.wait_for("/quit or Ctrl-D ends", place))
+    place = terminal.wait_for("> ", terminal.wait_for("/quit or Ctrl-D ends", place, press="\x03"))
     terminal.type("\x04")
     assert terminal.process.wait(timeout=TIMEOUT_S) == 0
     assert b"Traceback" not in terminal.seen

@@ -141,7 +141,8 @@ def test_selection_best_is_never_the_start(tmp_path: Path):
         return RowLosses(np.array([next(losses)]), np.array([1.0]), np.array([0]))
 
     selection = Selection(SelectionLosses(None), ["a"], [0, 1, 2, 3], tmp_path / "log", keep_best=True)  # type: ignore[arg-type]
-    callback = EvaluateSelection(selection, measure, lambda folder: None)
+    callback = EvaluateSelection(selection, measure, lambda folder: None, is_over=lambda: False)
+    callback.begin(0, writes=True)
     state, saved = TrainerState(is_world_process_zero=True, max_steps=3), []
     callback.on_train_begin(None, state, TrainerControl())  # type: ignore[arg-type]
     for state.global_step in (1, 2, 3):
