@@ -24,16 +24,52 @@ def card(store: Store, ref: Ref) -> list[Any]:
     manifest = store.manifest(ref)
     scores, gains = manifest["counts"]["scores"], manifest["counts"]["thinking"]
     components = [heading(f"Scores of {manifest['identity']['section']['recipe']}"), *warnings(flagged(scores))]
-    components.append(table(HEADER, [tuple(row.values()) for row in scores]))
+    components.append(table(SCORES, [_score_row(row) for row in scores]))
     components += [chart(base_to_tuned(scores, metric)) for metric in sorted({row["metric"] for row in scores})]
     if gains:
-        components += [heading("What thinking gains"), table(GAIN_HEADER, [tuple(row.values()) for row in gains])]
+        components += [heading("What thinking gains"), table(GAINS, [_gain_row(row) for row in gains])]
     return components
 
 
+# Of a card, which is narrow: fewer columns than the table in the terminal, with the same numbers.
+SCORES = ("task", "metric", "n", "base → tuned", "difference, 95 % interval")
+GAINS = ("task", "n", "no_think → think", "gain, 95 % interval", "generated tokens", "share cut off")
+
+
+def _score_row(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["task"], row["metric"], row["n"], f"{_number(row['base'])} → {_number(row['tuned'])}", _interval(row)
+
+
+def _gain_row(row: dict[str, Any]) -> tuple[Any, ...]:
+    sides = [
+        f"{_number(row[f'{name} no_think'.strip()])} → {_number(row[f'{name} think'.strip()])}"
+        for name in ("", "tokens", "cut off")
+    ]
+    return row["task"], row["n"], sides[0], _interval({**row, "difference": row["gain"]}), *sides[1:]
+
+
+def _interval(row: dict[str, Any]) -> str:
+    if row["difference"] is None:
+        return ""
+    difference = _number(row["difference"], sign="+")
+    return difference if row["low"] is None else f"{difference} ({_number(row['low'])} to {_number(row['high'])})"
+
+
+def _number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.4g}"
+
+
 def flagged(scores: list[dict[str, Any]]) -> list[str]:
-    """The red flags of a score table, one a line."""
-    return [f"{row['task']}, {row['metric']}: {row['flags']}" for row in scores if row["flags"]]
+    """The red flags of a score table, one a line, with the tasks and metrics that have it."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in scores:
+        for flag in (row["flags"] or "").split("; "):
+            if flag:
+                found.setdefault(flag, {}).setdefault(row["task"], []).append(row["metric"])
+    return [
+        f"{flag}: " + ", ".join(f"{task} ({', '.join(metrics)})" for task, metrics in tasks.items())
+        for flag, tasks in found.items()
+    ]
 
 
 def failures(failed: dict[str, str]) -> str:

@@ -340,6 +340,9 @@ class LogEvents(TrainerCallback):
         if state.is_world_process_zero:
             self._log.rewind(state.global_step)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps  # the steps after the last regular line
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if state.is_world_process_zero and "loss" in logs:

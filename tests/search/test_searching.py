@@ -28,9 +28,10 @@ from steps.deliver import DELIVERED
 from steps.mix import MIXTURE
 from steps.pack import PACKED
 from steps.pipeline import plan
-from steps.search import Progress, progress
+from steps.search import Progress, card, progress
 from steps.selection import SELECTION
 from steps.train import TRAINED
+from tests.browser import Browser
 from tests.train.tiny import ROOT, SOURCES, tiny_recipe
 
 SEARCH = {"strategy": "msft", "epochs_per_rollout": 2.0, "evaluations_per_epoch": 2, "max_rows": 10}
@@ -181,6 +182,37 @@ def test_search_plan_shows_what_is_known(store: Store, searched: Progress, tmp_p
     undecided = progress(Store(tmp_path), pin(parse_recipe(recipe()))).pinned
     with pytest.raises(Unresolved):
         DELIVERED.section(undecided, {})
+
+
+def test_search_card_shows_the_rollouts_peaks_and_decisions(store: Store, searched: Progress, browser: Browser):
+    page = browser.card(card(store, pin(parse_recipe(recipe()))))
+    assert page.errors == [] and page.width <= browser.width
+    facts, told, evidence = page.tables
+    shown = {name.replace("\n", " "): value.replace("\n", " ") for name, value in facts}
+    assert shown["strategy"] == "msft (paper)" and shown["roll-outs"] == str(len(searched.measured))
+    training, evaluation = (
+        sum(getattr(one.cost, f"{what}_flops") for one in searched.measured) for what in ("training", "evaluation")
+    )
+    assert shown["training, PFLOPs"].startswith(f"{training / 1e15:.4g}; ")
+    assert shown["evaluation beside it, PFLOPs"] == f"{evaluation / 1e15:.4g} ({evaluation / training:.0%} of training)"
+    kept = searched.measured[-1].decision.epochs
+    first = searched.measured[0]
+    plain = first.cost.training_flops / first.curves.epochs[-1] * kept
+    assert f"; {training / plain:.2f} x plain SFT of {kept:g} epochs" in shown["training, PFLOPs"]
+    for row, rollout, one in zip(told[1:], searched.pinned.rollouts, searched.measured, strict=True):
+        assert row[:2] == [str(rollout.round), ", ".join(rollout.active)]
+        assert row[4] == (", ".join(one.decision.dropped) or "nobody")
+    last = searched.measured[-1]
+    assert {row[0]: row[1] for row in evidence[1:]} == {
+        task: str(found["peak"]) for task, found in last.decision.evidence.items()
+    }
+    (chart,) = page.charts
+    peaks = {(value["rollout"], value["task"], value["epoch"]) for value in chart.values if value["is_peak"]}
+    assert peaks == {
+        (f"roll-out {number}", task, one.curves.epochs[found["peak"]])
+        for number, one in enumerate(searched.measured)
+        for task, found in one.decision.evidence.items()
+    }
 
 
 LAUNCHER = """

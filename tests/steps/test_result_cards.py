@@ -1,0 +1,74 @@
+"""The cards of scores, in a browser, beside the manifests that they are drawn from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_core.pins import PinnedRecipe, pin
+from sft_core.recipe import parse_recipe
+from sft_core.store import Store
+from steps import evaluate, report
+from tests.browser import Browser
+from tests.train.tiny import SOURCES, tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, PinnedRecipe]:
+    # Twins over the same prompts, so that there is a gain of thinking to show.
+    data = tiny_recipe(training={"num_train_epochs": 1}, evaluation={"max_rows": 8, "max_new_tokens": 8})
+    folder = Path(data["dataset_mixture"]["datasets"][1]["path"]).parent
+    data["dataset_mixture"]["datasets"][0] = {"path": str(folder / "checksum_no_think.jsonl")}
+    store, pinned = Store(tmp_path_factory.mktemp("store")), pin(parse_recipe(data))
+    store.ensure(report.REPORT, pinned)
+    return store, pinned
+
+
+def number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.4g}"
+
+
+def test_report_card_shows_the_scores_of_its_manifest(scored: tuple[Store, PinnedRecipe], browser: Browser) -> None:
+    store, pinned = scored
+    ref = store.ensure(report.REPORT, pinned)
+    counts = store.manifest(ref)["counts"]
+    page = browser.card(report.card(store, ref))
+    assert page.errors == [] and page.width <= browser.width
+    scores, gains = page.tables
+    assert [row[:3] for row in scores[1:]] == [[s["task"], s["metric"], str(s["n"])] for s in counts["scores"]]
+    for row, score in zip(scores[1:], counts["scores"], strict=True):
+        assert row[3] == f"{number(score['base'])} → {number(score['tuned'])}"
+        low, high = number(score["low"]), number(score["high"])
+        assert row[4].replace("\n", " ") == f"{number(score['difference'], '+')} ({low} to {high})"
+    (gain,) = counts["thinking"]
+    assert gains[1][:3] == ["checksum", str(gain["n"]), f"{number(gain['no_think'])} → {number(gain['think'])}"]
+    assert gains[1][4] == f"{number(gain['tokens no_think'])} → {number(gain['tokens think'])}"
+    assert gains[1][5] == f"{number(gain['cut off no_think'])} → {number(gain['cut off think'])}"
+    metrics = sorted({score["metric"] for score in counts["scores"]})
+    assert len(page.charts) == len(metrics) == 4
+    flags = {flag for score in counts["scores"] for flag in (score["flags"] or "").split("; ") if flag}
+    assert flags, "a model that has learnt nothing scores 0"
+    for flag in flags:
+        assert page.text.count(f"Red flag: {flag}:") == 1
+
+
+@pytest.mark.parametrize("task", ["checksum_no_think", SOURCES[1]])
+def test_evaluation_card_shows_the_scores_of_its_manifests(
+    scored: tuple[Store, PinnedRecipe], browser: Browser, task: str
+) -> None:
+    store, pinned = scored
+    refs = {model: store.ensure(evaluate.EVALUATED, pinned, model=model, task=task) for model in evaluate.MODELS}
+    counts = {model: store.manifest(ref)["counts"] for model, ref in refs.items()}
+    page = browser.card(evaluate.card(store, refs))
+    assert page.errors == [] and page.width <= browser.width
+    shown: dict[str, Any] = {name.replace("\n", " "): value.replace("\n", " ") for name, value in page.tables[0]}
+    assert shown["rows"] == str(counts["tuned"]["rows"])
+    for base, tuned in zip(counts["base"]["scores"], counts["tuned"]["scores"], strict=True):
+        told = shown[f"{tuned['metric']}: base → tuned"]
+        assert told.startswith(f"{base['value']:.4f} ± {base['stderr']:.4f} → {tuned['value']:.4f}"), told
+    for name in ("cut_off", "empty"):
+        title = f"{name.replace('_', ' ')}: base → tuned"
+        assert shown[title] == f"{counts['base'][name]} → {counts['tuned'][name]}"
+    assert page.headings[0] == f"Task {task}"
