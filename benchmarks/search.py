@@ -132,7 +132,7 @@ def main() -> None:
 
 def variants() -> list[Variant]:
     """All that a recipe knows; msft with each of its presets."""
-    from sft_core.sections import Search
+    from sft_core.measuring import Search
 
     strategies, presets = (get_args(Search.model_fields[name].annotation) for name in ("strategy", "preset"))
     return [

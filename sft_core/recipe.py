@@ -13,18 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from sft_core.measuring import LM_EVAL, Evaluation, Search
 from sft_core.sections import (
-    LM_EVAL,
     ChatTemplate,
     Dataset,
     DatasetMixture,
-    Evaluation,
     Hub,
     Model,
     Packing,
     PositiveInt,
     Runtime,
-    Search,
     Section,
     Training,
 )

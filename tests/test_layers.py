@@ -15,6 +15,7 @@ RANKS = {
     "sft_core.lifetime": 0,
     "sft_core.links": 0,
     "sft_core.manifest": 0,
+    "sft_core.measuring": 0,
     "sft_core.remote": 0,
     "sft_core.sections": 0,
     "sft_core.source_code": 0,
@@ -81,7 +82,7 @@ def test_report_sees_plain_numbers_only():
 
 
 def test_store_and_recipe_know_none_of_the_project_but_code():
-    names = ("recipe", "sections", "wording", "code", "manifest", "remote", "source_code", "store")
+    names = ("recipe", "sections", "measuring", "wording", "code", "manifest", "remote", "source_code", "store")
     bottom = {f"sft_core.{name}" for name in names}
     pairs = [(a, b) for a, b in found(late=True) if a in bottom]
     known = {b.rpartition(".")[0] for _, b in pairs if b.startswith("sft_core")}

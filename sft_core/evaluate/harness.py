@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft_core.evaluate.loading import load_scored
 from sft_core.evaluate.metrics import Score
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ def build_harness(
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or the reader of local files is reported to a server
     torch.set_num_threads(build.runtime.num_threads or max(1, (os.cpu_count() or 1) // TASKS_AT_A_TIME))
-    network, vocabulary = _load(build, model, tokenizer, attn_implementation, bf16, seed)
+    network, vocabulary = load_scored(
+        build.inputs.get("trained"), model, tokenizer, attn_implementation=attn_implementation, bf16=bf16, seed=seed
+    )
     manager = task_manager(task["include_path"], task["folders"])
     from lm_eval import simple_evaluate
 
@@ -88,32 +91,6 @@ def build_harness(
         "num_fewshot": _shots(results),
         "scores": scores,
     }
-
-
-def _load(
-    build: Build, model: dict[str, Any] | None, tokenizer: dict[str, Any], attention: str, bf16: bool, seed: int
-) -> tuple[Any, Any]:
-    """The start model, or the trained one, ready to be asked, and its tokenizer."""
-    import torch
-
-    from sft_core.train.model import load_model
-
-    if model is None:
-        folder = str(build.inputs["trained"] / "model")
-        tokenizer = {**tokenizer, "path": folder, "revision": None, "add_special_tokens": []}
-        model = {
-            "path": folder,
-            "revision": None,
-            "config": None,
-            "dtype": "auto",
-            "attn_implementation": attention,
-            "stop_tokens": [],  # in the checkpoint's generation config
-            "trust_remote_code": tokenizer["trust_remote_code"],
-        }
-    network: Any
-    network, vocabulary = load_model(**model, tokenizer=tokenizer, seed=seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return network.to(device=device, dtype=torch.bfloat16 if bf16 else None).eval(), vocabulary
 
 
 def scores_of(results: dict[str, Any], name: str) -> list[Score]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sft_core.code import user_code_digest
 
 if TYPE_CHECKING:
-    from sft_core.sections import Evaluation
+    from sft_core.measuring import Evaluation
 
 DEFAULT = "exact_match"
 _LIBRARIES = {"numeric": "math-verify", "json_schema": "jsonschema", "reasoning_gym": "reasoning-gym"}

@@ -13,8 +13,8 @@ import pyarrow as pa
 from sft_core.evaluate.comparison import differences
 from sft_core.evaluate.metrics import paired_gain
 from sft_core.evaluate.rows import LOSSES, ROWS, answer_counts, of_samples, read_rows
+from sft_core.measuring import LM_EVAL
 from sft_core.report.tables import HEADER, markdown_table, score_rows
-from sft_core.sections import LM_EVAL
 
 if TYPE_CHECKING:
     from sft_core.store import Build

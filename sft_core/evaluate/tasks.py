@@ -16,6 +16,7 @@ from sft_core.data import splits
 from sft_core.data.held_out import held_out_rows
 from sft_core.data.shards import TokenRow, TokenShards, read_index
 from sft_core.evaluate.answers import Output, asked_of, generate_outputs, served_prompt
+from sft_core.evaluate.loading import load_scored
 from sft_core.evaluate.metrics import strip_thinking
 from sft_core.evaluate.rows import ROWS, answer_counts, scores
 from sft_core.evaluate.scorers import Asked, Metric, load_metric
@@ -61,7 +62,9 @@ def build_evaluated(
     chosen = index.take(rows)
     shards = TokenShards(build.inputs["tokens"])
     token_rows = [shards[int(row)] for row in rows]
-    network, vocabulary = _load(build, model, tokenizer, attn_implementation, bf16, seed)
+    network, vocabulary = load_scored(
+        build.inputs.get("trained"), model, tokenizer, attn_implementation=attn_implementation, bf16=bf16, seed=seed
+    )
     with load_metric(metric) as scorer:
         asked = asked_of(scorer, chosen, token_rows, network, vocabulary, build.inputs.get("conversations"))
         nll, num_correct = row_losses(network, token_rows)
@@ -106,38 +109,6 @@ def _rows(index: pa.Table, *, max_rows: int, max_length: int, smoke: bool, **sha
             "dataset_mixture.report_share or add data"
         )
     return fits[:max_rows], len(found) - len(fits)
-
-
-def _load(
-    build: Build,
-    model: dict[str, Any] | None,
-    tokenizer: dict[str, Any],
-    attn_implementation: str,
-    bf16: bool,
-    seed: int,
-) -> tuple[Any, Any]:
-    """The model on its device, ready to be scored, and its tokenizer."""
-    import torch
-
-    from sft_core.train.model import load_model
-
-    if model is None:
-        folder = str(build.inputs["trained"] / "model")
-        loader: dict[str, Any] = {"path": folder, "revision": None, "config": None}
-        tokenizer = {**tokenizer, "path": folder, "revision": None, "add_special_tokens": []}
-        model = {
-            **loader,
-            "dtype": "auto",
-            "attn_implementation": attn_implementation,
-            "stop_tokens": [],  # in the checkpoint's generation config
-            "trust_remote_code": tokenizer["trust_remote_code"],
-        }
-    network: Any
-    network, vocabulary = load_model(**model, tokenizer=tokenizer, seed=seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # In bfloat16 throughout, as it is served: autocast would convert every weight again for each new token.
-    network.to(device=device, dtype=torch.bfloat16 if bf16 else None).eval()
-    return network, vocabulary
 
 
 def _numbered(column: pa.ChunkedArray) -> list[tuple[int, Any]]:

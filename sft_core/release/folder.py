@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.evaluate.summary import GAIN_HEADER
 from sft_core.links import link_files
+from sft_core.measuring import LM_EVAL
 from sft_core.report.model_card import Base, Card, CutOff, Score, Source, model_card
-from sft_core.sections import LM_EVAL
 
 if TYPE_CHECKING:
     from sft_core.store import Build

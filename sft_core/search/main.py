@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sft_core.data.packing import PackPlan
-from sft_core.search.answers import AnswerScores
+from sft_core.evaluate.selection_answers import AnswerScores
 from sft_core.search.journal import CURVES, Cost, Drawn, Journal, read_journal, write_journal
 from sft_core.search.rollouts import Search, replay
 from sft_core.search.samplers import Sampler, make_sampler

@@ -73,7 +73,7 @@ class Watch(Protocol):
 
 
 class AnswerScorer(Protocol):
-    """As sft_core.search.answers has it."""
+    """As sft_core.evaluate.selection_answers has it."""
 
     def ready(self, model: Any) -> contextlib.AbstractContextManager[None]: ...
 

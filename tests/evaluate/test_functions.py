@@ -8,8 +8,8 @@ import pytest
 
 from sft_core.code import user_code_digest
 from sft_core.evaluate.scorers import Question, check_metrics, load_metric, metric_identity
+from sft_core.measuring import Evaluation
 from sft_core.recipe import parse_recipe
-from sft_core.sections import Evaluation
 from tests.train.tiny import tiny_recipe
 
 TASK = "copy_no_think"

@@ -18,8 +18,8 @@ from sft_core.evaluate.scorers import (
     metric_identity,
     parse_json,
 )
+from sft_core.measuring import METRICS, Evaluation
 from sft_core.recipe import parse_recipe
-from sft_core.sections import METRICS, Evaluation
 from tests.train.tiny import tiny_recipe
 
 SCHEMA = {

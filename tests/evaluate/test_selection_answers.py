@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from sft_core.evaluate import selection_answers as module
+from sft_core.evaluate.selection_answers import AnswerScores
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.search import answers as module
-from sft_core.search.answers import AnswerScores
 from sft_core.store import Store
 from sft_core.train.collate import PackCollator
 from sft_core.train.loss import trained_token_nll
