@@ -226,6 +226,8 @@ def test_robust_keeps_no_more_weights_than_allowed_and_goes_back_to_one_of_them(
     for evaluation in range(9):
         wanted = search.wanted(found.until(evaluation))
         assert len(wanted) <= max_kept
+        peaks = {peak_of(found.until(evaluation).rows[task]).evaluation for task in scores}
+        assert min(peaks) in wanted, "a roll-back goes to the earliest"
         alive = (alive | {evaluation}) & wanted
     assert search.kept(found) <= alive
     decision, unbound = search.observe(found), free.observe(found)

@@ -1,5 +1,6 @@
 """What is drawn while training goes on, from measurements that a test writes down."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -111,9 +112,16 @@ def test_ies_leaves_a_row_out_while_its_loss_hardly_bends_and_takes_it_back():
     assert rows[6] == list(range(32)), "it bends again"
 
 
-@given(st.lists(st.booleans(), min_size=32, max_size=32), st.sampled_from([25, 32, None]))
-def test_ies_packs_those_that_stay_once_each_within_the_length(stays: list[bool], max_length: int | None):
+@given(
+    st.lists(st.booleans(), min_size=32, max_size=32),
+    st.lists(st.integers(1, 20), min_size=32, max_size=32),
+    st.sampled_from([40, 64, None]),
+)
+def test_ies_packs_those_that_stay_once_each_within_the_length(
+    stays: list[bool], lengths: list[int], max_length: int | None
+):
     sampler = ies(max_length=max_length)
+    sampler.plan = dataclasses.replace(sampler.plan, num_tokens=np.array(lengths))
     losses = [np.where(stays, float(epoch**2), 1.0) for epoch in range(3)]
     blocks(sampler, losses)
     block = sampler.next_block()
@@ -122,7 +130,9 @@ def test_ies_packs_those_that_stay_once_each_within_the_length(stays: list[bool]
         return
     assert block is not None and documents(block) == np.flatnonzero(stays).tolist()
     packs = [pack for batch in block for pack in batch]
-    assert all(len(pack) * 10 <= (max_length or 10) for pack in packs) or all(stays)
+    if max_length is None and not all(stays):
+        assert all(len(pack) == 1 for pack in packs)
+    assert all(sampler.plan.num_tokens[pack].sum() <= (max_length or 40) for pack in packs)
     assert [len(batch) for batch in block[:-1]] == [2] * (len(block) - 1)
 
 
