@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sft_core.evaluate.harness import build_harness, read_samples
+from sft_core.measuring import LM_EVAL, LmEval
 from sft_core.pins import PinnedRecipe
-from sft_core.sections import LM_EVAL, LmEval
 from sft_core.store import Needs, Part, Ref, Stage, Store
 from steps import deliver, evaluate
 from steps.cards import facts, table

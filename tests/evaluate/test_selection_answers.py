@@ -114,7 +114,7 @@ def test_answer_that_is_longer_than_may_be_generated_is_not_settled(tmp_path: Pa
     losses, scorer = short.losses(), short.scorer()
     all_right = RowLosses(losses.nll, losses.num_trained, losses.source, losses.num_trained)
     with scorer.ready(short.model):
-        found = sum(score(scorer, short, all_right, rank, 2)[0] for rank in range(2))
+        found = sum(score(scorer, short, all_right, rank, 3)[0] for rank in range(3))
     assert found.max() == 0.0, "two tokens are no whole answer"
 
 
