@@ -247,7 +247,12 @@ def rollouts(points: list[dict[str, Any]]) -> dict[str, Any]:
     line = {
         "x": {"field": "epoch", "type": "quantitative", "title": "epochs of the roll-out"},
         "y": {"field": "score", "type": "quantitative", "title": "selection score", "scale": {"zero": False}},
-        "color": {"field": "task", "type": "nominal", "title": "task"},
+        "color": {
+            "field": "task",
+            "type": "nominal",
+            "title": None,
+            "legend": {"orient": "top", "columns": 4, "labelLimit": 150},  # beside the charts it would leave the page
+        },
     }
     dash = {"condition": {"test": "datum.is_active", "value": [1, 0]}, "value": [4, 4]}
     peaks = {"mark": {"type": "point", "filled": True, "size": 70}, "transform": [{"filter": "datum.is_peak"}]}
