@@ -6,6 +6,7 @@ be read scores 0. Outputs come without their thinking.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -40,7 +41,7 @@ class Asked:
     wanted: Any  # what outputs are held against
 
 
-class Metric:
+class Metric(abc.ABC):
     """A metric by its name. As a context it frees what it holds."""
 
     wants_conversation = False
@@ -56,8 +57,9 @@ class Metric:
     def read(self, answer: str) -> Any:
         return answer
 
+    @abc.abstractmethod
     def score(self, output: str, wanted: Any) -> float:
-        raise NotImplementedError
+        """0 to 1."""
 
     def __enter__(self) -> Metric:
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class AnswerScores:
         self._own: dict[int, float] = {}  # what the row's own turn scores
 
     @contextlib.contextmanager
-    def ready(self, model: Any) -> Any:
+    def ready(self, model: Any) -> Iterator[None]:
         """Reads what the rows ask. Raises ValueError for a task of which no row can be asked."""
         with contextlib.ExitStack() as stack:
             for task, asked in self._by_task.items():

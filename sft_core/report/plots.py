@@ -304,21 +304,6 @@ def base_to_tuned(rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     }
 
 
-def bars(values: dict[str, float], *, x_title: str) -> dict[str, Any]:
-    """One horizontal bar a name."""
-    return {
-        "$schema": _SCHEMA,
-        "width": 520,
-        "height": {"step": 20},
-        "data": {"values": [{"name": name, "value": value} for name, value in values.items()]},
-        "mark": {"type": "bar", "tooltip": True, "color": TUNED_COLOUR},
-        "encoding": {
-            "y": {"field": "name", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 300}},
-            "x": {"field": "value", "type": "quantitative", "title": x_title},
-        },
-    }
-
-
 def requested_and_achieved(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Two horizontal bars a name, what was asked for in grey and what came in blue; a column an amount.
 
