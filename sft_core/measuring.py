@@ -129,8 +129,17 @@ class Evaluation(Section):
         {}, description="of each task with the metric json_schema: the schema, or the path of its file"
     )
     sampling: Sampling | None = Field(None, description="default: greedy answers")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="what answers the report rows; vllm is set up in runtime.vllm"
+    )
     during_training: DuringTraining | None = None
     lm_eval: LmEval | None = Field(None, description="tasks of the lm-evaluation-harness, beside the report splits")
+
+    @model_validator(mode="after")
+    def _engine_can_draw(self) -> Evaluation:
+        if self.engine == "vllm" and self.sampling is not None and self.sampling.temperature > 2:
+            raise ValueError(f"sampling.temperature: found {self.sampling.temperature:g}; vllm draws at 2 and less")
+        return self
 
     @model_validator(mode="after")
     def _metrics_are_known(self) -> Evaluation:

@@ -265,6 +265,18 @@ class ClusterResources(Section):
     evaluate: Resources = Field(Resources(), description="of the task that scores one task of the recipe")
 
 
+class VllmSettings(Section):
+    """vLLM, where evaluation.engine asks for it."""
+
+    python: str | None = Field(
+        None, description="the interpreter of the environment that holds vllm; default: the one that runs"
+    )
+    tensor_parallel_size: PositiveInt = Field(1, description="GPUs that share the model")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="share of each GPU's memory that vLLM may take"
+    )
+
+
 class Runtime(Section):
     """Where and how it runs. Never part of an identity: a change rebuilds nothing."""
 
@@ -277,6 +289,7 @@ class Runtime(Section):
     num_threads: PositiveInt | None = Field(None, description="CPU threads a rank; default: cores / ranks")
     num_workers: PositiveInt | None = Field(None, description="processes that render and tokenize; default: cores")
     eval_batch_size: PositiveInt = 32
+    vllm: VllmSettings = VllmSettings()
     save_steps: PositiveInt = Field(50, description="optimizer steps between checkpoints")
     keep_checkpoints: PositiveInt = Field(2, description="the newest ones that are kept while training")
     logging_steps: PositiveInt = 5

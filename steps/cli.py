@@ -90,7 +90,8 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
         click.echo(f"unique report prompts a task: {min(known)} to {max(known)}")
     shares, problems = planned_shares(store, pinned)
     click.echo("\n" + text_table(SHARES_HEADER, shares))
-    for problem in [*problems, *filter(None, (unmet_demands(loaded), lost_updates(loaded)))]:
+    unmet = (unmet_demands(loaded), pipeline.unmet_engine(found, loaded), lost_updates(loaded))
+    for problem in [*problems, *filter(None, unmet)]:
         click.echo(problem, err=True)
     if memory and (estimate := pipeline.estimated(store, pinned, found)):
         click.echo(f"\n{estimate}")

@@ -43,6 +43,7 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
         "smoke": recipe.limit is not None,
         **asked_of_answers(pinned, part["task"]),
         "sampling": recipe.evaluation.sampling and recipe.evaluation.sampling.model_dump(mode="json"),
+        **({} if recipe.evaluation.engine == "transformers" else {"engine": recipe.evaluation.engine}),
     }
 
 
@@ -81,6 +82,8 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
         shown[f"{after['metric']}: base → tuned"] = _told(base, after, compared.get(after["metric"]))
     if tuned["answers"]:
         shown["answers"] = tuned["answers"]
+        if "engine" in tuned:
+            shown["answered by"] = tuned["engine"]
         for name in ("generated_tokens", "cut_off", "empty", "timeouts"):
             before, after = (manifests[model]["counts"][name] for model in MODELS)
             shown[f"{name.replace('_', ' ')}: base → tuned"] = f"{before} → {after}"

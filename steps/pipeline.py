@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from sft_core.evaluate.scorers import check_metrics
+from sft_core.evaluate.with_vllm import unmet_vllm
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import Recipe
 from sft_core.release.push import check_push
 from sft_core.store import Located, Stage, Store, Unresolved
 from sft_core.train.accelerator import check_machine, has_gpu, lost_updates
 from sft_core.train.arguments import check_extra, check_report_to
-from steps.evaluate import check_report_prompts, count_report_prompts
+from steps.evaluate import EVALUATED, check_report_prompts, count_report_prompts
 from steps.pack import PACKED
 from steps.release import PUSHED, RELEASED
 from steps.search import progress
@@ -38,6 +39,8 @@ def prepare(recipe: Recipe) -> PinnedRecipe:
     if recipe.hub and any(located.stage is PUSHED and located.status != "hit" for located in planned):
         check_push(recipe.hub.model_id, recipe.hub.private)
     check_training(planned, pinned)
+    if not on_cluster() and (unmet := unmet_engine(planned, recipe)):
+        raise ValueError(unmet)
     if trains(planned):
         if not on_cluster():
             check_machine(recipe)
@@ -69,6 +72,13 @@ def check_place(recipe: Recipe) -> None:
 
 def trains(planned: list[Located]) -> bool:
     return any(located.stage is TRAINED and located.status != "hit" for located in planned)
+
+
+def unmet_engine(planned: list[Located], recipe: Recipe) -> str | None:
+    """What this machine lacks to answer the rows that are still to be scored."""
+    if recipe.evaluation.engine == "vllm" and any(one.stage is EVALUATED and one.status != "hit" for one in planned):
+        return unmet_vllm(recipe.runtime.vllm)
+    return None
 
 
 def check_training(planned: list[Located], pinned: PinnedRecipe) -> None:

@@ -264,6 +264,10 @@ def test_load_recipe_limit_and_overrides_are_applied(small_recipe, save_recipe):
         (("model.model_name_or_path=a/b",), "model: give either model_name_or_path or config"),
         (("model.tokenizer_name_or_path=null",), "model: a model from config needs tokenizer_name_or_path"),
         (("model.config={hidden_size: 8}",), "model: config.model_type is missing"),
+        (
+            ("evaluation.engine=vllm", "evaluation.sampling={temperature: 2.1}"),
+            "evaluation: sampling.temperature: found 2.1; vllm draws at 2 and less",
+        ),
         (("packing.max_length=1",), "packing.max_length: found 1; a pack holds at least 2 tokens"),
     ],
 )

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -68,33 +68,42 @@ class Output:
     cut_off: bool
 
 
+class Engine(Protocol):
+    """What answers prompts."""
+
+    @property
+    def name(self) -> str:
+        """With its version, once it has answered."""
+
+    def write(
+        self,
+        prompts: list[np.ndarray],
+        keys: list[int],
+        sampling: dict[str, Any] | None,
+        *,
+        stop_ids: list[int],
+        max_new_tokens: int,
+    ) -> list[np.ndarray]:
+        """New tokens, int64, up to and with the stop token: of each prompt's samples, prompt after prompt.
+
+        prompts: int32, shape (tokens,) each. keys: what a prompt's draws hang on, besides the seed. sampling: a
+        recipe's evaluation.sampling; None for the likeliest token each time.
+        """
+
+
 def generate_outputs(
-    model: Any,
+    engine: Engine,
     tokenizer: Any,
+    stops: list[int],
     prompts: dict[int, np.ndarray],
     keys: dict[int, int],
     sampling: dict[str, Any] | None,
     max_new_tokens: int,
-    batch_size: int,
 ) -> dict[int, list[Output]]:
     """The answers to each prompt, one a sample. keys: what a prompt's draws hang on, besides the seed."""
-    from sft_core.evaluate.generate import Drawn, generate_answers, uniforms
-
-    drawn, num_samples = None, 1
-    if sampling is not None:
-        num_samples = sampling["num_samples"]
-        numbers = uniforms(sampling["seed"], [keys[number] for number in prompts], num_samples, max_new_tokens)
-        drawn = Drawn(numbers, **{name: sampling[name] for name in ("temperature", "top_p", "top_k")})
-    stops = stop_ids(model)
-    generated = generate_answers(
-        model,
-        [prompt for prompt in prompts.values() for _ in range(num_samples)],
-        stop_ids=stops,
-        pad_id=tokenizer.pad_token_id,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        drawn=drawn,
-    )
+    drawn_by = [keys[number] for number in prompts] if sampling else []
+    generated = engine.write(list(prompts.values()), drawn_by, sampling, stop_ids=stops, max_new_tokens=max_new_tokens)
+    num_samples = sampling["num_samples"] if sampling else 1
     outputs: dict[int, list[Output]] = {number: [] for number in prompts}
     for place, ids in enumerate(generated):
         kept = without_stop(ids, stops)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import (
     GenerationConfig,
@@ -19,6 +21,43 @@ from transformers import (
 )
 
 # B is the rows of a batch, T their tokens, V the vocabulary.
+
+
+@dataclasses.dataclass(frozen=True)
+class WithTransformers:
+    """Greedy or drawn answers of a model that is loaded; see answers.Engine."""
+
+    model: Any
+    pad_id: int
+    batch_size: int
+
+    @property
+    def name(self) -> str:
+        return f"transformers {transformers.__version__}"
+
+    def write(
+        self,
+        prompts: list[np.ndarray],
+        keys: list[int],
+        sampling: dict[str, Any] | None,
+        *,
+        stop_ids: list[int],
+        max_new_tokens: int,
+    ) -> list[np.ndarray]:
+        drawn, num_samples = None, 1
+        if sampling is not None:
+            num_samples = sampling["num_samples"]
+            numbers = uniforms(sampling["seed"], keys, num_samples, max_new_tokens)
+            drawn = Drawn(numbers, **{name: sampling[name] for name in ("temperature", "top_p", "top_k")})
+        return generate_answers(
+            self.model,
+            [prompt for prompt in prompts for _ in range(num_samples)],
+            stop_ids=stop_ids,
+            pad_id=self.pad_id,
+            max_new_tokens=max_new_tokens,
+            batch_size=self.batch_size,
+            drawn=drawn,
+        )
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ import torch
 from sft_core.data.packing import PackPlan
 from sft_core.data.shards import TokenRow, TokenShards, read_index
 from sft_core.evaluate.answers import asked_of, generate_outputs, served_prompt, stop_ids, trained_turn, without_stop
+from sft_core.evaluate.generate import WithTransformers
 from sft_core.evaluate.metrics import strip_thinking
 from sft_core.evaluate.scorers import Asked, Metric, load_metric
 from sft_core.train.selection import RowLosses
@@ -73,6 +74,7 @@ class AnswerScores:
         assert losses.num_correct is not None
         found = torch.zeros(len(self._plan.row) + 1, dtype=torch.float64, device=model.device)
         settled = losses.num_correct == losses.num_trained
+        engine, stops = WithTransformers(model, self._tokenizer.pad_token_id, self._batch_size), stop_ids(model)
         for place, number in enumerate(self._asked):
             if self._is_within(number) and settled[number] and place % num_ranks == rank:
                 found[number] = self._own[number]
@@ -81,7 +83,7 @@ class AnswerScores:
             mine = open_[rank::num_ranks]
             prompts = {number: served_prompt(self._rows[number]) for number in mine}
             outputs = generate_outputs(
-                model, self._tokenizer, prompts, {}, None, self._by_task[task]["max_new_tokens"], self._batch_size
+                engine, self._tokenizer, stops, prompts, {}, None, self._by_task[task]["max_new_tokens"]
             )
             for number in mine:
                 text = strip_thinking(outputs[number][0].text)

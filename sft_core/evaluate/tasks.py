@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +17,12 @@ import pyarrow.parquet as pq
 from sft_core.data import splits
 from sft_core.data.held_out import held_out_rows
 from sft_core.data.shards import TokenRow, TokenShards, read_index
-from sft_core.evaluate.answers import Output, asked_of, generate_outputs, served_prompt
+from sft_core.evaluate.answers import Engine, Output, asked_of, generate_outputs, served_prompt, stop_ids
 from sft_core.evaluate.loading import load_scored
 from sft_core.evaluate.metrics import strip_thinking
 from sft_core.evaluate.rows import ROWS, answer_counts, scores
 from sft_core.evaluate.scorers import Asked, Metric, load_metric
+from sft_core.evaluate.with_vllm import gpu_by_itself, moved_to_vllm, unmet_vllm
 
 if TYPE_CHECKING:
     from sft_core.store import Build
@@ -45,13 +48,14 @@ def build_evaluated(
     metric: dict[str, Any],
     sampling: dict[str, Any] | None,
     smoke: bool,
+    engine: str = "transformers",
 ) -> dict[str, Any]:
     """Writes scores.json, and rows.parquet with each row's loss, generated answers and their scores.
 
     model: how to load the start model; None scores the trained one. Rows over `max_length` are left out and
     counted, as in training. metric: its identity (scorers.metric_identity). sampling: None for greedy answers. smoke:
-    a task without report rows is scored on what it has. Raises ValueError for a task without rows, and for an answer
-    that the metric cannot read.
+    a task without report rows is scored on what it has. engine: what answers; losses are always transformers'. Raises
+    ValueError for a task without rows, for an answer that the metric cannot read, and where vLLM is missing.
     """
     import torch
 
@@ -62,17 +66,21 @@ def build_evaluated(
     chosen = index.take(rows)
     shards = TokenShards(build.inputs["tokens"])
     token_rows = [shards[int(row)] for row in rows]
-    network, vocabulary = load_scored(
-        build.inputs.get("trained"), model, tokenizer, attn_implementation=attn_implementation, bf16=bf16, seed=seed
-    )
-    with load_metric(metric) as scorer:
+    with contextlib.ExitStack() as stack:
+        if engine == "vllm":
+            if unmet := unmet_vllm(build.runtime.vllm):
+                raise ValueError(unmet)
+            stack.enter_context(gpu_by_itself())
+        network, vocabulary = load_scored(
+            build.inputs.get("trained"), model, tokenizer, attn_implementation=attn_implementation, bf16=bf16, seed=seed
+        )
+        scorer, stops = stack.enter_context(load_metric(metric)), stop_ids(network)
         asked = asked_of(scorer, chosen, token_rows, network, vocabulary, build.inputs.get("conversations"))
         nll, num_correct = row_losses(network, token_rows)
         prompts = {number: served_prompt(token_rows[number]) for number in asked}
         keys = {number: chosen["prompt_hash"][number].as_py() for number in asked}
-        answers = generate_outputs(
-            network, vocabulary, prompts, keys, sampling, max_new_tokens, build.runtime.eval_batch_size
-        )
+        writer = stack.enter_context(_engine(engine, network, vocabulary, build, tokenizer["trust_remote_code"]))
+        answers = generate_outputs(writer, vocabulary, stops, prompts, keys, sampling, max_new_tokens)
         found = {number: _scored(scorer, answers[number], asked[number], chosen, number) for number in asked}
         num_timeouts = scorer.num_timeouts
     shown = [asked[number].shown if number in asked else answer for number, answer in _numbered(chosen["answer"])]
@@ -93,7 +101,20 @@ def build_evaluated(
     scored = [dataclasses.asdict(score) for score in scores(table, scorer.name)]
     (build.out / "scores.json").write_text(json.dumps(scored, indent=1) + "\n")
     counts = {"rows": len(rows), "over_long": num_over_long, **answer_counts(table), "timeouts": num_timeouts}
-    return {**counts, "metric": scorer.name, "scores": scored}
+    return {**counts, "engine": writer.name, "metric": scorer.name, "scores": scored}
+
+
+@contextlib.contextmanager
+def _engine(name: str, network: Any, tokenizer: Any, build: Build, trust_remote_code: bool) -> Iterator[Engine]:
+    if name == "vllm":
+        trained = build.inputs.get("trained")
+        folder = None if trained is None else trained / "model"
+        with moved_to_vllm(network, tokenizer, folder, build.runtime.vllm, trust_remote_code) as engine:
+            yield engine
+    else:
+        from sft_core.evaluate.generate import WithTransformers
+
+        yield WithTransformers(network, tokenizer.pad_token_id, build.runtime.eval_batch_size)
 
 
 def _rows(index: pa.Table, *, max_rows: int, max_length: int, smoke: bool, **shares: float) -> tuple[np.ndarray, int]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from sft_core.data import splits
 from sft_core.data.shards import TokenShards, read_index
@@ -75,6 +76,7 @@ def test_evaluated_scores_follow_from_the_rows(scored: Path, store: Store) -> No
     assert counts == {
         **{"rows": 12, "over_long": 0, "answers": 12, "empty": 0, "timeouts": 0, "metric": "exact_match"},
         **{"cut_off": sum(cut_off), "generated_tokens": round(sum(lengths) / 12, 2), "scores": found},
+        "engine": f"transformers {transformers.__version__}",
     }
 
 

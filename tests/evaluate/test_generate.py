@@ -22,6 +22,7 @@ def model() -> PreTrainedModel:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
+        head_dim=32,  # the least that vLLM has on a CPU
         initializer_range=0.5,
         max_position_embeddings=4096,
         bos_token_id=None,
