@@ -182,18 +182,49 @@ def verify(ref: str | None, root: str) -> None:
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="A JSON list, an object a row of the table.")
-def scores(as_json: bool) -> None:
-    """The table of the last run that finished.
+@click.option("--all", "whole", is_flag=True, help="Every score with its standard error: perplexity, token accuracy.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON list of every score, an object each.")
+def scores(whole: bool, as_json: bool) -> None:
+    """The scores of the last run that finished.
 
     \b
-    Example: sft scores --json
+    Examples: sft scores --all
+              sft scores --json
     """
     from steps.report import summary
     from steps.runs import last_finished
 
     data = last_finished()
-    click.echo(json.dumps(data["scores"], indent=1) if as_json else summary(**data).strip())
+    click.echo(json.dumps(data["scores"], indent=1) if as_json else summary(**data, whole=whole).strip())
+
+
+@main.command()
+@click.argument("run")
+@click.option("--task", help="Of this task only.")
+@click.option("--only", type=click.Choice(["won", "lost", "same"]), help="Rows that tuning won, lost, or left alike.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Rows at most.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object a line.")
+def answers(run: str, task: str | None, only: Any, limit: int, as_json: bool) -> None:
+    """What base and tuned model answered in a run, row by row: those won first, then those lost, then the others.
+
+    \b
+    Examples: sft answers latest
+              sft answers latest --task gsm_symbolic_think --only lost
+              sft answers 1795362982054539 --limit 100000 --json > answers.jsonl
+    """
+    from itertools import islice
+
+    from steps.answers import answers, as_text
+    from steps.runs import recorded
+
+    found = answers(recorded(run), task, only)
+    for row in islice(found, limit):
+        if as_json:
+            click.echo(json.dumps(row, ensure_ascii=False))
+        else:
+            _console().print(as_text(row))
+    if left := sum(1 for _ in found):
+        click.echo(f"{left} rows more; --limit", err=True)
 
 
 @main.command()

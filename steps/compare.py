@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from sft_core.evaluate.comparison import Difference
 from sft_core.evaluate.comparison import differences as score_differences
-from sft_core.evaluate.rows import LOSSES
+from sft_core.report.tables import LOSSES
 from sft_core.search.journal import CURVES, read_journal
 from sft_core.store import Ref, Store
 from steps.pipeline import differences

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from sft_core.data import splits
 from sft_core.data.rejects import Rejected
 from sft_core.data.sources import accept, list_files, read_files
-from sft_core.evaluate.comparison import changed
+from sft_core.evaluate.comparison import by_change
 from sft_core.evaluate.rows import read_rows
 from sft_core.evaluate.summary import compare, read_answers
 from sft_core.evaluate.tasks import build_evaluated
@@ -24,7 +24,8 @@ from steps.scoring import asked_of_answers, wants_conversation
 from steps.tokenize import TOKENS
 
 MODELS = ("base", "tuned")
-MAX_EXAMPLES = 8  # of the rows that were won, and of those that were lost
+MAX_EXAMPLES = 8  # of the rows that were won, of those that were lost, and of the others
+MAX_ASKED = 200  # characters of a prompt, from its end
 MAX_SCANNED_BYTES = 256 * 2**20  # larger local sources are counted once they are downloaded
 
 
@@ -64,7 +65,7 @@ EVALUATED = Stage(
         "tokenizer": pinned.tokenizer_loader,
     },
     needs=_needs,
-    version=3,
+    version=4,
     verify_inputs=True,
 )
 
@@ -91,9 +92,14 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     components = [*facts(f"Task {task}", shown), *warnings(flags)]
     if not tuned["answers"]:
         return components
-    won, lost = changed(*(read_rows(folders[model]) for model in MODELS))
-    won_shown = _examples("Won", "the tuned model scores higher", won)
-    return [*components, *won_shown, *_examples("Lost", "the base model scores higher", lost)]
+    won, lost, same = by_change(*(read_rows(folders[model]) for model in MODELS))
+    for name, meaning, pairs in (
+        ("Won", "the tuned model scores higher", won),
+        ("Lost", "the base model scores higher", lost),
+        ("The same", "both score alike", same),
+    ):
+        components += _examples(name, meaning, pairs)
+    return components
 
 
 def _told(base: dict[str, Any], tuned: dict[str, Any], difference: dict[str, Any] | None) -> str:
@@ -109,12 +115,20 @@ def _told(base: dict[str, Any], tuned: dict[str, Any], difference: dict[str, Any
 def _examples(name: str, meaning: str, pairs: list[Any]) -> list[Any]:
     """How many rows changed, and what was written in the first of them."""
     title = heading(f"{name}: {len(pairs)} rows, in which {meaning}")
-    header = ("wanted", "base wrote", "score", "tuned wrote", "score")
+    header = ("asked (its end)", "wanted", "base wrote", "score", "tuned wrote", "score")
     shown = [
-        (base["answer"], base["outputs"][0], base["score"], tuned["outputs"][0], tuned["score"])
+        (_end(base["prompt"]), base["answer"], *(each for row in (base, tuned) for each in _written(row)))
         for base, tuned in pairs[:MAX_EXAMPLES]
     ]
     return [title, *([table(header, shown)] if shown else [])]
+
+
+def _written(row: dict[str, Any]) -> tuple[str, str]:
+    return row["outputs"][0], f"{row['score']:.4g}"
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= MAX_ASKED else f"… {text[-MAX_ASKED:]}"
 
 
 def count_report_prompts(store: Store, pinned: PinnedRecipe) -> dict[str, int | None]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from sft_core.evaluate.summary import GAIN_HEADER, build_report
 from sft_core.report.plots import base_to_tuned
-from sft_core.report.tables import HEADER, text_table
+from sft_core.report.tables import HEADER, LOSSES, OVERVIEW, overview_rows, text_table
 from sft_core.store import Ref, Stage, Store
 from steps.cards import chart, heading, table, warnings
 from steps.harness import scored_tasks, scorings
@@ -24,16 +24,27 @@ def card(store: Store, ref: Ref) -> list[Any]:
     manifest = store.manifest(ref)
     scores, gains = manifest["counts"]["scores"], manifest["counts"]["thinking"]
     components = [heading(f"Scores of {manifest['identity']['section']['recipe']}"), *warnings(flagged(scores))]
-    components.append(table(SCORES, [_score_row(row) for row in scores]))
-    components += [chart(base_to_tuned(scores, metric)) for metric in sorted({row["metric"] for row in scores})]
+    components.append(table(FIRST, [_first_row(row) for row in overview_rows(scores)]))
     if gains:
         components += [heading("What thinking gains"), table(GAINS, [_gain_row(row) for row in gains])]
-    return components
+    metrics = dict.fromkeys(row["metric"] for row in scores)
+    # A perplexity is a loss told otherwise, and one task's can be a thousand times another's.
+    drawn = [*(name for name in metrics if name not in LOSSES), *(name for name in ("loss", "token_accuracy"))]
+    components += [heading("Base to tuned"), *(chart(base_to_tuned(scores, name)) for name in drawn if name in metrics)]
+    return [*components, heading("Every score"), table(SCORES, [_score_row(row) for row in scores])]
 
 
 # Of a card, which is narrow: fewer columns than the table in the terminal, with the same numbers.
+FIRST = ("task", "n", "loss", "score of answers", "difference, 95 % interval")
 SCORES = ("task", "metric", "n", "base → tuned", "difference, 95 % interval")
 GAINS = ("task", "n", "no_think → think", "gain, 95 % interval", "generated tokens", "share cut off")
+
+
+def _first_row(row: dict[str, Any]) -> tuple[Any, ...]:
+    """A row of the overview."""
+    loss = "-" if row["tuned loss"] is None else f"{_number(row['base loss'])} → {_number(row['tuned loss'])}"
+    score = f"{row['metric']} {_number(row['base'])} → {_number(row['tuned'])}" if row["metric"] else "-"
+    return row["task"], row["n"], loss, score, _interval(row)
 
 
 def _score_row(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -87,16 +98,22 @@ def failures(failed: dict[str, str]) -> str:
 
 
 def summary(
-    scores: list[dict[str, Any]], gains: list[dict[str, Any]], checkpoint: str, pushed: str | None = None
+    scores: list[dict[str, Any]],
+    gains: list[dict[str, Any]],
+    checkpoint: str,
+    pushed: str | None = None,
+    whole: bool = False,
 ) -> str:
-    """What the run prints last. pushed: the checkpoint's address on the hub, if it is there."""
+    """What the run prints last. pushed: the checkpoint's address on the hub, if it is there. whole: every score."""
+    header, rows = (HEADER, scores) if whole else (OVERVIEW, overview_rows(scores))
     parts = [
-        "tuned - base is the difference, with its paired 95 % interval from low to high:",
-        last_column_red(text_table(HEADER, [tuple(row.values()) for row in scores]), HEADER[-1]),
+        "tuned - base is the difference, of losses where there are no answers, with its paired 95 % interval:",
+        last_column_red(text_table(header, [tuple(row.values()) for row in rows]), header[-1]),
     ]
     if gains:
         parts.append("What thinking gains (mean score, paired 95 % interval; generated tokens; share cut off):")
         parts.append(text_table(GAIN_HEADER, [tuple(row.values()) for row in gains]))
     parts.append(f"checkpoint: {checkpoint}" + (f"\npushed: {pushed}" if pushed else ""))
+    parts.append("perplexity and token accuracy: sft scores --all; what was answered: sft answers latest")
     parts.append("cards: python flows/sft_flow.py card view report (or train, pack, mix, evaluate, tokenize)")
     return "\n\n".join(["", *parts])

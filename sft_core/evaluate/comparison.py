@@ -18,7 +18,7 @@ Pair = tuple[dict[str, Any], dict[str, Any]]  # a row of ROWS of each side
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """tuned - base over the n rows that both have, with a 95 % interval; a single row has none."""
+    """after - before, as tuned - base, over the n rows that both have, with a 95 % interval; a single row has none."""
 
     n: int
     value: float
@@ -52,9 +52,13 @@ def differences(base: pa.Table, tuned: pa.Table, metric: str) -> dict[str, Diffe
             "token_accuracy": bootstrapped(columns(trained, "num_correct", "num_trained"), ratio),
         }
     if asked := _asked(base, tuned):
-        scores, count = columns(asked, "score"), len(asked)
-        found[metric] = bootstrapped(scores, lambda before, after: (after - before) / count)
+        found[metric] = mean_difference(*columns(asked, "score"))
     return found
+
+
+def mean_difference(before: np.ndarray, after: np.ndarray) -> Difference:
+    """Of the means over the same rows, shape (rows,) each."""
+    return bootstrapped((before, after), lambda *sums: (sums[1] - sums[0]) / len(before))
 
 
 def bootstrapped(columns: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray]) -> Difference:
@@ -100,8 +104,11 @@ def _asked(base: pa.Table, tuned: pa.Table) -> list[Pair]:
     return [pair for pair in pairs if pair[0]["score"] is not None and pair[1]["score"] is not None]
 
 
-def changed(base: pa.Table, tuned: pa.Table) -> tuple[list[Any], list[Any]]:
-    """The pairs that were won (the tuned model scores higher) and lost, the largest change first."""
+def by_change(base: pa.Table, tuned: pa.Table) -> tuple[list[Pair], list[Pair], list[Pair]]:
+    """The pairs that were won (the tuned model scores higher), that were lost, each the largest change first, and those
+    in which both score alike, the lowest score first."""
     asked = sorted(_asked(base, tuned), key=lambda pair: -abs(pair[1]["score"] - pair[0]["score"]))
     won = [pair for pair in asked if pair[1]["score"] > pair[0]["score"]]
-    return won, [pair for pair in asked if pair[1]["score"] < pair[0]["score"]]
+    lost = [pair for pair in asked if pair[1]["score"] < pair[0]["score"]]
+    same = [pair for pair in asked if pair[1]["score"] == pair[0]["score"]]
+    return won, lost, sorted(same, key=lambda pair: pair[1]["score"])

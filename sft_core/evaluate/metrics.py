@@ -10,7 +10,6 @@ import numpy as np
 
 # Some templates open the block in the prompt: then the output begins inside it.
 _THINKING = re.compile(r"\A((?!<think>).)*?</think>|<think>.*?(</think>|\Z)", re.DOTALL)
-Z_95 = 1.959964  # two-sided 95 % of the normal distribution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +58,3 @@ def mean_score(metric: str, values: np.ndarray) -> Score:
     n = len(values)
     stderr = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None
     return Score(metric, float(np.mean(values)), stderr, n)
-
-
-def paired_gain(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
-    """Mean of after - before over the same rows, and its 95 % interval. Shapes (rows,), equal."""
-    score = mean_score("gain", after.astype(float) - before.astype(float))
-    assert score.stderr is not None, "an interval needs two rows"
-    return score.value, score.value - Z_95 * score.stderr, score.value + Z_95 * score.stderr

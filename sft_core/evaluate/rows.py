@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 
 from sft_core.evaluate.metrics import Score, mean_score, perplexity, strip_thinking, token_accuracy, token_loss
 
-LOSSES = ("loss", "perplexity", "token_accuracy")  # of every row; any other score is of answers
 # Of a row that was not asked, outputs and what follows them, and score, are null. Lists have an entry a sample.
 ROWS = pa.schema(
     [
@@ -20,6 +19,7 @@ ROWS = pa.schema(
         ("nll", pa.float64()),
         ("num_trained", pa.int32()),
         ("num_correct", pa.int32()),  # of the trained tokens, those that are the likeliest
+        ("prompt", pa.string()),  # what a server would be sent; null where the row is trained from its first token
         ("answer", pa.string()),  # what was wanted
         ("outputs", pa.list_(pa.string())),
         ("num_generated", pa.list_(pa.int32())),  # tokens, the stop token with them

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from sft_core.evaluate.comparison import differences
-from sft_core.evaluate.metrics import paired_gain
-from sft_core.evaluate.rows import LOSSES, ROWS, answer_counts, of_samples, read_rows
+from sft_core.evaluate.comparison import differences, mean_difference
+from sft_core.evaluate.rows import ROWS, answer_counts, of_samples, read_rows
 from sft_core.measuring import LM_EVAL
-from sft_core.report.tables import HEADER, markdown_table, score_rows
+from sft_core.report.tables import HEADER, LOSSES, markdown_table, score_rows
 
 if TYPE_CHECKING:
     from sft_core.store import Build
@@ -77,9 +76,9 @@ def thinking_gains(folders: dict[str, Path]) -> list[dict[str, Any]]:
             pa.Table.from_pylist([rows[prompt] for prompt in shared], schema=ROWS) for rows in (without, with_thinking)
         ]
         before, after = (side["score"].to_numpy() for side in sides)
-        gain, low, high = paired_gain(before, after)
+        gain = mean_difference(before, after)
         tokens, cut_off = ([np.mean(of_samples(side, name)) for side in sides] for name in ("num_generated", "cut_off"))
-        values = [before.mean(), after.mean(), gain, low, high, *tokens, *cut_off]
+        values = [before.mean(), after.mean(), gain.value, gain.low, gain.high, *tokens, *cut_off]
         rounded = dict(zip(GAIN_HEADER[2:], (round(float(value), 6) for value in values), strict=True))
         gains.append({"task": task.removesuffix(NO_THINK), "n": len(shared), **rounded})
     return gains

@@ -77,7 +77,8 @@ def build_evaluated(
         scorer, stops = stack.enter_context(load_metric(metric)), stop_ids(network)
         asked = asked_of(scorer, chosen, token_rows, network, vocabulary, build.inputs.get("conversations"))
         nll, num_correct = row_losses(network, token_rows)
-        prompts = {number: served_prompt(token_rows[number]) for number in asked}
+        served = [served_prompt(row) for row in token_rows]
+        prompts = {number: served[number] for number in asked}
         keys = {number: chosen["prompt_hash"][number].as_py() for number in asked}
         writer = stack.enter_context(_engine(engine, network, vocabulary, build, tokenizer["trust_remote_code"]))
         answers = generate_outputs(writer, vocabulary, stops, prompts, keys, sampling, max_new_tokens)
@@ -90,9 +91,10 @@ def build_evaluated(
         "nll": nll,
         "num_trained": [_num_targets(row) for row in token_rows],
         "num_correct": num_correct,
+        "prompt": [vocabulary.decode(ids, skip_special_tokens=False) if len(ids) else None for ids in served],
         "answer": shown,
     }
-    made = ROWS.names[len(columns) :]
+    made = ROWS.names[len(columns) :]  # by answering
     columns |= {
         name: [found[number][name] if number in found else None for number in range(len(rows))] for name in made
     }

@@ -91,6 +91,7 @@ def _sources(sources: list[dict[str, Any]], build: Build) -> list[Source]:
 
 
 def _scores(tasks: list[str], build: Build) -> list[Score]:
+    reported = {(row["task"], row["metric"]): row for row in build.manifests["report"]["counts"]["scores"]}
     found = []
     for task in tasks:
         base, tuned = (
@@ -102,7 +103,9 @@ def _scores(tasks: list[str], build: Build) -> list[Score]:
                 (round(one["value"], 6), None if one["stderr"] is None else round(one["stderr"], 6))
                 for one in (base[metric], score)
             )
-            found.append(Score(task, metric, score["n"], *before, *after))
+            row = reported[task, metric]
+            difference = None if row["difference"] is None else (row["difference"], row["low"], row["high"])
+            found.append(Score(task, metric, score["n"], *before, *after, difference))
     return found
 
 

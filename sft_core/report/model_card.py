@@ -73,6 +73,7 @@ class Score:
     base_stderr: float | None
     tuned: float
     tuned_stderr: float | None
+    difference: tuple[float, float | None, float | None] | None = None  # tuned - base, and its 95 % interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,16 +202,18 @@ def _scores(card: Card) -> list[str]:
             score.n,
             _with_interval(score.metric, score.base, score.base_stderr, score.n),
             _with_interval(score.metric, score.tuned, score.tuned_stderr, score.n),
+            _difference(score.difference),
         )
         for score in card.scores
     ]
     sections = [
         "## Scores",
-        f"Base and tuned model on the same held-out prompts, with 95 % intervals; {_generated(card.recipe)}",
+        f"Base and tuned model on the same held-out prompts, with 95 % intervals, that of the difference over pairs of "
+        f"rows; {_generated(card.recipe)}",
         *([_HARNESS.format(version=_text(card.harness_version))] if card.harness_version else []),
         *([_SMOKE.format(limit=card.recipe["limit"])] if card.recipe.get("limit") else []),
         *([_NOT_SCORED.format(tasks=_text(", ".join(card.not_scored)))] if card.not_scored else []),
-        *([_table(("task", "metric", "n", "base", "tuned"), rows)] if rows else []),
+        *([_table(("task", "metric", "n", "base", "tuned", "difference"), rows)] if rows else []),
     ]
     if card.cut_offs:
         shares = [
@@ -292,6 +295,13 @@ def _use(card: Card) -> list[str]:
 def _with_interval(metric: str, value: float, stderr: float | None, n: int) -> str:
     low, high = interval(metric, value, stderr, n)
     return f"{value:.4f}" if low is None else f"{value:.4f} ({low:.4f} to {high:.4f})"
+
+
+def _difference(found: tuple[float, float | None, float | None] | None) -> str:
+    if found is None:
+        return "-"
+    value, low, high = found
+    return f"{value:+.4f}" if low is None else f"{value:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 def _words(metric: str) -> str:

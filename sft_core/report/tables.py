@@ -9,6 +9,11 @@ from sft_core.report.flags import red_flags
 HEADER = ("task", "metric", "n", "base", "tuned", "stderr", "difference", "low", "high", "flags")
 
 
+# A line of the overview: the losses of a task, and one score of its answers.
+OVERVIEW = ("task", "n", "base loss", "tuned loss", "metric", "base", "tuned", "difference", "low", "high", "flags")
+LOSSES = ("loss", "perplexity", "token_accuracy")  # of every row; any other score is of answers
+
+
 def score_rows(
     scores: dict[str, dict[str, list[dict[str, Any]]]],
     differences: dict[str, dict[str, dict[str, Any]]],
@@ -41,6 +46,29 @@ def score_rows(
             flags = red_flags(row, counts if counts.get("metric") == metric else None)
             rows.append({**row, "flags": "; ".join(flags) or None})
     return rows
+
+
+def overview_rows(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What to read first of the score table: a row of OVERVIEW a task, or more where its answers have several scores.
+
+    Without one, the difference is that of the losses. Every flag is there, with its metric where that has no column.
+    """
+    by_task: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in scores:
+        by_task.setdefault(row["task"], {})[row["metric"]] = row
+    found = []
+    for task, rows in by_task.items():
+        loss = rows.get("loss", {"base": None, "tuned": None})
+        told = [f"{name}: {rows[name]['flags']}" for name in LOSSES if name in rows and rows[name]["flags"]]
+        for metric in [name for name in rows if name not in LOSSES] or ["loss"]:
+            row, is_loss = rows[metric], metric == "loss"
+            flags = [*told, *([] if is_loss or not row["flags"] else [row["flags"]])]
+            told = []
+            shown = {name: None if is_loss else row[name] for name in ("metric", "base", "tuned")}
+            losses = {"base loss": loss["base"], "tuned loss": loss["tuned"]}
+            change = {name: row[name] for name in ("difference", "low", "high")}
+            found.append({"task": task, "n": row["n"], **losses, **shown, **change, "flags": "; ".join(flags) or None})
+    return found
 
 
 def _rounded(value: float | None) -> float | None:

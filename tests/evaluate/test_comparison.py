@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_core.evaluate.comparison import bootstrapped, changed, differences
-from sft_core.evaluate.metrics import paired_gain
+from sft_core.evaluate.comparison import bootstrapped, by_change, differences
+from sft_core.evaluate.metrics import mean_score
 from sft_core.evaluate.rows import ROWS
 
 
@@ -22,6 +22,7 @@ def table(scores: list[float | None], seed: int = 0, better: float = 0.0) -> pa.
         "nll": nll,
         "num_trained": num_trained,
         "num_correct": (num_trained * 0.5).astype(int),
+        "prompt": ["2 + 2"] * n,
         "answer": ["4"] * n,
         "outputs": [None if score is None else [f"wrote {score}"] for score in scores],
         "num_generated": [None if score is None else [3] for score in scores],
@@ -38,10 +39,13 @@ def test_differences_are_tuned_minus_base_with_the_paired_interval() -> None:
     after = np.maximum(before, rng.random(300) < 0.2)
     found = differences(table(before.tolist()), table(after.tolist(), better=0.1), "numeric")
     assert list(found) == ["loss", "perplexity", "token_accuracy", "numeric"]
-    gain, low, high = paired_gain(before, after)
-    score = found["numeric"]
-    assert (score.n, score.value) == (300, pytest.approx(gain))
-    assert (score.low, score.high) == (pytest.approx(low, abs=0.008), pytest.approx(high, abs=0.008))
+    normal, score = mean_score("gain", after - before), found["numeric"]
+    assert (score.n, score.value) == (300, pytest.approx(normal.value))
+    assert normal.stderr is not None and score.low is not None and score.high is not None
+    assert score.high - score.value == pytest.approx(1.96 * normal.stderr, abs=0.008)
+    assert score.value - score.low == pytest.approx(1.96 * normal.stderr, abs=0.008)
+    unpaired = math.hypot(before.std(), after.std()) / math.sqrt(300)
+    assert normal.stderr < 0.8 * unpaired, "the pairing is of use"
     assert found["loss"].value == pytest.approx(-0.1)
     # Each row's loss falls by as much: paired there is no noise at all, whatever the rows are.
     assert (found["loss"].low, found["loss"].high) == (pytest.approx(-0.1), pytest.approx(-0.1))
@@ -98,9 +102,10 @@ def test_difference_of_one_row_has_no_interval() -> None:
 def test_changed_rows_are_won_and_lost_the_largest_change_first() -> None:
     base = table([0.0, 1.0, 0.5, 1.0, 0.0, None, 1.0, 1.0])
     tuned = table([1.0, 0.5, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
-    won, lost = changed(base, tuned)
+    won, lost, same = by_change(base, tuned)
     assert [pair[0]["row_id"] for pair in won] == ["0", "2"]
     assert [pair[0]["row_id"] for pair in lost] == ["3", "7", "1"]
+    assert [pair[0]["row_id"] for pair in same] == ["4", "6"], "a row that was not asked is in none"
 
 
 def with_column(rows: pa.Table, name: str, values: list[object]) -> pa.Table:

@@ -3,12 +3,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sft_core.evaluate.metrics import (
     mean_score,
-    paired_gain,
     perplexity,
     strip_thinking,
     token_accuracy,
@@ -92,25 +89,3 @@ def test_scores_one_row_have_no_error() -> None:
     assert mean_score("exact_match", np.array([1.0])).stderr is None
     assert perplexity(token_loss(np.array([3.0]), np.array([2]))).stderr is None
     assert token_loss(np.array([3.0]), np.array([2])).value == 1.5
-
-
-def test_paired_gain_interval_is_that_of_the_differences() -> None:
-    rng = np.random.default_rng(2)
-    before = rng.random(300) < 0.4
-    after = before | (rng.random(300) < 0.3)  # a row that was right stays right
-    gain, low, high = paired_gain(before, after)
-    difference = after.astype(float) - before
-    assert gain == pytest.approx(difference.mean())
-    error = bootstrap_std(300, lambda drawn: difference[drawn].mean())
-    assert high - gain == pytest.approx(1.96 * error, rel=0.08)
-    assert gain - low == pytest.approx(high - gain)
-    unpaired = math.hypot(before.std(), after.std()) / math.sqrt(300)
-    assert error < 0.8 * unpaired, "the pairing is of use"
-
-
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2))
-def test_paired_gain_swapped_is_the_opposite(pairs: list[tuple[bool, bool]]) -> None:
-    before, after = (np.array(side) for side in zip(*pairs, strict=True))
-    gain, low, high = paired_gain(before, after)
-    assert paired_gain(after, before) == pytest.approx((-gain, -high, -low))
-    assert low <= gain <= high

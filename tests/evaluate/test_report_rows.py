@@ -19,6 +19,7 @@ def index_of(
     columns = {
         "row_id": [str(row) for row in range(n)],
         "prompt_hash": hashes,
+        "prompt": ["2 + 2"] * n,
         "answer": answers or [None] * n,
         "num_tokens": [10] * n,
         "num_trained": num_trained or [3] * n,

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sft_core.evaluate.metrics import paired_gain
+from sft_core.evaluate.comparison import mean_difference
 from sft_core.evaluate.rows import ROWS
 from sft_core.evaluate.summary import thinking_gains
 
@@ -18,6 +18,7 @@ def save(folder: Path, score: dict[int, float | None], num_tokens: int = 3, cut_
         "prompt_hash": list(score),
         "nll": [1.0] * n,
         "num_trained": [2] * n,
+        "prompt": ["2 + 2"] * n,
         "answer": ["4"] * n,
         "num_correct": [1] * n,
         "outputs": [["4"]] * n,
@@ -43,12 +44,12 @@ def test_thinking_gains_pairs_rows_by_prompt(tmp_path: Path) -> None:
     }
     (found,) = thinking_gains(folders)
     before, after = np.array([0, 1, 0, 0]), np.array([0, 0, 1, 1])
-    gain, low, high = paired_gain(before, after)
+    gain = mean_difference(before, after)
     assert (found["task"], found["n"]) == ("sum", 4)
     assert (found["no_think"], found["think"], found["gain"]) == (0.25, 0.5, 0.25)
     assert (found["tokens no_think"], found["tokens think"]) == (5, 40)
     assert (found["cut off no_think"], found["cut off think"]) == (0, 1)
-    assert (found["gain"], found["low"], found["high"]) == pytest.approx((gain, low, high), abs=1e-6)
+    assert (found["gain"], found["low"], found["high"]) == pytest.approx((gain.value, gain.low, gain.high), abs=1e-6)
 
 
 def test_thinking_gains_without_a_twin_or_shared_prompts_is_nothing(tmp_path: Path) -> None:

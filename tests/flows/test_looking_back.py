@@ -10,6 +10,7 @@ import pytest
 
 from sft_core.data.packing import PackPlan
 from sft_core.data.shards import read_index
+from sft_core.evaluate.rows import read_rows
 from sft_core.store import Ref, Store
 from steps.lineage import trace
 from steps.row_journey import steps_of
@@ -45,6 +46,27 @@ def test_compare_tells_what_differs_and_the_paired_difference(two_runs: tuple[Pr
     text = project.sft("compare", f"SFTFlow/{first}", second)
     for shown in ("training.learning_rate", "0.003", "steps", "checksum_think", "B - A"):
         assert shown in text
+
+
+def test_answers_of_a_run_are_its_rows_with_prompts_and_both_models_outputs(two_runs: tuple[Project, str, str]) -> None:
+    project, first, _ = two_runs
+    rows = [json.loads(line) for line in project.sft("answers", first, "--json").splitlines()]
+    stored = json.loads(project.sft("lineage", first, "--json"))["outputs"]
+    tuned = next(of(name) for name, one in stored.items() if one["part"].get("model") == "tuned")
+    table = read_rows(Store(project.store).path(tuned)).to_pylist()
+    assert len(rows) == len(table) == 8 and {row["task"] for row in rows} == {"checksum_think"}
+    by_id = {row["row_id"]: row for row in table}
+    for row in rows:
+        one = by_id[row["row_id"]]
+        assert (row["wanted"], row["tuned"]) == (one["answer"], one["outputs"])
+        assert row["score"]["tuned"] == one["score"] and len(row["base"]) == 1
+        assert row["asked"] == one["prompt"] and "checksum: " in row["asked"] and row["asked"].endswith("assistant\n")
+        assert row["change"] == ("won" if one["score"] > row["score"]["base"] else "same")
+    shown = project.sft("answers", "latest", "--task", "checksum_think", "--limit", "2")
+    assert shown.count("  asked  ") == shown.count("  tuned  ") == 2
+    assert project.sft("answers", first, "--only", "lost") == ""
+    told = project.sft("answers", first, "--task", "checksum", succeeds=False)
+    assert "found 'checksum'; the run's tasks are checksum_think; did you mean" in told
 
 
 def test_compare_unknown_run_names_the_known_ones(two_runs: tuple[Project, str, str]) -> None:

@@ -19,7 +19,10 @@ EVIL = "a|b\n---\n# `x` <script>&amp; [l](http://x) *b* _i_ \\ \u2028 ``` : {#"
 def card(**changes: Any) -> Card:
     source = {"config": "SFT", "split": "train", "files": (), "revision": "c" * 40, "licence": "mit"}
     counts = {"conversations": 70, "rows": 50, "tokens": 900, "trained_tokens": 300, "share": 0.75}
-    scores = [Score("one", "exact_match", 100, 0.0, 0.0, 0.5, 0.05), Score("one", "loss", 100, 2.5, 0.1, 1.25, 0.05)]
+    scores = [
+        Score("one", "exact_match", 100, 0.0, 0.0, 0.5, 0.05, (0.5, 0.4, 0.6)),
+        Score("one", "loss", 100, 2.5, 0.1, 1.25, 0.05, (-1.25, None, None)),
+    ]
     values: dict[str, Any] = {
         "name": "mine",
         "base": Base("org/base", "org/base", "b" * 40, "apache-2.0"),
@@ -73,8 +76,15 @@ def test_metadata_of_local_files_and_folders_names_no_hub_id():
 def test_tables_tell_scores_with_intervals_cut_offs_and_gains():
     text = model_card(card())
     assert rows(text, "task | metric") == [
-        ["one", "exact match", "100", "0.0000 (0.0000 to 0.0370)", "0.5000 (0.4038 to 0.5962)"],
-        ["one", "loss", "100", "2.5000 (2.3040 to 2.6960)", "1.2500 (1.1520 to 1.3480)"],
+        [
+            "one",
+            "exact match",
+            "100",
+            "0.0000 (0.0000 to 0.0370)",
+            "0.5000 (0.4038 to 0.5962)",
+            "+0.5000 (+0.4000 to +0.6000)",
+        ],
+        ["one", "loss", "100", "2.5000 (2.3040 to 2.6960)", "1.2500 (1.1520 to 1.3480)", "-1.2500"],
     ]
     assert rows(text, "task | answers") == [["one", "50", "80.0%", "2.0%"]]
     assert rows(text, "task | gain") == [["one", "0.2500"]]
@@ -90,7 +100,7 @@ def test_interval_of_a_share_has_a_width_where_every_answer_is_right():
 def test_score_that_is_no_number_is_in_the_table_and_not_in_the_metadata():
     text = model_card(card(scores=[Score("one", "loss", 3, 1.0, 0.1, float("nan"), float("nan"))]))
     assert ModelCard(text).data.eval_results is None
-    assert rows(text, "task | metric")[0][-1] == "nan"
+    assert rows(text, "task | metric")[0][-2:] == ["nan", "-"]
 
 
 def test_smoke_run_says_so():

@@ -38,7 +38,7 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_commands_are_those_of_the_readme():
     assert {" ".join(name) for name in COMMANDS} >= {
         *("plan", "explain", "show", "verify", "scores", "resume", "init", "import", "store list", "store gc"),
-        *("chat", "compare", "lineage"),
+        *("answers", "chat", "compare", "lineage"),
     }
 
 

@@ -31,6 +31,7 @@ def save(store: Store, model: str, values: list[float], outputs: list[str], cut_
     columns = {
         **{"row_id": [str(row) for row in range(n)], "prompt_hash": range(n), "nll": [3.0] * n},
         **{"num_trained": [2 + row % 3 for row in range(n)], "num_correct": [1] * n, "answer": [f"want {SCRIPT}"] * n},
+        "prompt": [f"ask {SCRIPT} {'at length ' * 40}{row}?" for row in range(n)],
         **{"outputs": [[output] for output in outputs], "num_generated": [[7]] * n},
         **{"cut_off": [[row < cut_off] for row in range(n)], "scores": [[v] for v in values], "score": values},
     }
@@ -65,7 +66,11 @@ def test_evaluation_card_tells_differences_flags_and_changed_rows(refs: tuple[St
     assert shown.count("Red flag:") == 1
     assert "Won: 3 rows" in shown and "Lost: 20 rows" in shown
     tables = [component.render() for component in components if component.render().get("type") == "table"]
-    assert [len(table["data"]) for table in tables[1:]] == [3, 8]
+    assert [len(table["data"]) for table in tables[1:]] == [3, 8, 2]
+    assert "The same: 2 rows" in shown
+    for table, first in zip(tables[1:], ("20", "0", "23"), strict=True):
+        asked = table["data"][0][0]
+        assert asked.startswith("… ") and asked.endswith(f" {first}?") and len(asked) == 202
 
 
 def test_evaluation_card_shows_data_as_text_and_cut(refs: tuple[Store, dict[str, Ref]]) -> None:

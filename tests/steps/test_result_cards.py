@@ -30,24 +30,35 @@ def number(value: float, sign: str = "") -> str:
     return f"{value:{sign}.4g}"
 
 
+def with_interval(score: dict[str, Any]) -> str:
+    return f"{number(score['difference'], '+')} ({number(score['low'])} to {number(score['high'])})"
+
+
 def test_report_card_shows_the_scores_of_its_manifest(scored: tuple[Store, PinnedRecipe], browser: Browser) -> None:
     store, pinned = scored
     ref = store.ensure(report.REPORT, pinned)
     counts = store.manifest(ref)["counts"]
     page = browser.card(report.card(store, ref))
     assert page.errors == [] and page.width <= browser.width
-    scores, gains = page.tables
+    first, gains, scores = page.tables
     assert [row[:3] for row in scores[1:]] == [[s["task"], s["metric"], str(s["n"])] for s in counts["scores"]]
     for row, score in zip(scores[1:], counts["scores"], strict=True):
         assert row[3] == f"{number(score['base'])} → {number(score['tuned'])}"
-        low, high = number(score["low"]), number(score["high"])
-        assert row[4].replace("\n", " ") == f"{number(score['difference'], '+')} ({low} to {high})"
+        assert row[4].replace("\n", " ") == with_interval(score)
+    by_name = {(score["task"], score["metric"]): score for score in counts["scores"]}
+    assert [row[0] for row in first[1:]] == list(dict.fromkeys(task for task, _ in by_name))
+    for task, _, losses, answers, difference in first[1:]:
+        loss, match = by_name[task, "loss"], by_name[task, "exact_match"]
+        assert losses == f"{number(loss['base'])} → {number(loss['tuned'])}"
+        assert answers.replace("\n", " ") == f"exact_match {number(match['base'])} → {number(match['tuned'])}"
+        assert difference.replace("\n", " ") == with_interval(match)
     (gain,) = counts["thinking"]
     assert gains[1][:3] == ["checksum", str(gain["n"]), f"{number(gain['no_think'])} → {number(gain['think'])}"]
     assert gains[1][4] == f"{number(gain['tokens no_think'])} → {number(gain['tokens think'])}"
     assert gains[1][5] == f"{number(gain['cut off no_think'])} → {number(gain['cut off think'])}"
-    metrics = sorted({score["metric"] for score in counts["scores"]})
-    assert len(page.charts) == len(metrics) == 4
+    drawn = [{(one["task"], one["metric"]) for one in chart.values} for chart in page.charts]
+    tasks = {task for task, _ in by_name}
+    assert drawn == [{(task, name) for task in tasks} for name in ("exact_match", "loss", "token_accuracy")]
     flags = {flag for score in counts["scores"] for flag in (score["flags"] or "").split("; ") if flag}
     assert flags, "a model that has learnt nothing scores 0"
     for flag in flags:
