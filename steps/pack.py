@@ -51,6 +51,9 @@ def card(store: Store, ref: Ref) -> list[Any]:
         "tokens": counts["tokens"],
         "max_length": counts["max_length"],
         "fill": f"{counts['fill']:.2%}",
+        "attention of a pack, token pairs: least, mean, most": ", ".join(
+            f"{counts['attention_of_packs'][name]:,}" for name in ("least", "mean", "most")
+        ),
         **{f"over-long rows {name}": sum(changed[name].values()) for name in ("dropped", "truncated", "split")},
     }
     sources = sorted({source for by_source in changed.values() for source in by_source})

@@ -65,8 +65,19 @@ def build_packs(
         "packs_by_fill": _by_percent(tokens_of_packs, max_length),
         "packs_by_documents": by_length(np.bincount(pack)),
         "documents_by_tokens": by_length(lengths),
+        "attention_of_packs": _attention(pack, lengths),
         **fitted.counts,
     }
+
+
+def _attention(pack: np.ndarray, lengths: np.ndarray) -> dict[str, int]:
+    """Pairs of tokens of which one sees the other, in the cheapest, the mean and the costliest pack.
+
+    Packs are equally long and differ in this: what the balance over ranks is about.
+    """
+    tokens = lengths.astype(np.float64)
+    pairs = np.bincount(pack, weights=tokens * (tokens + 1) / 2)
+    return {"least": int(pairs.min()), "mean": round(float(pairs.mean())), "most": int(pairs.max())}
 
 
 def _by_percent(num_tokens: np.ndarray, capacity: int) -> dict[str, int]:

@@ -212,6 +212,7 @@ def test_plan_each_row_is_in_one_pack_of_the_whole_mixture(pack):
         "packs_by_fill": {"50": 1, "90": 1, "100": 1},
         "packs_by_documents": {"1": 1, "2": 2},
         "documents_by_tokens": {"2": 1, "3": 1, "5": 2, "8": 1},  # 8 and 9 share a bin
+        "attention_of_packs": {"least": 3 + 6, "mean": 28, "most": 45},
         "dropped": {},
         "truncated": {},
         "split": {},

@@ -174,6 +174,8 @@ def test_pack_card_shows_the_fill_and_what_a_pack_holds(made, browser: Browser) 
     assert page.errors == []
     shown = dict(page.tables[0])
     assert (plain(shown["packs"]), shown["fill"]) == (counts["packs"], f"{counts['fill']:.2%}")
+    (pairs,) = [value.replace("\n", " ") for name, value in shown.items() if name.startswith("attention")]
+    assert pairs == ", ".join(f"{counts['attention_of_packs'][name]:,}" for name in ("least", "mean", "most"))
     fills, documents, lengths = page.charts
     assert {str(one["percent"]): one["count"] for one in fills.values} == counts["packs_by_fill"]
     for chart, total in ((documents, "packs"), (lengths, "documents")):
