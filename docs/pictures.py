@@ -1,6 +1,7 @@
 """The README's pictures of cards: `python docs/pictures.py [RUN]`, in the folder the flow ran in, after a run.
 
-Takes each step's card, and the card server, from the newest finished run (or the one named) with headless Chromium.
+Takes each step's card, and the card server, from the newest finished run without a search (or the one named) with
+headless Chromium, and from the newest one with a search the card of its last round of training.
 """
 
 from __future__ import annotations
@@ -36,38 +37,52 @@ SHOW = """(() => {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", help="its id; the newest finished one by default")
+    parser.add_argument("run", nargs="?", help="its id; by default the newest finished one without a search")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="the folder of the pictures")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    run = find_run(arguments.run)
+    finished = finished_runs()
+    plain = [run for run in finished if run.id == arguments.run or (arguments.run is None and not searches(run))]
+    if not plain:
+        sys.exit(f"no {f'run {arguments.run}' if arguments.run else 'finished run'} is recorded in {Path.cwd()}")
+    run = plain[0]
     with tempfile.TemporaryDirectory() as folder, Browser(width=1100, height=100) as browser:
         for step in STEPS:
             html = Path(folder) / f"{step}.html"
-            html.write_text(card_html(run, step))
+            html.write_text(card_html(min(run[step], key=number)))
             path = arguments.output / f"card-{step}.png"
+            tell(path, browser.picture(html, path))
+        for searching in [run for run in finished if searches(run)][:1]:
+            html = Path(folder) / "search.html"
+            html.write_text(card_html(max(searching["train"], key=number)))
+            path = arguments.output / "card-search.png"
             tell(path, browser.picture(html, path))
     with card_server(run.id) as url, Browser(width=1100, height=700) as browser:
         path = arguments.output / "card-server.png"
         tell(path, browser.picture(url, path, script=SHOW.replace("STEP", "train")))
 
 
-def find_run(name: str | None) -> Any:
+def finished_runs() -> list[Any]:
+    """The newest first."""
     os.environ.setdefault("METAFLOW_USER", os.environ.get("USER") or "sft")
     from metaflow import Flow, namespace
 
     namespace(None)
-    runs = [run for run in Flow("SFTFlow") if run.id == name or (name is None and run.successful)]
-    if not runs:
-        sys.exit(f"no {f'run {name}' if name else 'finished run'} is recorded in {Path.cwd()}")
-    return max(runs, key=lambda run: run.created_at)
+    return sorted((run for run in Flow("SFTFlow") if run.successful), key=lambda run: run.created_at, reverse=True)
 
 
-def card_html(run: Any, step: str) -> str:
-    """Of the step's first task."""
+def searches(run: Any) -> bool:
+    return any(tag.startswith("strategy:") for tag in run.user_tags)
+
+
+def number(task: Any) -> int:
+    return int(task.id)
+
+
+def card_html(task: Any) -> str:
     from metaflow.cards import get_cards
 
-    return get_cards(min(run[step], key=lambda task: int(task.id)))[0].get()
+    return get_cards(task)[0].get()
 
 
 def tell(path: Path, page: Page) -> None:

@@ -77,7 +77,8 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     task, tuned = manifests["tuned"]["identity"]["part"]["task"], manifests["tuned"]["counts"]
     scores = {model: manifests[model]["counts"]["scores"] for model in MODELS}
     compared = compare(folders["base"], folders["tuned"])
-    rows = score_rows({task: scores}, {task: compared}, {task: read_answers(folders["tuned"])})
+    counts = {model: read_answers(folders[model]) for model in MODELS}
+    rows = score_rows({task: scores}, {task: compared}, {task: counts})
     shown: dict[str, Any] = {"rows": tuned["rows"]}
     for base, after in zip(scores["base"], scores["tuned"], strict=True):
         shown[f"{after['metric']}: base → tuned"] = _told(base, after, compared.get(after["metric"]))

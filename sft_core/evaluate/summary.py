@@ -36,7 +36,9 @@ def build_report(build: Build, *, recipe: str, tasks: list[str]) -> dict[str, An
     }
     paired = [task for task in tasks if not task.startswith(LM_EVAL)]  # the harness keeps rows of its own
     compared = {task: compare(build.inputs[f"base.{task}"], build.inputs[f"tuned.{task}"]) for task in paired}
-    counts = {task: read_answers(build.inputs[f"tuned.{task}"]) for task in paired}
+    counts = {
+        task: {model: read_answers(build.inputs[f"{model}.{task}"]) for model in ("base", "tuned")} for task in paired
+    }
     scores = score_rows(found, compared, counts)
     gains = thinking_gains({task: build.inputs[f"tuned.{task}"] for task in paired})
     (build.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")

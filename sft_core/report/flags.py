@@ -8,16 +8,26 @@ MAX_CUT_OFF = 0.05  # of the answers: more of them cut off say more of the limit
 LOWER_IS_BETTER = ("loss", "perplexity")
 
 
-def red_flags(score: dict[str, Any], answers: dict[str, Any] | None = None) -> list[str]:
-    """score: a row of the score table. answers: the tuned model's counts, of the metric that answers are scored by."""
+def red_flags(score: dict[str, Any], answers: dict[str, dict[str, Any]] | None = None) -> list[str]:
+    """score: a row of the score table. answers: each model's counts, where the score is that of answers."""
     flags = [f"{model} is exactly 0" for model in ("tuned", "base") if score[model] == 0]
     if is_worse(score):
         flags.append("worse than base")
-    if answers and answers["empty"]:
-        flags.append(f"{answers['empty']} of {answers['answers']} answers empty")
-    if answers and answers["answers"] and answers["cut_off"] / answers["answers"] > MAX_CUT_OFF:
-        flags.append(f"{answers['cut_off'] / answers['answers']:.0%} cut off")
+    if answers is None:
+        return flags
+    tuned = answers["tuned"]
+    if tuned["empty"]:
+        flags.append(f"{tuned['empty']} of {tuned['answers']} answers empty")
+    if cut_off(tuned) > MAX_CUT_OFF:
+        flags.append(f"{cut_off(tuned):.0%} cut off")
+    if cut_off(answers["base"]) > MAX_CUT_OFF:
+        flags.append("answers of base cut off")  # its score may be the limit's doing, and with it the difference
     return flags
+
+
+def cut_off(answers: dict[str, Any]) -> float:
+    """The share of answers that ended at the limit of new tokens."""
+    return answers["cut_off"] / answers["answers"] if answers["answers"] else 0.0
 
 
 def is_worse(score: dict[str, Any]) -> bool:

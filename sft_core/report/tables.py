@@ -17,13 +17,13 @@ LOSSES = ("loss", "perplexity", "token_accuracy")  # of every row; any other sco
 def score_rows(
     scores: dict[str, dict[str, list[dict[str, Any]]]],
     differences: dict[str, dict[str, dict[str, Any]]],
-    answers: dict[str, dict[str, Any]],
+    answers: dict[str, dict[str, dict[str, Any]]],
 ) -> list[dict[str, Any]]:
     """A row of HEADER for each score of {task: {"base"|"tuned": [{metric, value, stderr, n}]}}.
 
     stderr is the tuned score's standard error. differences: {task: {metric: {value, low, high}}}, tuned - base with a
-    95 % interval; where there is none, None. answers: {task: counts of the tuned model's answers, and their metric}.
-    flags: what a reader must not overlook, in words, or None.
+    95 % interval; where there is none, None. answers: {task: {"base"|"tuned": counts of its answers, and their
+    metric}}. flags: what a reader must not overlook, in words, or None.
     """
     rows = []
     for task, models in scores.items():
@@ -42,8 +42,8 @@ def score_rows(
                 "low": _rounded(found.get("low")),
                 "high": _rounded(found.get("high")),
             }
-            counts = answers.get(task, {})
-            flags = red_flags(row, counts if counts.get("metric") == metric else None)
+            counts = answers.get(task)
+            flags = red_flags(row, counts if counts and counts["tuned"]["metric"] == metric else None)
             rows.append({**row, "flags": "; ".join(flags) or None})
     return rows
 

@@ -34,7 +34,12 @@ def answers(**changes: int) -> dict[str, Any]:
     ],
 )
 def test_red_flags_are_said_in_words(row: dict[str, Any], counts: dict[str, Any] | None, flags: list[str]) -> None:
-    assert red_flags(row, counts) == flags
+    assert red_flags(row, counts and {"tuned": counts, "base": answers()}) == flags
+
+
+def test_base_whose_answers_are_cut_off_is_told() -> None:
+    assert red_flags(score(), {"tuned": answers(), "base": answers(cut_off=6)}) == ["answers of base cut off"]
+    assert red_flags(score(), {"tuned": answers(), "base": answers(cut_off=5, empty=9)}) == []
 
 
 def test_score_rows_have_differences_and_flags_of_the_answers_metric_alone() -> None:
@@ -44,7 +49,8 @@ def test_score_rows_have_differences_and_flags_of_the_answers_metric_alone() -> 
 
     found = {"a": {"base": scores(2, 0.5), "tuned": scores(1, 0.0)}, "b": {"base": scores(2, 1), "tuned": scores(1, 1)}}
     compared = {"a": {"exact_match": {"value": -0.5, "low": -0.8, "high": -0.2}}}
-    counts = {"a": {"metric": "exact_match", **answers(cut_off=30)}}
+    of_tuned = {"metric": "exact_match", **answers(cut_off=30)}
+    counts = {"a": {"tuned": of_tuned, "base": {**of_tuned, **answers()}}}
     rows = score_rows(found, compared, counts)
     assert all(tuple(row) == HEADER for row in rows)
     flags = {(row["task"], row["metric"]): row["flags"] for row in rows}
