@@ -65,8 +65,9 @@ def test_vllm_draws_follow_the_shaped_distribution_and_are_the_rows_own(
     assert (shares[expected == 0] == 0).all()
     assert (np.abs(shares - expected) < 4.5 * np.sqrt(expected * (1 - expected) / count) + 1e-6).all()
 
-    again = engine.write([prompts[0], prompt], [5, 8], {**shape, "num_samples": 9}, stop_ids=[], max_new_tokens=1)
-    assert [ids[0] for ids in again[9:]] == drawn[count // 2 :][:9].tolist(), "a row's draws are its own"
+    # In another place, beside another row, with fewer samples.
+    again = engine.write([prompt, prompts[0]], [8, 5], {**shape, "num_samples": 9}, stop_ids=[], max_new_tokens=1)
+    assert [ids[0] for ids in again[:9]] == drawn[count // 2 :][:9].tolist(), "a row's draws are its own"
 
 
 @needs_vllm
