@@ -54,15 +54,25 @@ def find_checkpoint(name: str, root: str) -> Place:
 
 def _on_hub(id: str) -> Place:
     """At the commit that its main branch has now; where the hub is out of reach, as it was loaded last."""
-    from huggingface_hub import try_to_load_from_cache
-
     try:
         return Place(id, {}, resolve("model", id, "main").commit)
     except HubUnreachable:
-        cached = try_to_load_from_cache(id, "config.json")
-        if not isinstance(cached, str):
+        if (folder := _in_cache(id)) is None:
             raise
-        return Place(str(Path(cached).parent), {})
+        return Place(str(folder), {})
+
+
+def _in_cache(id: str) -> Path | None:
+    """Of a hub's model the commit that was loaded last. The cache knows no branch of what is loaded by its commit."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repos = [repo for repo in scan_cache_dir().repos if (repo.repo_type, repo.repo_id) == ("model", id)]
+    except CacheNotFound:
+        return None
+    revisions = sorted((one for repo in repos for one in repo.revisions), key=lambda one: one.last_modified)
+    folders = [one.snapshot_path for one in revisions if (one.snapshot_path / "config.json").is_file()]
+    return folders[-1] if folders else None
 
 
 def _stages(root: str) -> set[str]:

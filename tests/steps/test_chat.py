@@ -21,6 +21,7 @@ from sft_core.store import Ref, Store
 from steps.chat import find_checkpoint
 from steps.train import TRAINED
 from tests.evaluate.chained import NO_THINK, SMILE, THINK, chained
+from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 60
@@ -64,6 +65,19 @@ def chat(folder: Path, *arguments: object, said: str = "", code: int = 0) -> sub
 def test_chat_prompt_prints_the_answer_alone(model: Path, tmp_path: Path):
     done = chat(tmp_path, model, "--prompt", "hello", *PLAIN)
     assert (done.stdout, done.stderr) == (SMILE + "\n", "")
+
+
+def test_chat_with_a_model_of_the_hub_and_again_without_it(model: Path, tmp_path: Path):
+    arguments = command("org/chained", "--prompt", "hello", *PLAIN)
+    with HubServer() as hub:
+        hub.publish("models", "org/chained", {path.name: path.read_bytes() for path in model.iterdir()})
+        settings = hub.environment(tmp_path) | {"PYTHONPATH": str(ROOT)}
+        options: dict[str, Any] = {"cwd": tmp_path, "env": settings, "capture_output": True, "timeout": TIMEOUT_S}
+        first = subprocess.run(arguments, **options, check=False, text=True, encoding="utf-8")
+        assert first.returncode == 0, first.stderr
+    again = subprocess.run(arguments, **options, check=False, text=True, encoding="utf-8")
+    assert again.returncode == 0, again.stderr
+    assert first.stdout == again.stdout == SMILE + "\n"
 
 
 def test_chat_no_think_is_another_prompt(model: Path, tmp_path: Path):
