@@ -26,7 +26,7 @@ from tests.browser import Browser, Page  # noqa: E402
 
 FLOW = ROOT / "flows" / "sft_flow.py"
 STEPS = ("tokenize", "mix", "pack", "train", "evaluate", "report")
-MAX_BYTES = 300_000
+MAX_BYTES, WIDTH = 500_000, 1100
 TIMEOUT_S = 60
 SHOW = """(() => {
     const menu = document.querySelector("select");
@@ -46,7 +46,7 @@ def main() -> None:
     if not plain:
         sys.exit(f"no {f'run {arguments.run}' if arguments.run else 'finished run'} is recorded in {Path.cwd()}")
     run = plain[0]
-    with tempfile.TemporaryDirectory() as folder, Browser(width=1100, height=100) as browser:
+    with tempfile.TemporaryDirectory() as folder, Browser(width=WIDTH, height=100) as browser:
         for step in STEPS:
             html = Path(folder) / f"{step}.html"
             html.write_text(card_html(min(run[step], key=number)))
@@ -57,7 +57,7 @@ def main() -> None:
             html.write_text(card_html(max(searching["train"], key=number)))
             path = arguments.output / "card-search.png"
             tell(path, browser.picture(html, path))
-    with card_server(run.id) as url, Browser(width=1100, height=700) as browser:
+    with card_server(run.id) as url, Browser(width=WIDTH, height=700) as browser:
         path = arguments.output / "card-server.png"
         tell(path, browser.picture(url, path, script=SHOW.replace("STEP", "train")))
 
@@ -88,8 +88,9 @@ def card_html(task: Any) -> str:
 def tell(path: Path, page: Page) -> None:
     size = path.stat().st_size
     print(f"{path} {size // 1000} kB")
-    if page.errors or size > MAX_BYTES:
-        sys.exit(f"{path}: {'; '.join(page.errors) or f'{size} bytes, at most {MAX_BYTES} are wanted'}")
+    if page.errors or size > MAX_BYTES or page.width > WIDTH:
+        of = f"{size} bytes, at most {MAX_BYTES} are wanted; {page.width} pixels wide, at most {WIDTH}"
+        sys.exit(f"{path}: {'; '.join(page.errors) or of}")
 
 
 @contextlib.contextmanager

@@ -240,8 +240,8 @@ class SFTFlow(FlowSpec):
             with train.live_card(self.store, self.pinned, round, current.card):
                 self.trained = self.ensure(train.TRAINED, **round)
         self.num_rounds += 1
-        current.card.extend(train.card(self.store.path(self.ref(self.trained))))
         current.card.extend(search.card(self.store, self.pinned))
+        current.card.extend(train.card(self.store.path(self.ref(self.trained))))
 
     @property
     def pinned(self):

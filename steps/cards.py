@@ -12,13 +12,15 @@ from typing import Any
 from sft_core.data.lengths import end_of
 
 MAX_CELL = 300  # characters
-MAX_NAME = 36  # characters of a source's name beside many columns
+# A card is narrow, and what sticks out of it is cut off: long names are folded, and numbers are not.
+_FOLDED = "<style>td{overflow-wrap:anywhere;min-width:4.6em;padding:8px 6px!important}</style>"
 
 
 def heading(text: str) -> Any:
+    """What each card begins with; the tables below it are as narrow as need be."""
     from metaflow.cards import Markdown
 
-    return Markdown(f"<h2>{_escaped(text)}</h2>")
+    return Markdown(f"{_FOLDED}<h2>{_escaped(text)}</h2>")
 
 
 def facts(title: str, values: dict[str, Any]) -> list[Any]:
@@ -86,12 +88,6 @@ def bins(counts: dict[str, int]) -> list[tuple[int, int, int]]:
         found.append((lower, end_of(lower), counts.get(str(lower), 0)))
         lower = end_of(lower)
     return found
-
-
-def short(name: str) -> str:
-    """A long name without its middle, so that a table of many columns fits: names of sources differ at both ends."""
-    half = MAX_NAME // 2
-    return name if len(name) <= MAX_NAME else f"{name[:half]}…{name[-half:]}"
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from sft_core.data.overlap.decontamination import build_contamination
 from sft_core.data.overlap.report_prompts import build_report_prompts
 from sft_core.pins import PinnedRecipe
 from sft_core.store import Needs, Part, Ref, Stage, Store
-from steps.cards import heading, short, table
+from steps.cards import heading, table
 from steps.download import CONVERSATIONS
 
 
@@ -55,7 +55,7 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     examples = []
     for source, found in counts.items():
         for one in found["examples"]:
-            row, prompt = f"{short(source)} {one['row_id'][:12]}", f"{short(one['task'])} {one['report_row_id'][:12]}"
+            row, prompt = f"{source} {one['row_id'][:12]}", f"{one['task']} {one['report_row_id'][:12]}"
             told = f"{row} holds {one['coverage']:.2f} of {prompt}"
             examples.append((told, one["text"], one["prompt"], one["ngram"]))
     num_rows = sum(one["contaminated"] for one in counts.values())

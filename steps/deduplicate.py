@@ -7,7 +7,7 @@ from sft_core.data.overlap.signatures import build_signatures
 from sft_core.pins import PinnedRecipe
 from sft_core.sections import Deduplication
 from sft_core.store import Needs, Part, Ref, Stage, Store
-from steps.cards import heading, short, table
+from steps.cards import heading, table
 from steps.download import CONVERSATIONS
 from steps.tokenize import TOKENS
 
@@ -69,7 +69,7 @@ def card(store: Store, ref: Ref) -> list[Any]:
     pairs = [(pair["source"], pair["of"], pair["kind"], pair["rows"]) for pair in counts["pairs"]]
     examples = []
     for one in counts["examples"]:
-        row, repeated = (f"{short(one[f'{of}source'])} {one[f'{of}row_id'][:12]}" for of in ("", "of_"))
+        row, repeated = (f"{one[f'{of}source']} {one[f'{of}row_id'][:12]}" for of in ("", "of_"))
         told = f"{row} repeats {repeated}: {one['kind']}, {one['similarity']:.2f}"
         examples.append((told, one["text"], one["of_text"]))
     return [

@@ -12,7 +12,7 @@ from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import lengths_by_source, requested_and_achieved
 from sft_core.store import Needs, Part, Ref, Stage, Store
 from steps import decontaminate, deduplicate
-from steps.cards import bins, chart, facts, heading, rejects, short, table
+from steps.cards import bins, chart, facts, heading, rejects, table
 from steps.tokenize import TOKENS
 
 SHARES_HEADER = ("source", "asked", "available", "kept", "trained tokens: requested → achieved")
@@ -115,14 +115,14 @@ def _journeys(sources: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[Any,
         for name, one in sources.items()
     }
     columns = [(key, title) for key, title in _JOURNEY if any(one[key] for one in told.values())]
-    rows = [(short(name), *(one[key] for key, _ in columns)) for name, one in told.items()]
+    rows = [(name, *(one[key] for key, _ in columns)) for name, one in told.items()]
     return ("source", *(title for _, title in columns)), rows
 
 
 def _amounts(sources: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [
         (
-            short(name),
+            name,
             one["kept"],
             one["tokens"],
             one["trained_tokens"],
@@ -151,7 +151,7 @@ def _spaced(name: str) -> str:
 
 def _share_rows(sources: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [
-        (short(name), wanted, f"{one['repeats']:.2f}", *(_change(one, amount) for amount in AMOUNTS))
+        (name, wanted, f"{one['repeats']:.2f}", *(_change(one, amount) for amount in AMOUNTS))
         for (name, one), wanted in zip(sources.items(), _asked(list(sources.values())), strict=True)
     ]
 

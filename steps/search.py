@@ -6,6 +6,7 @@ There is no other state: a search that was killed anywhere, or is given a larger
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,7 +86,7 @@ def _sizes(store: Store, pinned: PinnedRecipe) -> tuple[tuple[str, int], ...]:
     return tuple((name, one["kept"]) for name, one in sources.items())
 
 
-HEADER = ("roll-out", "trained", "from", "epochs", "dropped", "taken back", "goes on from", "why")
+HEADER = ("roll-out", "trained", "dropped", "goes on from", "why")  # a card is narrow: what is wider is cut off
 
 
 def card(store: Store, pinned: PinnedRecipe) -> list[Any]:
@@ -104,14 +105,16 @@ def card(store: Store, pinned: PinnedRecipe) -> list[Any]:
     if found.is_over and (best := found.pinned.delivered) is not None:
         score = found.measured[best.round].curves.pooled()[best.evaluation]
         shown |= {"over": found.ended_by, "delivered": f"{_place(best)}, pooled score {score:.4f}"}
-    rows = [_told(rollout, one) for rollout, one in zip(found.pinned.rollouts, found.measured, strict=False)]
+    everything = found.pinned.recipe.dataset_mixture.trained_sources
+    rows = [_told(*pair, everything) for pair in zip(found.pinned.rollouts, found.measured, strict=False)]
+    shared, header, evidence = _evidence(found.measured[-1].decision)
     return [
         *facts("Search", shown),
         chart(rollouts(_points(found))),
         heading("Decisions"),
         table(HEADER, rows),
-        heading("What the last one rests on"),
-        table(*_evidence(found.measured[-1].decision)),
+        heading(f"What the last one rests on{shared}"),
+        table(header, evidence),
         *_what_was_drawn(found.measured[-1].drawn),
     ]
 
@@ -158,27 +161,43 @@ def _place(point: Point | None) -> str:
     return "the start model" if point is None else f"roll-out {point.round}, evaluation {point.evaluation}"
 
 
-def _told(rollout: Rollout, measured: Measured) -> tuple[Any, ...]:
+def _told(rollout: Rollout, measured: Measured, everything: Sequence[str]) -> tuple[Any, ...]:
     decision = measured.decision
+    back = f"; back again: {', '.join(decision.readmitted)}" if decision.readmitted else ""
     return (
-        rollout.round,
-        ", ".join(rollout.active),
-        _place(rollout.start),
-        f"{measured.curves.epochs[-1]:g} of {rollout.epochs:g}",
-        ", ".join(decision.dropped) or "nobody",
-        ", ".join(decision.readmitted),
-        f"{_place(decision.start)} ({measured.curves.epochs[decision.start.evaluation]:g} epochs in)",
+        f"{rollout.round}, from {_place(rollout.start)}",
+        f"{_which(rollout.active, everything)}, {measured.curves.epochs[-1]:g} of {rollout.epochs:g} epochs",
+        (", ".join(decision.dropped) or "nobody") + back,
+        f"{_place(decision.start)}, {measured.curves.epochs[decision.start.evaluation]:g} epochs in",
         decision.reason,
     )
 
 
-def _evidence(decision: Decision) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    names = list(dict.fromkeys(name for one in decision.evidence.values() for name in one))
-    rows = [
-        (task, *(f"{one[name]:.4g}" if isinstance(one[name], float) else one[name] for name in names))
-        for task, one in decision.evidence.items()
-    ]
-    return ("task", *names), rows
+def _which(active: Sequence[str], everything: Sequence[str]) -> str:
+    """Tasks in few words: the names of those that are in, or of those that are not."""
+    out = [task for task in everything if task not in active]
+    if not out:
+        return f"all {len(everything)} tasks"
+    if len(out) < len(active):
+        return f"{len(active)} tasks, without {', '.join(out)}"
+    return ", ".join(active)
+
+
+def _evidence(decision: Decision) -> tuple[str, tuple[str, ...], list[tuple[Any, ...]]]:
+    """What all tasks share, in words, and a table of what they do not, with the peak in any case."""
+
+    def shown(value: Any) -> Any:
+        return f"{value:.4g}" if isinstance(value, float) else value
+
+    found = decision.evidence
+    names = list(dict.fromkeys(name for one in found.values() for name in one))
+    values = {name: [shown(one[name]) for one in found.values()] for name in names}
+    shared = {name: column[0] for name, column in values.items() if len(column) > 1 and len({*column}) == 1}
+    shared.pop("peak", None)
+    names = [name for name in names if name not in shared]
+    rows = [(task, *(values[name][number] for name in names)) for number, task in enumerate(found)]
+    told = ", ".join(f"{name} {value}" for name, value in shared.items())
+    return f" ({told})" if told else "", ("task", *names), rows
 
 
 def _points(found: Progress) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def executable() -> str | None:
 class Browser:
     """One headless Chromium with a profile of its own; both are gone when the block is left or this process ends."""
 
-    def __init__(self, width: int = 1280, height: int = 900):
+    def __init__(self, width: int = 1100, height: int = 900):
         self.width, self.height = width, height
 
     def __enter__(self) -> Self:
@@ -105,7 +105,7 @@ class Browser:
             return tab.load(_url(address), contains)
 
     def card(self, components: list[Any], *, width: int | None = None) -> Page:
-        """What `current.card.extend(components)` shows on a blank card."""
+        """What `current.card.extend(components)` shows on a blank card. What its place cuts off is an error."""
         from metaflow.plugins.cards.card_modules.basic import BlankCard
 
         rendered = [component.render() for component in components]
@@ -113,7 +113,10 @@ class Browser:
         with tempfile.TemporaryDirectory(prefix="card-") as folder:
             path = Path(folder) / "card.html"
             path.write_text(html)
-            return self.open(path, width=width)
+            page = self.open(path, width=width)
+        if page.width > (width or self.width):
+            page.errors.append(f"{page.width} pixels wide, in a window of {width or self.width}")
+        return page
 
     def picture(
         self, address: str | Path, path: Path, *, width: int | None = None, height: int | None = None, script: str = ""
@@ -255,7 +258,10 @@ LOOK = r"""() => {
             height: svg.clientHeight,
         };
     };
+    // What a scroll bar would have to bring into sight: of a table that is wider than its place nobody sees the end.
+    const clipped = one => getComputedStyle(one).overflowX === "visible" ? 0 : one.scrollWidth - one.clientWidth;
     const body = document.body;
+    const hidden = body ? Math.max(0, ...[...body.querySelectorAll("*")].map(clipped)) : 0;
     if (!body) return {ready: false, text: "", charts: [], specs};
     return {
         ready: document.readyState === "complete" && (!window.mfCardDataId || !!body.querySelector("[data-component]")),
@@ -265,7 +271,7 @@ LOOK = r"""() => {
         charts: [...body.querySelectorAll(".vega-embed svg.marks")].map(chart),
         specs,
         frames: [...body.querySelectorAll("iframe")].map(frame => frame.src),
-        width: document.documentElement.scrollWidth,
+        width: document.documentElement.scrollWidth + hidden,
         height: document.documentElement.scrollHeight,
     };
 }"""

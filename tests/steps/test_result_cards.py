@@ -39,7 +39,7 @@ def test_report_card_shows_the_scores_of_its_manifest(scored: tuple[Store, Pinne
     ref = store.ensure(report.REPORT, pinned)
     counts = store.manifest(ref)["counts"]
     page = browser.card(report.card(store, ref))
-    assert page.errors == [] and page.width <= browser.width
+    assert page.errors == []
     first, gains, scores = page.tables
     assert [row[:3] for row in scores[1:]] == [[s["task"], s["metric"], str(s["n"])] for s in counts["scores"]]
     for row, score in zip(scores[1:], counts["scores"], strict=True):
@@ -73,7 +73,7 @@ def test_evaluation_card_shows_the_scores_of_its_manifests(
     refs = {model: store.ensure(evaluate.EVALUATED, pinned, model=model, task=task) for model in evaluate.MODELS}
     counts = {model: store.manifest(ref)["counts"] for model, ref in refs.items()}
     page = browser.card(evaluate.card(store, refs))
-    assert page.errors == [] and page.width <= browser.width
+    assert page.errors == []
     shown: dict[str, Any] = {name.replace("\n", " "): value.replace("\n", " ") for name, value in page.tables[0]}
     assert shown["rows"] == str(counts["tuned"]["rows"])
     for base, tuned in zip(counts["base"]["scores"], counts["tuned"]["scores"], strict=True):
