@@ -49,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Browser(width=WIDTH, height=100) as browser:
         for step in STEPS:
             html = Path(folder) / f"{step}.html"
-            html.write_text(card_html(min(run[step], key=number)))
+            html.write_text(card_html(max(run[step], key=number)))
             path = arguments.output / f"card-{step}.png"
             tell(path, browser.picture(html, path))
         for searching in [run for run in finished if searches(run)][:1]:
