@@ -71,7 +71,8 @@ def test_vllm_draws_follow_the_shaped_distribution_and_are_the_rows_own(
 
 
 @needs_vllm
-def test_task_scored_with_vllm_has_the_rows_of_transformers(tmp_path: Path) -> None:
+def test_task_scored_with_vllm_has_the_rows_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # as in the flow
     store, found = Store(tmp_path), {}
     for engine in ("transformers", "vllm"):
         settings = tiny_recipe(evaluation={"max_rows": 12, "max_new_tokens_by_task": {TASK: 5}, "engine": engine})
