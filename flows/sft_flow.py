@@ -88,7 +88,7 @@ class SFTFlow(FlowSpec):
         self.next(self.tokenize)
 
     @asks("data")
-    @card(type="blank")
+    @card(type="blank", id="tokens")
     @step
     def tokenize(self):
         """Text as Arrow shards of token ids and a trained mask."""
@@ -99,7 +99,7 @@ class SFTFlow(FlowSpec):
         self.next(self.mix)
 
     @asks("data")
-    @card(type="blank")
+    @card(type="blank", id="mixture")
     @step
     def mix(self, inputs):
         """Which rows of which source are trained on, without duplicates and report prompts where the recipe says so."""
@@ -113,7 +113,7 @@ class SFTFlow(FlowSpec):
         self.next(self.pack)
 
     @asks("data")
-    @card(type="blank")
+    @card(type="blank", id="packs")
     @step
     def pack(self):
         """Rows into packs, first-fit-decreasing."""
@@ -128,7 +128,7 @@ class SFTFlow(FlowSpec):
         self.next({"here": self.train, "nodes": self.gather}, condition="place")
 
     @asks("train")
-    @card(type="blank", refresh_interval=2)
+    @card(type="blank", id="training", refresh_interval=2)
     @step
     def train(self):
         """One round of training. A search asks for more of them, plain SFT for one."""
@@ -142,7 +142,7 @@ class SFTFlow(FlowSpec):
         self.next(self.train_on_nodes, num_parallel=self.pinned.recipe.runtime.num_nodes)
 
     @asks("train")
-    @card(type="blank", refresh_interval=2)
+    @card(type="blank", id="training", refresh_interval=2)
     @parallel
     @step
     def train_on_nodes(self):
@@ -172,7 +172,7 @@ class SFTFlow(FlowSpec):
 
     @asks("evaluate")
     @catch(var="failure")  # once its retries are used up: the other tasks are scored, and `end` fails
-    @card(type="blank")
+    @card(type="blank", id="scores")
     @step
     def evaluate(self):
         """Base and tuned model on one task."""
@@ -186,7 +186,7 @@ class SFTFlow(FlowSpec):
             current.card.extend(harness.task_card(self.store, self.task, refs))
         self.next(self.report)
 
-    @card(type="blank")
+    @card(type="blank", id="report")
     @step
     def report(self, inputs):
         """The table base → tuned, and the checkpoint with its model card; on the hub where the recipe says so."""

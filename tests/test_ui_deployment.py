@@ -36,6 +36,18 @@ def test_images_are_pinned(compose: dict[str, Any]) -> None:
     assert re.findall(r"metaflow==([\d.]+)$", dockerfile, re.M) == ["2.17.5"]
 
 
+def test_opening_a_task_leaves_its_logs_where_they_are(tmp_path: Path) -> None:
+    """The backend's line, and what the image's build makes of it; without the line the build fails."""
+    (command,) = re.findall(r"^RUN (files=.*)", (FOLDER / "Dockerfile").read_text().replace("\\\n", ""), re.M)
+    command = command.replace("/root /opt", str(tmp_path))
+    file = tmp_path / "get_log_file_action.py"
+    file.write_text("    shutil.move(path, log_paths[name])\n")
+    subprocess.run(["sh", "-c", command], check=True, capture_output=True)
+    assert file.read_text() == "    shutil.copyfile(path, log_paths[name])\n"
+    file.write_text("    os.rename(path, log_paths[name])\n")
+    assert subprocess.run(["sh", "-c", command], check=False, capture_output=True).returncode != 0
+
+
 def test_ports_are_this_machines_alone_and_the_database_has_none(compose: dict[str, Any]) -> None:
     ports = {name: service["ports"] for name, service in compose["services"].items() if "ports" in service}
     assert set(ports) == {"metadata", "ui"}
