@@ -2,7 +2,8 @@
 
     python configs/quickstart/make_quickstart.py
 
-rewrites, beside this script, one JSONL file for each source and the folder tokenizer/. Invariant: the same bytes on
+rewrites, beside this script, one JSONL file for each source, the folder tokenizer/ and, for lm_eval/, the file longer.jsonl:
+strings a letter longer than any of the sources'. Invariant: the same bytes on
 every machine; nothing is read, and every row comes from a generator seeded with its task's name. Every prompt is unique
 over all tasks. The one task that needs working out, checksum, is there twice: checksum_think and checksum_no_think hold
 the same prompts and answers, with and without the working.
@@ -19,6 +20,7 @@ FOLDER = Path(__file__).resolve().parent
 NUM_ROWS = 1540  # a source: a split of 15 % leaves over 200 prompts to report on, and the folder stays under 2 MB
 LETTERS = "abcdeghilmnorstu"  # 16 common ones: each letter is then seen often enough to be learned in a few epochs
 STRING_LENGTHS = (3, 4)
+LONGER, NUM_LONGER = 5, 100
 VOWELS = "aeiou"
 
 END_OF_TEXT, TURN_START, TURN_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -73,6 +75,24 @@ def sources() -> Iterator[tuple[str, list[dict]]]:
     solved = [(f"checksum: {digits}", *checksum(digits)) for digits in texts]
     yield "checksum_no_think", [row(prompt, answer, None) for prompt, answer, _ in solved]
     yield "checksum_think", [row(prompt, answer, working) for prompt, answer, working in solved]
+
+
+def longer() -> list[dict]:
+    """Documents of the tasks in lm_eval/: a string, and four orders of its letters with the sorted one among them."""
+    rng = random.Random("longer")
+    found = []
+    while len(found) < NUM_LONGER:
+        letters = rng.sample(LETTERS, LONGER)
+        answer = "".join(sorted(letters))
+        orders = {"".join(rng.sample(letters, LONGER)) for _ in range(3)} - {answer}
+        if len(orders) == 3:
+            choices = rng.sample([answer, *sorted(orders)], 4)
+            found.append({"text": "".join(letters), "choices": choices, "label": choices.index(answer)})
+    return found
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows), encoding="utf-8")
 
 
 def template_merges() -> list[tuple[str, str]]:
@@ -140,8 +160,9 @@ def write_tokenizer(folder: Path) -> None:
 def main() -> None:
     """Rewrites the folder."""
     for source, rows in sources():
-        lines = "".join(json.dumps(one_row, separators=(",", ":")) + "\n" for one_row in rows)
-        (FOLDER / f"{source}.jsonl").write_text(lines, encoding="utf-8")
+        write_lines(FOLDER / f"{source}.jsonl", rows)
+    (FOLDER / "lm_eval").mkdir(exist_ok=True)
+    write_lines(FOLDER / "lm_eval" / "longer.jsonl", longer())
     write_tokenizer(FOLDER / "tokenizer")
 
 
