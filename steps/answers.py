@@ -28,8 +28,8 @@ def answers(run: Recorded, task: str | None, only: Change | None) -> Iterator[di
     """
     own = [name for name in run.evaluated if not name.startswith(LM_EVAL)]
     if task is not None and task not in own:
-        hint = "; lm-eval's are in the samples.jsonl of its output" if task.startswith(LM_EVAL) else ""
-        raise ValueError(f"--task: found {task!r}{hint}; the run's tasks are {', '.join(own)}{nearest(task, own)}")
+        hint = "; those of lm-eval are in the samples.jsonl of its output" if task.startswith(LM_EVAL) else ""
+        raise ValueError(f"--task: found {task!r}; it is no task whose rows are kept here{hint}{nearest(task, own)}")
     store = Store(run.recipe.runtime.store)
     for name in own if task is None else [task]:
         refs = {model: Ref(*run.evaluated[name][model].split("/")) for model in ("base", "tuned")}

@@ -81,7 +81,7 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     rows = score_rows({task: scores}, {task: compared}, {task: counts})
     shown: dict[str, Any] = {"rows": tuned["rows"]}
     for base, after in zip(scores["base"], scores["tuned"], strict=True):
-        shown[f"{after['metric']}: base → tuned"] = _told(base, after, compared.get(after["metric"]))
+        shown[f"{after['metric']}: base → tuned"] = told(base, after, compared.get(after["metric"]))
     if tuned["answers"]:
         shown["answers"] = tuned["answers"]
         if "engine" in tuned:
@@ -103,7 +103,7 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     return components
 
 
-def _told(base: dict[str, Any], tuned: dict[str, Any], difference: dict[str, Any] | None) -> str:
+def told(base: dict[str, Any], tuned: dict[str, Any], difference: dict[str, Any] | None) -> str:
     def value(score: dict[str, Any]) -> str:
         return f"{score['value']:.4f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.4f}")
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from sft_core.evaluate.harness import build_harness, read_samples
+from sft_core.evaluate.documents import read_samples
+from sft_core.evaluate.harness import build_harness
+from sft_core.evaluate.summary import compare
 from sft_core.measuring import LM_EVAL, LmEval
 from sft_core.pins import PinnedRecipe
+from sft_core.report.tables import score_rows
 from sft_core.store import Needs, Part, Ref, Stage, Store
 from steps import deliver, evaluate
-from steps.cards import facts, table
+from steps.cards import facts, table, warnings
 
 MAX_SHOWN = 12  # documents on a card
 
@@ -69,23 +72,31 @@ HARNESS = Stage(
 def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     """The task's scores, and some of its documents with what was wanted and what came."""
     counts = {model: store.manifest(ref)["counts"] for model, ref in refs.items()}
-    base = {score["metric"]: score["value"] for score in counts["base"]["scores"]}
+    base, after = ({score["metric"]: score for score in counts[model]["scores"]} for model in evaluate.MODELS)
     shown: dict[str, Any] = {
         "documents": counts["tuned"]["rows"],
         "examples before each": counts["tuned"]["num_fewshot"],
     }
     if counts["tuned"]["cut"]:
         shown["prompts cut to the model's context"] = f"{counts['tuned']['cut']} of {counts['tuned']['prompts']}"
-    for score in counts["tuned"]["scores"]:
-        stderr = f" ± {score['stderr']:.4f}" if score["stderr"] else ""
-        shown[f"{score['metric']}: base → tuned"] = f"{base[score['metric']]:.4f} → {score['value']:.4f}{stderr}"
-    name = store.manifest(refs["tuned"])["identity"]["part"]["task"]
+    name = LM_EVAL + store.manifest(refs["tuned"])["identity"]["part"]["task"]
+    scores = {model: counts[model]["scores"] for model in refs}
+    compared = compare(*(store.path(refs[model]) for model in evaluate.MODELS))
+    flags = []
+    for row in score_rows({name: scores}, {name: compared}, {}):
+        metric = row["metric"]
+        shown[f"{metric}: base → tuned"] = evaluate.told(base[metric], after[metric], compared.get(metric))
+        flags += [f"{metric}: {row['flags']}"] if row["flags"] else []
     samples = {model: read_samples(store.path(ref), MAX_SHOWN) for model, ref in refs.items()}
     rows = [
         (str(tuned["arguments"][0][0])[-200:], tuned["target"], base["filtered_resps"], tuned["filtered_resps"])
         for base, tuned in zip(samples["base"], samples["tuned"], strict=True)
     ]
-    return [*facts(f"Task {LM_EVAL}{name}", shown), table(("asked (its end)", "wanted", "base", "tuned"), rows)]
+    return [
+        *facts(f"Task {name}", shown),
+        *warnings(flags),
+        table(("asked (its end)", "wanted", "base", "tuned"), rows),
+    ]
 
 
 # Any task of a recipe: a source's report split, or one of the harness

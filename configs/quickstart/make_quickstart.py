@@ -2,7 +2,7 @@
 
     python configs/quickstart/make_quickstart.py
 
-rewrites, beside this script, one JSONL file for each source, the folder tokenizer/ and, for lm_eval/, the file longer.jsonl:
+rewrites, beside this script, one JSONL file for each source, the folder tokenizer/, and lm_eval/longer.jsonl with
 strings a letter longer than any of the sources'. Invariant: the same bytes on
 every machine; nothing is read, and every row comes from a generator seeded with its task's name. Every prompt is unique
 over all tasks. The one task that needs working out, checksum, is there twice: checksum_think and checksum_no_think hold

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft_core.evaluate.documents import SAMPLES
 from sft_core.evaluate.loading import load_scored
 from sft_core.evaluate.metrics import Score
 
@@ -81,7 +82,7 @@ def build_harness(
             "cut=%d of %d prompts are longer than the context: their beginning is lost", lm.num_cut, lm.num_prompts
         )
     scores = [dataclasses.asdict(score) for score in scores_of(results, task["name"])]
-    _write_samples(results["samples"], build.out / "samples.jsonl")
+    _write_samples(results["samples"], build.out / SAMPLES)
     (build.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     rows = sum(count["effective"] for count in results["n-samples"].values())
     return {
@@ -133,9 +134,3 @@ def _write_samples(samples: dict[str, list[dict[str, Any]]], path: Path) -> None
         for task, rows in samples.items():
             for row in rows:
                 file.write(json.dumps({"task": task, **row}, ensure_ascii=False, default=str) + "\n")
-
-
-def read_samples(folder: Path, at_most: int) -> list[dict[str, Any]]:
-    """The first samples of a scored task."""
-    with (folder / "samples.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line, _ in zip(file, range(at_most), strict=False)]

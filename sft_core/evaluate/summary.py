@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from sft_core.evaluate.comparison import differences, mean_difference
+from sft_core.evaluate.documents import SAMPLES, document_differences
 from sft_core.evaluate.rows import ROWS, answer_counts, of_samples, read_rows
 from sft_core.measuring import LM_EVAL
 from sft_core.report.tables import HEADER, LOSSES, markdown_table, score_rows
@@ -34,8 +35,8 @@ def build_report(build: Build, *, recipe: str, tasks: list[str]) -> dict[str, An
         }
         for task in tasks
     }
-    paired = [task for task in tasks if not task.startswith(LM_EVAL)]  # the harness keeps rows of its own
-    compared = {task: compare(build.inputs[f"base.{task}"], build.inputs[f"tuned.{task}"]) for task in paired}
+    paired = [task for task in tasks if not task.startswith(LM_EVAL)]
+    compared = {task: compare(build.inputs[f"base.{task}"], build.inputs[f"tuned.{task}"]) for task in tasks}
     counts = {
         task: {model: read_answers(build.inputs[f"{model}.{task}"]) for model in ("base", "tuned")} for task in paired
     }
@@ -51,7 +52,10 @@ def build_report(build: Build, *, recipe: str, tasks: list[str]) -> dict[str, An
 
 def compare(base: Path, tuned: Path) -> dict[str, dict[str, Any]]:
     """{metric: {n, value, low, high}} of two evaluations of a task: tuned - base, with its 95 % interval."""
-    found = differences(read_rows(base), read_rows(tuned), read_answers(tuned)["metric"])
+    if (tuned / SAMPLES).is_file():
+        found = document_differences(base, tuned)  # of the harness, which keeps rows of its own
+    else:
+        found = differences(read_rows(base), read_rows(tuned), read_answers(tuned)["metric"])
     return {metric: dataclasses.asdict(difference) for metric, difference in found.items()}
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 MAX_CUT_OFF = 0.05  # of the answers: more of them cut off say more of the limit than of the model
 LOWER_IS_BETTER = ("loss", "perplexity")
+# Of the harness's metrics those of which it is known; of another nobody says what is worse.
+HIGHER_IS_BETTER = ("acc", "acc_norm", "acc_mutual_info", "exact_match", "f1", "mcc")
 
 
 def red_flags(score: dict[str, Any], answers: dict[str, dict[str, Any]] | None = None) -> list[str]:
@@ -32,6 +34,8 @@ def cut_off(answers: dict[str, Any]) -> float:
 
 def is_worse(score: dict[str, Any]) -> bool:
     """Whether the whole interval of the difference is on the wrong side of 0."""
-    if score["low"] is None:
+    name = score["metric"].split(" ")[-1].partition(",")[0]
+    of_harness = ":" in score["task"]  # as in lm_eval:gsm8k; no source's name has one
+    if score["low"] is None or (of_harness and name not in HIGHER_IS_BETTER):
         return False
     return bool(score["low"] > 0 if score["metric"] in LOWER_IS_BETTER else score["high"] < 0)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from sft_core.data.templates import ChatTemplate
-from sft_core.evaluate.harness import read_samples, scores_of
+from sft_core.evaluate.documents import document_differences, read_samples
+from sft_core.evaluate.harness import scores_of
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Ref, Store
@@ -132,6 +133,41 @@ def test_multiple_choice_scores_are_those_of_the_models_own_likelihoods(
     assert by_name["acc"]["value"] == pytest.approx(np.mean(right)) and by_name["acc"]["n"] == 24
     assert by_name["acc"]["stderr"] == pytest.approx(np.std(right, ddof=1) / 24**0.5)
     assert no_network == []
+
+
+def test_differences_pair_documents_and_leave_out_what_is_no_mean_of_them(
+    tasks: Path, store: Store, tmp_path: Path
+) -> None:
+    folders = []
+    for seed in (42, 7):  # of two start models
+        data = tiny_recipe(
+            evaluation={"lm_eval": {"tasks": ["which_word"], "include_path": str(tasks)}}, training={"seed": seed}
+        )
+        data["model"]["config"] |= {"initializer_range": 1.0}  # or every model prefers the shortest choice
+        folders.append(scored(store, pin(parse_recipe(data)), "which_word")[1])
+    values = [{one["doc_id"]: one["acc"] for one in read_samples(folder)} for folder in folders]
+    changes = np.array([values[1][doc] - values[0][doc] for doc in values[0]])
+    assert 0 < np.count_nonzero(changes) < 24
+    found = document_differences(*folders)
+    assert set(found) == {"acc", "acc_norm"}
+    assert (found["acc"].n, found["acc"].value) == (24, pytest.approx(changes.mean()))
+    low, high = found["acc"].low, found["acc"].high
+    assert low is not None and high is not None
+    half = 1.96 * changes.std(ddof=1) / 24**0.5
+    assert changes.mean() - low == pytest.approx(half, rel=0.35) == pytest.approx(high - changes.mean(), rel=0.35)
+
+    # The documents of one side in another order, one of them asked otherwise, and a score that is no mean of them.
+    turned = tmp_path / "turned"
+    turned.mkdir()
+    samples = read_samples(folders[1])[::-1]
+    samples[0]["prompt_hash"] = "another"
+    (turned / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples))
+    scores = json.loads((folders[1] / "scores.json").read_text())
+    scores[1]["value"] += 0.01
+    (turned / "scores.json").write_text(json.dumps(scores))
+    found = document_differences(folders[0], turned)
+    assert set(found) == {scores[0]["metric"]}
+    assert (found["acc"].n, found["acc"].value) == (23, pytest.approx(changes[:-1].mean()))
 
 
 def test_written_answers_are_the_models_own_and_scored_by_the_task(

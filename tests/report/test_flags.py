@@ -7,7 +7,7 @@ from sft_core.report.tables import HEADER, score_rows
 
 
 def score(**changes: Any) -> dict[str, Any]:
-    return {"metric": "exact_match", "base": 0.2, "tuned": 0.4, "low": 0.1, "high": 0.3, **changes}
+    return {"task": "copy", "metric": "exact_match", "base": 0.2, "tuned": 0.4, "low": 0.1, "high": 0.3, **changes}
 
 
 def answers(**changes: int) -> dict[str, Any]:
@@ -24,6 +24,8 @@ def answers(**changes: int) -> dict[str, Any]:
         (score(low=-0.3, high=-0.1), None, ["worse than base"]),
         (score(low=-0.3, high=0.1), None, []),
         (score(low=None, high=None), None, []),
+        (score(task="lm_eval:x", metric="x exact_match,strict-match", low=-0.3, high=-0.1), None, ["worse than base"]),
+        (score(task="lm_eval:x", metric="brier_score", low=-0.3, high=-0.1), None, []),
         (score(metric="loss", low=-0.3, high=-0.1), None, []),
         (score(metric="loss"), None, ["worse than base"]),
         (score(metric="perplexity"), None, ["worse than base"]),
