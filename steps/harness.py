@@ -89,7 +89,11 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
         flags += [f"{metric}: {row['flags']}"] if row["flags"] else []
     samples = {model: read_samples(store.path(ref), MAX_SHOWN) for model, ref in refs.items()}
     rows = [
-        (str(tuned["arguments"][0][0])[-200:], tuned["target"], base["filtered_resps"], tuned["filtered_resps"])
+        (
+            str(tuned["arguments"][0][0])[-200:],
+            tuned["target"],
+            *(_came(one["filtered_resps"]) for one in (base, tuned)),
+        )
         for base, tuned in zip(samples["base"], samples["tuned"], strict=True)
     ]
     return [
@@ -97,6 +101,11 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
         *warnings(flags),
         table(("asked (its end)", "wanted", "base", "tuned"), rows),
     ]
+
+
+def _came(responses: list[Any]) -> str:
+    """What was written; of a choice the log-likelihood of each answer, without whether greedy decoding wrote it."""
+    return ", ".join(f"{one[0]:.1f}" if isinstance(one, list) and one else str(one) for one in responses)
 
 
 # Any task of a recipe: a source's report split, or one of the harness
