@@ -18,7 +18,8 @@ from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Ref, Store
 from sft_core.train.model import load_model
-from steps.harness import HARNESS
+from steps.harness import HARNESS, card
+from tests.browser import Browser
 from tests.train.tiny import tiny_recipe
 
 WORDS = ["abc", "hello", "lumr", "stub", "ten", "mint", "rose", "glad"]
@@ -168,6 +169,36 @@ def test_differences_pair_documents_and_leave_out_what_is_no_mean_of_them(
     found = document_differences(folders[0], turned)
     assert set(found) == {scores[0]["metric"]}
     assert (found["acc"].n, found["acc"].value) == (23, pytest.approx(changes[:-1].mean()))
+
+
+@pytest.mark.parametrize("task", ["which_word", "write_word"])
+def test_card_shows_the_scores_of_its_manifests_and_what_came(
+    tasks: Path, store: Store, browser: Browser, task: str
+) -> None:
+    refs = {}
+    for model, seed in (("base", 42), ("tuned", 7)):
+        data = tiny_recipe(
+            evaluation={"lm_eval": {"tasks": [task], "include_path": str(tasks)}}, training={"seed": seed}
+        )
+        refs[model] = scored(store, pin(parse_recipe(data)), task)[2]
+    page = browser.card(card(store, refs))
+    assert page.errors == [] and page.headings == [f"Task lm_eval:{task}"]
+    shown = {name.replace("\n", " "): value.replace("\n", " ") for name, value in page.tables[0]}
+    counts = {model: store.manifest(ref)["counts"] for model, ref in refs.items()}
+    assert shown["documents"] == str(counts["tuned"]["rows"]) == "24"
+    for base, tuned in zip(counts["base"]["scores"], counts["tuned"]["scores"], strict=True):
+        told = shown[f"{tuned['metric']}: base → tuned"]
+        assert told.startswith(f"{base['value']:.4f} ± {base['stderr']:.4f} → {tuned['value']:.4f} ± ")
+        assert f"; {tuned['value'] - base['value']:+.4f}, 95 % " in told
+        if tuned["value"] == 0:
+            assert f"Red flag: {tuned['metric']}: tuned is exactly 0" in page.text
+    samples = read_samples(store.path(refs["tuned"]), 12)
+    rows = page.tables[1][1:]
+    assert [row[1] for row in rows] == [str(sample["target"]) for sample in samples]
+    if task == "which_word":
+        for row, sample in zip(rows, samples, strict=True):
+            shown_likelihoods = ", ".join(f"{likelihood:.1f}" for likelihood, _ in sample["filtered_resps"])
+            assert row[3].replace("\n", " ") == shown_likelihoods
 
 
 def test_written_answers_are_the_models_own_and_scored_by_the_task(

@@ -109,9 +109,8 @@ RUNTIME = (
 
 
 def test_plan_runtime_changes_nothing(built_recipe, planned):
-    changes = [
-        f"runtime.{text}" for text in (*RUNTIME, "report_to=[wandb]", "resources={train: {gpu: 8}}", "vllm={python: x}")
-    ]
+    changes = [f"runtime.{text}" for text in (*RUNTIME, "report_to=[wandb]", "resources={train: {gpu: 8}}")]
+    changes.append("runtime.vllm={python: x}")
     nodes = ["runtime.num_nodes=2"]  # by itself: the batch is no multiple of both
     keys = {text.split("=")[0] for text in [*changes, *nodes]} | {"runtime.store"}
     known = parse_recipe(built_recipe).runtime.__class__.model_fields
