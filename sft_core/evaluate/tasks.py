@@ -111,7 +111,7 @@ def _engine(name: str, network: Any, tokenizer: Any, build: Build, trust_remote_
     if name == "vllm":
         trained = build.inputs.get("trained")
         folder = None if trained is None else trained / "model"
-        with moved_to_vllm(network, tokenizer, folder, build.runtime.vllm, trust_remote_code) as engine:
+        with moved_to_vllm(network, tokenizer, folder, build.runtime.vllm, trust_remote_code, build.out) as engine:
             yield engine
     else:
         from sft_core.evaluate.generate import WithTransformers

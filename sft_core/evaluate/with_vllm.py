@@ -61,18 +61,18 @@ def gpu_by_itself() -> Iterator[None]:
 
 @contextlib.contextmanager
 def moved_to_vllm(
-    network: Any, tokenizer: Any, folder: Path | None, settings: VllmSettings, trust_remote_code: bool
+    network: Any, tokenizer: Any, folder: Path | None, settings: VllmSettings, trust_remote_code: bool, scratch: Path
 ) -> Iterator[WithVllm]:
     """The engine that answers with the weights of a loaded model, whose memory is given back: it is spent.
 
-    folder: where the same weights lie; None to save them for as long as this is open.
+    folder: where the same weights lie; None to save them below `scratch` for as long as this is open.
     """
     import torch
 
     from sft_core.train.model import save_checkpoint
 
     dtype = str(network.dtype).removeprefix("torch.")
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory(dir=scratch) as made:  # where there is room for a model
         if folder is None:
             save_checkpoint(network, tokenizer, None, folder := Path(made))
         network.to("meta")

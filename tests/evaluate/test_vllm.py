@@ -80,6 +80,8 @@ def test_task_scored_with_vllm_has_the_rows_of_transformers(tmp_path: Path, monk
         settings["runtime"] |= {"vllm": {"python": PYTHON, "gpu_memory_utilization": SHARE}}
         ref = store.ensure(EVALUATED, pin(parse_recipe(settings)), model="base", task=TASK)
         found[engine] = read_rows(store.path(ref)), store.manifest(ref)["counts"]
+        files = {path.name for path in store.path(ref).iterdir()}
+        assert files == {"manifest.json", "rows.parquet", "scores.json"}, "no weights are left there"
     rows, counts = found["vllm"]
     assert rows.equals(found["transformers"][0])
     assert len({tuple(outputs) for outputs in rows["outputs"].to_pylist()}) > 3, "answers that differ"
