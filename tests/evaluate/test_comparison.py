@@ -100,12 +100,12 @@ def test_difference_of_one_row_has_no_interval() -> None:
 
 
 def test_changed_rows_are_won_and_lost_the_largest_change_first() -> None:
-    base = table([0.0, 1.0, 0.5, 1.0, 0.0, None, 1.0, 1.0])
-    tuned = table([1.0, 0.5, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
+    base = table([0.0, 1.0, 0.5, 1.0, 0.0, None, 1.0, 1.0, 0.0])
+    tuned = table([1.0, 0.5, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
     won, lost, same = by_change(base, tuned)
     assert [pair[0]["row_id"] for pair in won] == ["0", "2"]
     assert [pair[0]["row_id"] for pair in lost] == ["3", "7", "1"]
-    assert [pair[0]["row_id"] for pair in same] == ["4", "6"], "a row that was not asked is in none"
+    assert [pair[0]["row_id"] for pair in same] == ["4", "8", "6"], "a row that was not asked is in none"
 
 
 def with_column(rows: pa.Table, name: str, values: list[object]) -> pa.Table:
