@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
@@ -207,9 +209,10 @@ class Chat:
         return Answer(stream.text, len(stream.ids), ended)
 
     def _generate(self, ids: list[int], max_new_tokens: int, stream: TextStream) -> None:
+        """Raises KeyboardInterrupt when Ctrl-C was pressed."""
         model = self._checkpoint.model
         ids_BT = torch.tensor([ids], device=model.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), CtrlC() as pressed:
             model.generate(
                 input_ids=ids_BT,
                 attention_mask=torch.ones_like(ids_BT),
@@ -217,7 +220,37 @@ class Chat:
                 eos_token_id=self._checkpoint.stop_ids or None,
                 pad_token_id=self._checkpoint.tokenizer.pad_token_id,
                 streamer=stream,
+                stopping_criteria=StoppingCriteriaList([pressed]),
             )
+        if pressed.is_set:
+            raise KeyboardInterrupt
+
+
+class CtrlC(StoppingCriteria):
+    """Ctrl-C as something to ask for at each token: an exception may come where Python drops it, as in a finalizer.
+
+    A second one is the exception. In a thread that gets no signals nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def __enter__(self) -> Self:
+        self._is_main = threading.current_thread() is threading.main_thread()
+        self._before = signal.signal(signal.SIGINT, self._press) if self._is_main else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_main:
+            signal.signal(signal.SIGINT, self._before)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.is_set, device=input_ids.device)  # type: ignore[return-value]
+
+    def _press(self, *_: object) -> None:
+        if self.is_set:
+            raise KeyboardInterrupt
+        self.is_set = True
 
 
 def _set_sampling(model: Any, sampling: Sampling) -> None:
