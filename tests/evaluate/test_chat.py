@@ -1,5 +1,7 @@
 """Chat: what is streamed is what is generated, prompts are the template's, a turn without room is left out."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,28 @@ def test_answer_is_that_of_generate_on_the_same_ids(tmp_path: Path):
         texts.append("".join(ask(chat, turn)))
         assert texts[-1] == tokenizer.decode(wanted)
     assert len(set(texts)) == 3 and all(texts)
+
+
+def test_ctrl_c_in_a_finalizer_stops_the_answer_too(tmp_path: Path):
+    """There Python prints an exception and goes on."""
+
+    class Dying:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            sum(range(1000))  # the handler runs between instructions: in here
+
+    before = signal.getsignal(signal.SIGINT)
+    chat = Chat(load(chained(tmp_path, {THINK: "abc", NO_THINK: "no"}, endless=True)), Sampling(100, temperature=0))
+    heard: list[str] = []
+
+    def hear(text: str) -> None:
+        heard.append(text)
+        if len(heard) == 3:
+            Dying()
+
+    answer = chat.ask("hello", hear)
+    assert answer.ended == "interrupted" and answer.num_tokens < 10
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_prompt_is_that_of_the_template_and_kwargs(folder: Path):
