@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -29,13 +28,15 @@ from urllib.parse import urlsplit
 import fsspec
 from tqdm import tqdm
 
+from sft_core.digests import DIGESTS, is_whole
+
 if TYPE_CHECKING:
     from sft_core.store import Ref
 
 log = logging.getLogger(__name__)
 NUM_TRANSFERS = 8  # files at a time; a shard's files are small, and a request costs more than their bytes
 SHOWN_BYTES = 4 * 2**20  # a transfer of fewer shows no bar
-_MANIFEST, _USED, _DIGESTS = "manifest.json", "used", "digests.json"
+_MANIFEST, _USED = "manifest.json", "used"
 _PACKAGES = {
     "s3": "'sft-flow[s3]'",
     "s3a": "'sft-flow[s3]'",
@@ -222,17 +223,17 @@ class Remote:
         kept = self._kept(name)
         for relative in kept:
             if not (out / relative).exists():
-                self._remove(f".partial/{name}/{relative}", first=_DIGESTS)
-        self._remove(where, first=_DIGESTS)  # of an earlier attempt: its digests would stand for other bytes
+                self._remove(f".partial/{name}/{relative}", first=DIGESTS)
+        self._remove(where, first=DIGESTS)  # of an earlier attempt: its digests would stand for other bytes
         try:
-            files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / _DIGESTS]
+            files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / DIGESTS]
             wanted = [_upload(file, f"{self._root}/{where}/{file.relative_to(folder).as_posix()}") for file in files]
             self._move(f"keep {name}", wanted, self._fs.put_file)
-            self._move("", [_upload(folder / _DIGESTS, f"{self._root}/{where}/{_DIGESTS}")], self._fs.put_file)
+            self._move("", [_upload(folder / DIGESTS, f"{self._root}/{where}/{DIGESTS}")], self._fs.put_file)
         except OSError:
             if folder.exists():
                 raise
-            self._remove(where, first=_DIGESTS)
+            self._remove(where, first=DIGESTS)
             log.info("kept=%s status=gone", folder.name)
             return
         log.info("kept=%s bytes=%d", folder.name, sum(one.num_bytes for one in wanted))
@@ -243,19 +244,19 @@ class Remote:
             base = f"{self._root}/.partial/{name}/{relative}"
             wanted = [Transfer(f"{base}/{file}", str(out / relative / file), info["size"]) for file, info in infos]
             self._fetch(f"fetch {name}", wanted)
-            if _is_whole(out / relative):
+            if is_whole(out / relative):
                 log.info("kept=%s status=fetched", relative)
             else:
                 log.warning("kept=%s is damaged and passed over", relative)
                 shutil.rmtree(out / relative)
 
     def drop_kept(self, name: str) -> None:
-        self._remove(f".partial/{name}", first=_DIGESTS)
+        self._remove(f".partial/{name}", first=DIGESTS)
 
     def _kept(self, name: str) -> dict[str, list[tuple[str, dict[str, Any]]]]:
         """The files of each kept folder that has its digests, by the folder's place."""
         found = self._find(f".partial/{name}")
-        folders = [path.rpartition("/")[0] for path in found if path.rpartition("/")[2] == _DIGESTS]
+        folders = [path.rpartition("/")[0] for path in found if path.rpartition("/")[2] == DIGESTS]
         return {
             folder: [(path[len(folder) + 1 :], info) for path, info in found.items() if path.startswith(f"{folder}/")]
             for folder in folders
@@ -340,19 +341,6 @@ def _each(do: Callable[[Any], None], items: Sequence[Any]) -> None:
 
 def _upload(file: Path, target: str) -> Transfer:
     return Transfer(str(file), target, file.stat().st_size)
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        digests = json.loads((folder / _DIGESTS).read_text())
-        return all(_sha256(folder / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError):
-        return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _modified(info: dict[str, Any]) -> float:

@@ -78,10 +78,10 @@ class Build:
         that starts with an empty `out` finds there, under the same names, what was kept; a damaged one is left out.
         All of it goes once the output is whole.
 
-        The folder holds a digests.json ({file name below it: sha256}, as checkpoints.publish writes), which is
-        uploaded last. Kept folders that are gone from `out` are dropped, so that there are no more than here; one
-        that goes while it is uploaded is not kept. Call it in the process that builds, one folder at a time; a
-        thread beside the work may. Raises OSError when the store cannot be reached.
+        The folder holds the digests.json that `write_digests` (sft_core/digests.py) writes, which is uploaded last.
+        Kept folders that are gone from `out` are dropped, so that there are no more than here; one that goes while
+        it is uploaded is not kept. Call it in the process that builds, one folder at a time; a thread beside the work
+        may. Raises OSError when the store cannot be reached.
         """
         if self.upload is not None:
             self.upload(folder)

@@ -12,6 +12,7 @@ FILES = sorted(path for package in ("flows", "steps", "sft_core") for path in (R
 RANKS = {
     "sft_core.recipe": 0,
     "sft_core.code": 0,
+    "sft_core.digests": 0,
     "sft_core.lifetime": 0,
     "sft_core.links": 0,
     "sft_core.manifest": 0,
@@ -82,7 +83,18 @@ def test_report_sees_plain_numbers_only():
 
 
 def test_store_and_recipe_know_none_of_the_project_but_code():
-    names = ("recipe", "sections", "measuring", "wording", "code", "manifest", "remote", "source_code", "store")
+    names = (
+        "recipe",
+        "sections",
+        "measuring",
+        "wording",
+        "code",
+        "digests",
+        "manifest",
+        "remote",
+        "source_code",
+        "store",
+    )
     bottom = {f"sft_core.{name}" for name in names}
     pairs = [(a, b) for a, b in found(late=True) if a in bottom]
     known = {b.rpartition(".")[0] for _, b in pairs if b.startswith("sft_core")}

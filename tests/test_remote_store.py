@@ -21,6 +21,7 @@ import fsspec
 import pytest
 from click.testing import CliRunner
 
+from sft_core.digests import write_digests
 from sft_core.recipe import parse_recipe
 from sft_core.remote import Remote
 from sft_core.store import Build, CorruptOutput, Ref, Stage, Store
@@ -322,8 +323,7 @@ def build_steps(build: Build) -> dict[str, Any]:
         checkpoint = folder / f"checkpoint-{step}"
         (checkpoint / "state").mkdir(parents=True)
         (checkpoint / "state" / "weights.bin").write_bytes(b"%d" % step)
-        digests = {"state/weights.bin": hashlib.sha256(b"%d" % step).hexdigest()}
-        (checkpoint / "digests.json").write_text(json.dumps(digests))
+        write_digests(checkpoint)
         for old in sorted(folder.iterdir())[:-2]:
             shutil.rmtree(old)
         build.keep(checkpoint)
@@ -378,6 +378,20 @@ def test_kept_checkpoint_that_is_torn_is_passed_over(
     assert store.manifest(ref)["counts"]["found"] == ["checkpoint-1"]
     assert "kept=checkpoints/checkpoint-2 is damaged and passed over" in caplog.text
     assert kept(server, store) == []
+
+
+def test_kept_checkpoint_with_digests_of_before_is_compared_with_them(
+    machine: Callable, server: ObjectServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    ref = fail_at(3, machine("one"), monkeypatch)
+    bucket, name = machine("two").address.split("/")[2], f"some/prefix/.partial/toy-{ref.key}/checkpoints"
+    for step, content in ((1, b"1"), (2, b"another")):
+        digests = json.dumps({"state/weights.bin": hashlib.sha256(content).hexdigest()})
+        server.client.put_object(Bucket=bucket, Key=f"{name}/checkpoint-{step}/digests.json", Body=digests.encode())
+    store = machine("two")
+    store.ensure(STEPPED, toy())
+    assert store.manifest(ref)["counts"]["found"] == ["checkpoint-1"]
+    assert "kept=checkpoints/checkpoint-2 is damaged and passed over" in caplog.text
 
 
 def test_checkpoint_that_goes_while_it_is_uploaded_is_not_kept(machine: Callable, server: ObjectServer, tmp_path: Path):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 
+from sft_core.digests import is_whole, write_digests
+
 log = logging.getLogger(__name__)
-_DIGESTS = "digests.json"
 
 
 def stop_request(out: Path) -> Path:
@@ -33,11 +32,7 @@ def check_room(out: Path, num_bytes: int) -> None:
 
 def publish(staged: Path, folder: Path, *, keep: int, best: int | None = None) -> Path:
     """Move a staged checkpoint-N into `folder` and remove all but the newest `keep` and that of step `best`."""
-    digests = {str(path.relative_to(staged)): _sha256(path) for path in _files(staged)}
-    with (staged / _DIGESTS).open("w") as file:
-        json.dump(digests, file)
-        file.flush()
-        os.fsync(file.fileno())
+    write_digests(staged)
     folder.mkdir(parents=True, exist_ok=True)
     published = folder / staged.name
     if published.exists():
@@ -58,15 +53,6 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether its bytes are those that were written."""
-    try:
-        digests = json.loads((checkpoint / _DIGESTS).read_text())
-        return all(_sha256(checkpoint / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError):
-        return False
-
-
 def worth_keeping(folder: Path) -> list[Path]:
     """The newest checkpoint, and the best one that it knows of."""
     newest = numbered(folder)[-1:]
@@ -83,12 +69,3 @@ def numbered(folder: Path) -> list[Path]:
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _DIGESTS)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,3 +1,5 @@
+import hashlib
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -47,6 +49,13 @@ def half_digests(checkpoint: Path) -> None:
     path.write_bytes(path.read_bytes()[:20])
 
 
+def digest_as_before(checkpoint: Path) -> None:
+    """digests.json as it was before it named its algorithm: SHA-256, by file name."""
+    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != "digests.json"]
+    digests = {str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    (checkpoint / "digests.json").write_text(json.dumps(digests))
+
+
 def test_publish_staged_moves_it_whole(folder: Path, tmp_path: Path) -> None:
     checkpoint = folder / "checkpoint-10"
     assert latest(folder) == checkpoint  # by number: 10 is after 9
@@ -63,6 +72,24 @@ def test_latest_torn_is_passed_over_with_a_warning(
     with caplog.at_level(logging.WARNING):
         assert latest(folder) == folder / "checkpoint-9"
     assert "checkpoint-10 is damaged" in caplog.text
+
+
+def test_latest_with_digests_of_before_is_compared_with_them(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for checkpoint in numbered(folder):
+        digest_as_before(checkpoint)
+    assert latest(folder) == folder / "checkpoint-10" and not caplog.records
+    flipped_byte(folder / "checkpoint-10")
+    assert latest(folder) == folder / "checkpoint-9"
+    assert "checkpoint-10 is damaged" in caplog.text
+
+
+def test_latest_with_digests_of_a_later_version_is_an_error(folder: Path) -> None:
+    path = folder / "checkpoint-10" / "digests.json"
+    path.write_text(path.read_text().replace("xxh3_128", "of_tomorrow"))
+    with pytest.raises(
+        ValueError, match=r"found digests by of_tomorrow, expected xxh3_128 or sha256\. A later version"
+    ):
+        latest(folder)
 
 
 def test_latest_all_torn_or_none_is_none(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,13 +1,17 @@
 """Resuming in the folder of a run that ended early, in this process."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from transformers import TrainerControl, TrainerState
 
+from sft_core.train.checkpoints import numbered
 from sft_core.train.trainer import LogEvents
+from tests.train.test_checkpoints import digest_as_before
 from tests.train.tiny import Run, tiny_recipe
 
 
@@ -36,6 +40,23 @@ def test_train_newest_checkpoint_torn_goes_on_from_the_one_before(train_here: Ca
     assert (again.model / "model.safetensors").read_bytes() == weights
     assert [event["step"] for event in again.events] == [1, 2, 3]
     assert not (first.folder / "staging" / "checkpoint-9").exists()
+
+
+def test_train_checkpoint_with_digests_of_before_is_gone_on_from(
+    train_here: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = tiny_recipe(training={"max_steps": 4}, runtime={"save_steps": 2})
+    first = train_here(recipe)
+    weights, events = (first.model / "model.safetensors").read_bytes(), first.events
+    older, newest = numbered(first.folder / "checkpoints")
+    digest_as_before(older)
+    shutil.rmtree(newest)
+    shutil.rmtree(first.model)
+    with caplog.at_level(logging.INFO):
+        again = train_here(recipe, out=first.folder)
+    assert "resume checkpoint=checkpoint-2" in caplog.text
+    assert (again.model / "model.safetensors").read_bytes() == weights
+    assert [event["loss"] for event in again.events] == [event["loss"] for event in events]
 
 
 def test_log_resumed_takes_back_what_comes_after_the_checkpoint(tmp_path: Path) -> None:
