@@ -1,5 +1,7 @@
 """Training runs that several tests look at."""
 
+import json
+import multiprocessing
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +12,11 @@ import pytest
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
+from sft_core.train.checkpoints import stop_request
 from sft_core.train.launch import token_folders
 from steps.pack import PACKED
 from steps.train import TRAINED
+from tests.train.ranks import Attempt, rank
 from tests.train.tiny import Run, tiny_recipe
 
 
@@ -78,3 +82,30 @@ def train_here(
 def plain_run(train_here: Callable[..., Run]) -> Run:
     """6 steps of the tiny recipe: one process, 4 packs accumulated a step."""
     return train_here(tiny_recipe())
+
+
+@pytest.fixture(scope="session")
+def libraries() -> None:
+    """Ranks are forked from a process that has loaded what they need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["trl", "datasets", "peft", "sft_core.train.trainer", "sft_core.train.main", "tests.train.ranks"]
+    )
+    first = context.Process(target=int)
+    first.start()
+    first.join()
+
+
+@pytest.fixture(scope="session")
+def start_ranks(libraries: None, make_job: Callable[[PinnedRecipe, Path], dict[str, Any]]) -> Callable[..., Attempt]:
+    """Starts the ranks of a recipe in a folder, which may be that of an earlier start."""
+
+    def start(recipe: dict[str, Any], out: Path, size: int, target: Callable[..., None] = rank) -> Attempt:
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        for stale in (*out.glob("error-rank*.txt"), *out.glob(stop_request(out).name)):  # as the launcher does
+            stale.unlink()
+        job = make_job(pin(parse_recipe(recipe)), out)
+        (out / "logs" / "job.json").write_text(json.dumps(job))
+        return Attempt(out / "logs" / "job.json", size, out / "logs" / "ranks.log", target)
+
+    return start

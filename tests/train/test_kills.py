@@ -2,12 +2,9 @@
 
 import itertools
 import json
-import multiprocessing
-import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,13 +15,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from sft_core.pins import PinnedRecipe, pin
+from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
 from sft_core.train.checkpoints import numbered, stop_request
-from sft_core.train.strategy import environment
 from steps.pack import PACKED
 from steps.train import TRAINED
+from tests.train.ranks import Attempt, error_of, steps_of, wait_for_checkpoint
 from tests.train.tiny import LLAMA, ROOT, tiny_recipe
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forkserver and signals of Linux")
@@ -38,71 +35,10 @@ RECIPE = tiny_recipe(
 )
 
 
-def rank(job: str, number: int, size: int, port: int, log: str) -> None:
-    """One rank, in a process that has its libraries loaded already."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    group = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    os.environ.update({name: str(value) for name, value in group.items()})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
-    strategy = json.loads(Path(job).read_text())["runtime"]["distributed"]
-    os.environ.update({**environment(strategy), "DS_ACCELERATOR": "cpu"})
-    from sft_core.train.main import main, train
-
-    main(Path(job), train)
-
-
-class Attempt:
-    """The ranks of one start."""
-
-    def __init__(self, job: Path, size: int, log: Path):
-        context = multiprocessing.get_context("forkserver")
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        arguments = (size, port, str(log))
-        self.ranks = [context.Process(target=rank, args=(str(job), number, *arguments)) for number in range(size)]
-        for process in self.ranks:
-            process.start()
-
-    def is_alive(self) -> bool:
-        return any(process.is_alive() for process in self.ranks)
-
-    def kill(self) -> None:
-        for process in self.ranks:
-            process.kill()
-        self.wait()
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Whether all ended by then."""
-        end = None if timeout_s is None else time.monotonic() + timeout_s
-        for process in self.ranks:
-            process.join(None if end is None else max(0.0, end - time.monotonic()))
-        return not self.is_alive()
-
-
 @pytest.fixture(scope="module")
-def libraries() -> None:
-    """Ranks are forked from a process that has loaded what they need: a start takes a second in place of ten."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["trl", "datasets", "peft", "sft_core.train.trainer", "sft_core.train.main", __name__]
-    )
-    first = context.Process(target=int)
-    first.start()
-    first.join()
-
-
-@pytest.fixture(scope="module")
-def start(libraries: None, make_job: Callable[[PinnedRecipe, Path], dict[str, Any]]) -> Callable[..., Attempt]:
+def start(start_ranks: Callable[..., Attempt]) -> Callable[..., Attempt]:
     def begin(out: Path, size: int, **runtime: Any) -> Attempt:
-        (out / "logs").mkdir(parents=True, exist_ok=True)
-        for stale in (*out.glob("error-rank*.txt"), *out.glob(stop_request(out).name)):  # as the launcher does
-            stale.unlink()
-        recipe = {**RECIPE, "runtime": {**RECIPE["runtime"], **runtime}}
-        job = make_job(pin(parse_recipe(recipe)), out)
-        (out / "logs" / "job.json").write_text(json.dumps(job))
-        return Attempt(out / "logs" / "job.json", size, out / "logs" / "ranks.log")
+        return start_ranks({**RECIPE, "runtime": {**RECIPE["runtime"], **runtime}}, out, size)
 
     return begin
 
@@ -112,21 +48,6 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     events = [json.loads(line) for line in (folder / "logs" / "log.jsonl").read_text().splitlines()]
     speeds = ("seconds", "tokens_per_s", "trained_tokens_per_s", "tflops_per_s", "memory_gib")
     return [{name: value for name, value in event.items() if name not in speeds} for event in events]
-
-
-def error_of(out: Path) -> str:
-    """With which the ranks ended."""
-    return "\n".join(path.read_text().rstrip() for path in sorted(out.glob("error-rank*.txt")))
-
-
-def wait_for_checkpoint(out: Path, step: int, attempt: Attempt) -> None:
-    end = time.monotonic() + 90
-    while not (out / "checkpoints" / f"checkpoint-{step}").exists() and attempt.is_alive() and time.monotonic() < end:
-        time.sleep(0.005)
-
-
-def steps_of(text: str) -> list[int]:
-    return [int(step) for step in re.findall(r"^step=(\d+)/", text, re.MULTILINE)]
 
 
 @pytest.mark.parametrize("size", [1, 2])
