@@ -98,6 +98,7 @@ def trained(
     from sft_core.train.checkpoints import check_room, stop_request
     from sft_core.train.collate import PackCollator, slot_alone
     from sft_core.train.continuation import resumable
+    from sft_core.train.first_rank import on_first_rank
     from sft_core.train.model import load_model, skeleton
     from sft_core.train.schedule import step_packs, training_flops
     from sft_core.train.strategy import prepare_deepspeed
@@ -134,7 +135,6 @@ def trained(
         discard_staged(staging)
         if online is None:
             tell_balance(out / "logs" / "balance.jsonl", costs, schedule, world_size, job["runtime"]["distributed"])
-    checkpoint = resumable(out / "checkpoints", job["runtime"]["distributed"], world_size)
     in_4bit = training["lora"] is not None and training["lora"]["load_in_4bit"]
     load = functools.partial(
         load_model, **job["model"], tokenizer=job["tokenizer"], seed=training["seed"], load_in_4bit=in_4bit
@@ -145,6 +145,8 @@ def trained(
     arguments = training_arguments(
         training, num_steps=len(schedule), world_size=world_size, staging=str(staging), runtime=job["runtime"]
     )
+    # The arguments have joined the ranks. One reads for all: a checkpoint has many gigabytes.
+    checkpoint = on_first_rank(lambda: resumable(out / "checkpoints", job["runtime"]["distributed"], world_size))
     model, tokenizer = loaded or load()
     model.config.use_cache = False
     score_answers = None

@@ -19,8 +19,10 @@ from trl import SFTTrainer
 
 from sft_core.data.balance import pack_costs
 from sft_core.data.packing import PackPlan
+from sft_core.digests import is_whole
 from sft_core.train import checkpoints
 from sft_core.train.continuation import Continuation
+from sft_core.train.first_rank import on_first_rank
 from sft_core.train.log_file import LogFile
 from sft_core.train.loss import LossBySource, trained_token_nll
 from sft_core.train.online import OnlineSchedule, Pack, step_gain
@@ -231,7 +233,7 @@ class PackTrainer(SFTTrainer):
         if not self._keeps_best or step == self.state.global_step:
             return
         best = self._folder / f"checkpoint-{step}"
-        if not checkpoints.is_whole(best):
+        if not on_first_rank(lambda: is_whole(best)):
             raise RuntimeError(f"{best}: the checkpoint of the lowest selection loss is damaged or gone; train anew")
         self.state.best_model_checkpoint = str(best)
         self._load_best_model()
