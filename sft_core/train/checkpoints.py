@@ -31,14 +31,19 @@ def check_room(out: Path, num_bytes: int) -> None:
 
 
 def publish(staged: Path, folder: Path, *, keep: int, best: int | None = None) -> Path:
-    """Move a staged checkpoint-N into `folder` and remove all but the newest `keep` and that of step `best`."""
+    """Move a staged checkpoint-N into `folder` and remove all but the newest `keep` and that of step `best`.
+
+    Those after N go too: a run is before them only because they are damaged, and they would be kept in its place.
+    """
     write_digests(staged)
     folder.mkdir(parents=True, exist_ok=True)
     published = folder / staged.name
     if published.exists():
         shutil.rmtree(published)
     staged.rename(published)  # the digests are inside: a reader sees all of it or nothing
-    for old in numbered(folder)[:-keep]:
+    found = numbered(folder)
+    end = found.index(published) + 1
+    for old in (*found[: max(0, end - keep)], *found[end:]):
         if step_of(old) != best:
             shutil.rmtree(old)
     return published

@@ -116,6 +116,16 @@ def test_publish_over_a_damaged_one_replaces_it(folder: Path, tmp_path: Path) ->
     assert latest(folder) == folder / "checkpoint-10"
 
 
+def test_publish_drops_the_damaged_ones_after_it(folder: Path, tmp_path: Path) -> None:
+    for checkpoint in numbered(folder):
+        flipped_byte(checkpoint)
+    assert latest(folder) is None, "training begins anew"
+    for step in (3, 6):
+        publish(stage(tmp_path, step), folder, keep=2)
+        assert latest(folder) == folder / f"checkpoint-{step}"
+    assert [path.name for path in numbered(folder)] == ["checkpoint-3", "checkpoint-6"]
+
+
 def test_staging_of_a_killed_run_is_discarded(tmp_path: Path) -> None:
     staged = stage(tmp_path, 3)
     discard_staged(tmp_path / "staging")
