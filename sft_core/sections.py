@@ -47,8 +47,10 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="the weights' dtype; bf16 autocast is training.bf16"
     )
-    attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = Field(
-        "auto", description="auto: flash attention on a GPU where its package is installed, else sdpa"
+    attn_implementation: Literal["auto", "varlen", "sdpa", "eager", "flex_attention", "flash_attention_2"] = Field(
+        "auto",
+        description="auto: varlen (PyTorch's flash attention over packed documents) on a GPU in half precision where "
+        "the model's class allows it, else sdpa, else eager",
     )
     trust_remote_code: bool = False
     add_special_tokens: tuple[str, ...] = Field((), description="tokens to add; the embedding grows with them")
@@ -238,6 +240,9 @@ class Training(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     bf16: bool = False
     gradient_checkpointing: bool = False
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="of the load-balancing loss of a mixture of experts; default: the model's own; 0: none"
+    )
     use_liger_kernel: bool | Literal["auto"] = Field("auto", description="auto: on a GPU")
     lora: Lora | None = None
     seed: int = 42
@@ -288,6 +293,12 @@ class Runtime(Section):
     )
     num_threads: PositiveInt | None = Field(None, description="CPU threads a rank; default: cores / ranks")
     num_workers: PositiveInt | None = Field(None, description="processes that render and tokenize; default: cores")
+    tokens_per_forward: PositiveInt | Literal["auto"] = Field(
+        "auto",
+        description="as many whole packs of a rank's step as hold no more tokens are one forward, where attention "
+        "knows documents (varlen, flash_attention_2); auto: what keeps a GPU busy and fits into its memory, one pack "
+        "without a GPU",
+    )
     eval_batch_size: PositiveInt = 32
     vllm: VllmSettings = VllmSettings()
     save_steps: PositiveInt = Field(50, description="optimizer steps between checkpoints")

@@ -62,7 +62,7 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
     from sft_core.recipe import load_recipe
     from sft_core.report.tables import text_table
     from sft_core.store import Store
-    from sft_core.train.accelerator import lost_updates, unmet_demands
+    from sft_core.train.accelerator import unmet_demands
     from steps import pipeline
     from steps.evaluate import check_report_prompts, count_report_prompts
     from steps.mix import SHARES_HEADER, planned_shares
@@ -90,12 +90,25 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
         click.echo(f"unique report prompts a task: {min(known)} to {max(known)}")
     shares, problems = planned_shares(store, pinned)
     click.echo("\n" + text_table(SHARES_HEADER, shares))
-    unmet = (unmet_demands(loaded), pipeline.unmet_engine(found, loaded), lost_updates(loaded))
-    for problem in [*problems, *filter(None, unmet)]:
+    unmet = (unmet_demands(loaded), pipeline.unmet_engine(found, loaded))
+    for problem in [*problems, *filter(None, unmet), *_of_model(found, pinned)]:
         click.echo(problem, err=True)
     if memory and (estimate := pipeline.estimated(store, pinned, found)):
         click.echo(f"\n{estimate}")
     pipeline.check_training(found, pinned)
+
+
+def _of_model(planned: Any, pinned: Any) -> list[str]:
+    """What a plan says of the model. What a run would refuse stands there as well: a plan is for other machines too."""
+    from sft_core.store import Unresolved
+    from steps.pipeline import model_told
+
+    try:
+        return model_told(planned, pinned)
+    except Unresolved:
+        return []  # told already
+    except (OSError, ValueError) as error:
+        return [str(error)]
 
 
 @main.command()

@@ -14,7 +14,7 @@ from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import Recipe
 from sft_core.release.push import check_push
 from sft_core.store import Located, Stage, Store, Unresolved
-from sft_core.train.accelerator import check_machine, has_gpu, lost_updates
+from sft_core.train.accelerator import check_machine, has_gpu, lost_updates, slow_precision
 from sft_core.train.arguments import check_extra, check_report_to
 from steps.evaluate import EVALUATED, check_report_prompts, count_report_prompts
 from steps.pack import PACKED
@@ -45,8 +45,8 @@ def prepare(recipe: Recipe) -> PinnedRecipe:
         if not on_cluster():
             check_machine(recipe)
         check_report_to(recipe.runtime.report_to)
-        if warning := lost_updates(recipe):
-            log.warning(warning)
+    for warning in model_told(planned, pinned):
+        log.warning(warning)
     return pinned
 
 
@@ -72,6 +72,21 @@ def check_place(recipe: Recipe) -> None:
 
 def trains(planned: list[Located]) -> bool:
     return any(located.stage is TRAINED and located.status != "hit" for located in planned)
+
+
+def model_told(planned: list[Located], pinned: PinnedRecipe) -> list[str]:
+    """What there is to say of the model where it is still to be trained or scored; its class is tried for that.
+
+    Raises ValueError for what it cannot do, and OSError where its config cannot be read.
+    """
+    recipe, told = pinned.recipe, []
+    if trains(planned):
+        told += [warning for warning in (lost_updates(recipe), slow_precision(recipe)) if warning]
+    if any(located.stage in (TRAINED, EVALUATED) and located.status != "hit" for located in planned):
+        from sft_core.train.preflight import try_class  # imports torch
+
+        told += try_class(recipe, pinned.model_loader, here=not on_cluster())
+    return told
 
 
 def unmet_engine(planned: list[Located], recipe: Recipe) -> str | None:

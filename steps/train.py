@@ -39,6 +39,8 @@ MEASURED = (("TFLOP/s a rank", "tflops_per_s", 3), ("MFU", "mfu", 3), ("memory, 
 def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     training = pinned.recipe.training.model_dump(mode="json")
     del training["loss_scope"]  # in the tokens already
+    if training["router_aux_loss_coef"] is None:
+        del training["router_aux_loss_coef"]  # what was trained before there was this key stays what it is
     job = {
         "model": pinned.model_identity,
         "tokenizer": pinned.tokenizer_identity,

@@ -157,14 +157,16 @@ def _scored(scorer: Metric, outputs: list[Output], asked: Asked, chosen: pa.Tabl
 def row_losses(model: Any, rows: list[TokenRow]) -> tuple[np.ndarray, np.ndarray]:
     """Of each row's trained tokens, the summed negative log-likelihood and how many are the likeliest.
 
-    float64 and int64, shape (rows,).
+    float64 and int64, shape (rows,). Rows share a forward where the model keeps them apart.
     """
     import torch
     import torch.nn.functional as F
 
-    from sft_core.train.collate import collate
+    from sft_core.evaluate.loading import how_to_run
+    from sft_core.train.collate import collate, to_device
     from sft_core.train.loss import trained_token_logits
 
+    forward = how_to_run(model)
     sums, num_correct = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
     group: list[int] = []
     with torch.inference_mode():
@@ -172,12 +174,9 @@ def row_losses(model: Any, rows: list[TokenRow]) -> tuple[np.ndarray, np.ndarray
             group.append(number)
             room = TOKENS_A_FORWARD - sum(len(rows[member].input_ids) for member in group)
             if number + 1 == len(rows) or len(rows[number + 1].input_ids) > room:
-                batch = {
-                    name: values.to(model.device)
-                    for name, values in collate([(rows[member], member) for member in group]).items()
-                }
-                logits_NV, targets_N = trained_token_logits(model, batch)
-                wanted_N, row_N = batch["labels"][0, targets_N], batch["source"][0, targets_N].cpu().numpy()
+                batch = to_device(collate([(rows[member], member) for member in group]), model.device)
+                logits_NV = trained_token_logits(model, batch, forward)
+                wanted_N, row_N = batch["target_ids"], batch["source"].cpu().numpy()
                 nll_N = F.cross_entropy(logits_NV, wanted_N, reduction="none")
                 np.add.at(sums, row_N, nll_N.double().cpu().numpy())
                 np.add.at(num_correct, row_N, (logits_NV.argmax(dim=-1) == wanted_N).cpu().numpy())

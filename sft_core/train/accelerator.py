@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,22 +13,13 @@ if TYPE_CHECKING:
     from sft_core.recipe import Recipe
 
 log = logging.getLogger(__name__)
-LONG = 16_384  # tokens of a pack, from which sdpa's mask of all pairs takes 256 MiB and more
+HALF_ONLY = ("varlen", "flash_attention_2")  # attention whose kernels take half precision alone
 
 
-@functools.cache
 def has_gpu() -> bool:
-    """Without importing torch, which takes seconds."""
-    return shutil.which("nvidia-smi") is not None or Path("/dev/kfd").exists()
-
-
-def attention(asked: str) -> str:
-    """The attention implementation for `auto`: flash attention on a GPU where its package is, else sdpa."""
-    if asked != "auto":
-        return asked
-    chosen = "flash_attention_2" if _on_cuda() and importlib.util.find_spec("flash_attn") else "sdpa"
-    log.info("attn_implementation=%s by auto", chosen)
-    return chosen
+    """Whether this process may use a GPU, without importing torch, which takes seconds. The ranks ask torch."""
+    hidden = any(os.environ.get(name, "all") in ("", "-1") for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"))
+    return not hidden and (shutil.which("nvidia-smi") is not None or Path("/dev/kfd").exists())
 
 
 def liger(asked: bool | str) -> bool:
@@ -40,20 +31,30 @@ def liger(asked: bool | str) -> bool:
     return chosen
 
 
-def unmet_demands(recipe: Recipe) -> str | None:
-    """What this machine, which trains, cannot do."""
-    lora = recipe.training.lora
-    if has_gpu():
+def unmet_demands(recipe: Recipe, *, on_gpu: bool | None = None) -> str | None:
+    """What this machine, which trains, cannot do. on_gpu: whether it has a GPU; None: as has_gpu sees it."""
+    lora, attention = recipe.training.lora, recipe.model.attn_implementation
+    if has_gpu() if on_gpu is None else on_gpu:
         if lora is not None and lora.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
             return "training.lora.load_in_4bit: true needs bitsandbytes; pip install bitsandbytes"
+        if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+            return (
+                "model.attn_implementation: flash_attention_2 needs the package flash-attn; pip install flash-attn "
+                "--no-build-isolation, or take varlen, which is PyTorch's own and needs nothing"
+            )
+        if attention in HALF_ONLY and not computes_in_half(recipe):
+            return (
+                f"model.attn_implementation: {attention} computes in half precision alone on a GPU; set training.bf16: "
+                "true, or another one"
+            )
         return None
     demands = {
-        "model.attn_implementation: flash_attention_2": recipe.model.attn_implementation == "flash_attention_2",
+        "model.attn_implementation: flash_attention_2": attention == "flash_attention_2",
         "training.use_liger_kernel: true": recipe.training.use_liger_kernel is True,
         "training.lora.load_in_4bit: true (QLoRA)": lora is not None and lora.load_in_4bit,
         "runtime.distributed: fsdp2": recipe.runtime.distributed == "fsdp2",
         "model.attn_implementation: flex_attention (which has no backward pass on a CPU)": (
-            recipe.model.attn_implementation == "flex_attention"
+            attention == "flex_attention"
         ),
     }
     asked = [name for name, is_asked in demands.items() if is_asked]
@@ -66,6 +67,22 @@ def check_machine(recipe: Recipe) -> None:
     """Raises ValueError for what this machine, which trains, cannot do."""
     if unmet := unmet_demands(recipe):
         raise ValueError(unmet)
+
+
+def computes_in_half(recipe: Recipe) -> bool:
+    """Whether the model computes in half precision: by autocast, or by its weights."""
+    return recipe.training.bf16 or recipe.model.dtype == "bfloat16"
+
+
+def slow_precision(recipe: Recipe) -> str | None:
+    """A warning where a GPU would compute in fp32."""
+    if not has_gpu() or computes_in_half(recipe):
+        return None
+    return (
+        "training.bf16 is false: a GPU multiplies matrices in TF32 then, at half the speed of bfloat16 and with twice "
+        "the memory for activations, and attention that knows documents (varlen) is not to be had. Set training.bf16: "
+        "true; weights and optimizer stay fp32"
+    )
 
 
 def lost_updates(recipe: Recipe) -> str | None:

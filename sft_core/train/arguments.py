@@ -22,7 +22,8 @@ OWNED = frozenset(
         "dataloader_pin_memory", "dataset_kwargs", "dataset_num_proc", "dataset_text_field", "ddp_backend",
         "ddp_find_unused_parameters", "deepspeed", "disable_tqdm", "eos_token", "eval_packing", "eval_strategy",
         "fp16", "fsdp", "fsdp_config", "gradient_accumulation_steps", "gradient_checkpointing", "ignore_data_skip",
-        "label_smoothing_factor", "learning_rate", "load_best_model_at_end", "logging_first_step", "logging_steps",
+        "label_smoothing_factor", "learning_rate", "load_best_model_at_end", "logging_first_step",
+        "logging_nan_inf_filter", "logging_steps",
         "logging_strategy", "loss_type", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_length",
         "max_steps", "model_init_kwargs", "num_train_epochs", "output_dir", "packing", "packing_strategy",
         "pad_to_multiple_of", "pad_token", "padding_free", "parallelism_config", "per_device_eval_batch_size",
@@ -77,11 +78,17 @@ def check_report_to(trackers: Sequence[str]) -> None:
 def training_arguments(
     training: dict[str, Any], *, num_steps: int, world_size: int, staging: str, runtime: dict[str, Any]
 ) -> SFTConfig:
-    """SFTConfig for one pack a micro-batch; accumulation follows from the global batch and the ranks."""
+    """SFTConfig for one pack a micro-batch; accumulation follows from the global batch and the ranks.
+
+    On a GPU products of fp32 matrices are TF32's, copies to the device do not make the host wait, and a process loads
+    what comes next: all free in `extra`.
+    """
     import torch
     from trl import SFTConfig
 
     on_cpu = not torch.cuda.is_available()
+    of_gpu = {} if on_cpu else gpu_arguments(torch.cuda.get_device_capability())
+    free: dict[str, Any] = {**of_gpu, **training["extra"]}
     return SFTConfig(
         output_dir=staging,
         max_steps=num_steps,
@@ -101,6 +108,8 @@ def training_arguments(
         seed=training["seed"],
         logging_steps=runtime["logging_steps"],
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # else the host waits for each loss, and one that is not finite is told as 0
+        router_aux_loss_coef=0.0,  # PackTrainer's own
         save_strategy="steps",
         save_steps=runtime["save_steps"],
         report_to=list(runtime["report_to"]) or "none",
@@ -112,5 +121,15 @@ def training_arguments(
         packing=False,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
-        **training["extra"],
+        **free,
     )
+
+
+def gpu_arguments(capability: tuple[int, int]) -> dict[str, Any]:
+    """What is set on a GPU of that compute capability."""
+    return {
+        "tf32": capability >= (8, 0),
+        "accelerator_config": {"non_blocking": True},
+        "dataloader_num_workers": 1,
+        "dataloader_prefetch_factor": 8,
+    }

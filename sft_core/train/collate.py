@@ -1,9 +1,14 @@
-"""Packs as model inputs: documents one after another, positions restarting, labels for trained tokens only."""
+"""Packs as model inputs: documents one after another, positions restarting, and what is trained of them.
+
+Whatever the loss and the log need to count is counted here, on the CPU: on a GPU each look at a tensor's values would
+make the host wait for the device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -12,14 +17,36 @@ from sft_core.data.packing import PackPlan
 from sft_core.data.shards import TokenRow, TokenShards
 from sft_core.train.schedule import EMPTY
 
-IGNORED = -100
+# How a model is told where documents begin: by restarting positions; by their bounds too, as kernels for packed
+# documents take them; or by each token's document as well, as recurrent layers take it.
+DocumentInputs = Literal["positions", "bounds", "sequences"]
+
+# T tokens of D documents in P packs, N of them trained (the targets).
+
+
+class Batch(TypedDict):
+    """One forward. The arrays of numpy stay on the CPU when a batch moves to a device."""
+
+    input_ids: torch.Tensor  # int64, (1, T)
+    position_ids: torch.Tensor  # int64, (1, T): from 0 in each document
+    bounds: torch.Tensor  # int32, (D + 1,): where documents begin, and the end
+    seq_idx: torch.Tensor  # int32, (1, T): the number of a token's document
+    targets: torch.Tensor  # int64, (N,): places of the trained tokens; never the first of a document
+    target_ids: torch.Tensor  # int64, (N,)
+    weights: torch.Tensor  # float32, (N,)
+    source: torch.Tensor  # int64, (N,)
+    document: torch.Tensor  # int64, (N,)
+    lengths: np.ndarray  # int64, (D,): tokens of each document
+    num_targets: np.ndarray  # int64, (D,)
+    pack_sizes: np.ndarray  # int64, (P,): documents of each pack; none where nothing is trained
+    weight: NotRequired[float]  # the sum of all weights; not of a part of a batch
 
 
 class PackCollator:
-    """Turns a slot of the schedule into one sequence of the pack's documents.
+    """Turns slots of the schedule into one sequence of their packs' documents.
 
     transformers isolates documents when positions restart at 0, no attention mask is given and no cache is
-    used; so no mask is given here. The first label of a document is ignored: nothing in it predicts it.
+    used; so no mask is given here.
     """
 
     def __init__(self, plan: PackPlan, shards: Sequence[TokenShards]):
@@ -35,41 +62,97 @@ class PackCollator:
     def longest_document(self) -> int:
         return int(self.plan.num_tokens.max())
 
-    def __call__(self, slots: list[dict[str, int]]) -> dict[str, torch.Tensor]:
-        """input_ids, position_ids, labels, source: int64 tensors of shape (1, tokens); weights: float32."""
+    def __call__(self, slots: list[dict[str, int]]) -> Batch:
         offsets, packs = self.plan.offsets, [slot["pack"] for slot in slots]
-        return self.of_documents(
-            [entry for pack in packs if pack != EMPTY for entry in range(offsets[pack], offsets[pack + 1])]
-        )
+        return self.of_packs([range(offsets[pack], offsets[pack + 1]) for pack in packs if pack != EMPTY])
 
-    def of_documents(self, entries: Iterable[int]) -> dict[str, torch.Tensor]:
-        """The same of some of the plan's documents, by their numbers."""
-        plan, documents = self.plan, []
-        for entry in entries:
-            source, length = int(plan.source[entry]), int(plan.num_tokens[entry])
-            row = self._shards[source][int(plan.row[entry])]
-            documents.append((row.first(length), source))
-        return collate(documents)
+    def of_packs(self, packs: Iterable[Iterable[int]]) -> Batch:
+        """The same of packs of the plan's documents, each given by the numbers of its own."""
+        return collate(*([self._document(int(entry)) for entry in pack] for pack in packs))
+
+    def _document(self, entry: int) -> tuple[TokenRow, int]:
+        source, length = int(self.plan.source[entry]), int(self.plan.num_tokens[entry])
+        return self._shards[source][int(self.plan.row[entry])].first(length), source
 
 
 def slot_alone(slots: list[dict[str, int]]) -> dict[str, torch.Tensor]:
-    """The number of a slot, where what is in it is not known when it is loaded: int64, shape (1,)."""
+    """The numbers of slots, where what is in them is not known when they are loaded: int64, shape (slots,)."""
     return {"slot": torch.tensor([slot["pack"] for slot in slots])}
 
 
-def collate(documents: list[tuple[TokenRow, int]]) -> dict[str, torch.Tensor]:
-    """One sequence of documents with their source numbers; without any, two tokens that train nothing."""
+def collate(*packs: list[tuple[TokenRow, int]]) -> Batch:
+    """One sequence of packs of documents with their source numbers; without any, two tokens that train nothing."""
+    documents = [document for pack in packs for document in pack]
+    pack_sizes = [len(pack) for pack in packs if pack]
     if not documents:
         documents = [(TokenRow(np.zeros(2, np.int32), np.zeros(2, np.uint8)), 0)]
     ids = np.concatenate([row.input_ids for row, _ in documents]).astype(np.int64)
-    trained = np.concatenate([np.concatenate([[0], row.trained[1:]]) for row, _ in documents])
-    lengths = [len(row.input_ids) for row, _ in documents]
-    columns = {
-        "input_ids": ids,
-        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
-        "labels": np.where(trained == 1, ids, IGNORED),
-        "source": np.repeat([source for _, source in documents], lengths),
+    trained = np.concatenate([row.trained for row, _ in documents]) == 1
+    lengths = np.array([len(row.input_ids) for row, _ in documents])
+    ends = np.cumsum(lengths)
+    trained[ends - lengths] = False  # nothing predicts a document's first token
+    number = np.repeat(np.arange(len(documents)), lengths)
+    targets = np.flatnonzero(trained)
+    weights = np.concatenate([row.weights for row, _ in documents])[targets]
+    places = {
+        "input_ids": ids[None],
+        "position_ids": (np.arange(len(ids)) - np.repeat(ends - lengths, lengths))[None],
+        "bounds": np.concatenate([[0], ends]).astype(np.int32),
+        "seq_idx": number.astype(np.int32)[None],
+        "targets": targets,
+        "target_ids": ids[targets],
+        "weights": weights,
+        "source": np.array([source for _, source in documents])[number[targets]],
+        "document": number[targets],
     }
-    weights = np.concatenate([row.weights for row, _ in documents])
-    batch = {name: torch.from_numpy(values.astype(np.int64))[None] for name, values in columns.items()}
-    return {**batch, "weights": torch.from_numpy(np.where(trained == 1, weights, np.float32(0)))[None]}
+    counts = {
+        "lengths": lengths,
+        "num_targets": np.bincount(number[targets], minlength=len(documents)),
+        "pack_sizes": np.array(pack_sizes, np.int64),
+        "weight": float(weights.sum(dtype=np.float64)),
+    }
+    return cast(Batch, {**{name: torch.from_numpy(values) for name, values in places.items()}, **counts})
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """The batch with its tensors on a device; the copies of pinned ones do not make the host wait."""
+    moved = {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+    return cast(Batch, moved)
+
+
+def model_inputs(batch: Batch, told_by: DocumentInputs) -> dict[str, Any]:
+    """What a model's forward takes of the batch. use_cache is off: with a cache transformers lets documents of a pack
+    attend to each other."""
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    if told_by == "positions":
+        return inputs
+    bounds, longest = batch["bounds"], int(batch["lengths"].max())
+    inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return inputs if told_by == "bounds" else inputs | {"seq_idx": batch["seq_idx"]}
+
+
+def documents_alone(batch: Batch) -> Iterator[Batch]:
+    """Each document as a batch of its own, without a look at the device."""
+    starts, firsts = (np.concatenate([[0], np.cumsum(batch[name])]) for name in ("lengths", "num_targets"))
+    for number in range(len(batch["lengths"])):
+        tokens = slice(int(starts[number]), int(starts[number + 1]))
+        mine = slice(int(firsts[number]), int(firsts[number + 1]))
+        of_targets = {name: batch[name][mine] for name in ("target_ids", "weights", "source")}
+        yield cast(
+            Batch,
+            {
+                "input_ids": batch["input_ids"][:, tokens],
+                "position_ids": batch["position_ids"][:, tokens],
+                "bounds": batch["bounds"][number : number + 2] - tokens.start,
+                "seq_idx": batch["seq_idx"][:, tokens] - number,
+                "targets": batch["targets"][mine] - tokens.start,
+                "document": batch["document"][mine] - number,
+                **of_targets,
+                "lengths": batch["lengths"][number : number + 1],
+                "num_targets": batch["num_targets"][number : number + 1],
+                "pack_sizes": np.ones(min(1, len(batch["pack_sizes"])), np.int64),
+            },
+        )

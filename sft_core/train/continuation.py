@@ -20,13 +20,15 @@ _FIXED_RANKS = ("zero2", "zero3")  # DeepSpeed stores a rank's share of the opti
 @dataclasses.dataclass(frozen=True)
 class Continuation:
     """losses, sums: by rank, since the log's last line, which was at step `logged`: the Trainer's own running sum (of a
-    loss that each rank scales by their number), and LossBySource's."""
+    loss that each rank scales by their number), and LossBySource's. packs_a_forward: another number of them rounds
+    otherwise."""
 
     strategy: str
     num_ranks: int
     logged: int
     losses: list[float]
     sums: list[list[list[float]]]  # (ranks, 2, sources)
+    packs_a_forward: int = 1
 
     def write(self, checkpoint: Path) -> None:
         (checkpoint / _FILE).write_text(json.dumps(dataclasses.asdict(self)))

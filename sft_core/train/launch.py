@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 from sft_core.data.over_long import windows_of
 from sft_core.lifetime import STARTED_BY, die_with_parent
-from sft_core.train.accelerator import has_gpu
 from sft_core.train.checkpoints import numbered, step_of, stop_request, worth_keeping
 from sft_core.train.log_file import read_events
 from sft_core.train.strategy import environment
@@ -228,7 +227,6 @@ def variables(runtime: dict[str, Any], out: Path) -> dict[str, str]:
         "TQDM_DISABLE": "1",
         "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",  # one for each call of DeepSpeed's
         **(environment(runtime["distributed"]) if runtime["distributed"] else {}),
-        **({} if has_gpu() else {"DS_ACCELERATOR": "cpu"}),
     }
 
 

@@ -2,46 +2,110 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-from sft_core.train.collate import IGNORED
+from sft_core.train.collate import Batch, DocumentInputs, documents_alone, model_inputs
+from sft_core.train.router import RouterLoss
 
-# B is 1 (one sequence of documents), T its tokens, N the trained ones among them, V the vocabulary.
+# T tokens of a batch, N the trained ones among them, V the vocabulary.
 
 
-def trained_token_nll(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], *, fused_lm_head: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood of each trained token and its position: float32 (N,) and int64 (N,).
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """How a model is run over a batch.
 
-    batch: input_ids, position_ids, labels, int64 (B, T). The cache is off: with one, transformers lets
-    documents of a pack attend to each other. fused_lm_head: the model has TRL's tiled head, which on a GPU
-    never holds all logits at once.
+    told_by: how it is told where documents begin. alone: each document is a forward of its own, since in this model
+    documents see each other whatever it is told. fused_head: it has head.add_fused_head's, which on a GPU never holds
+    all logits at once. router: the loss of a mixture of experts' router; None: there is none.
     """
-    if fused_lm_head:
-        targets_N = _targets(batch)
-        log_probs_BT = model(**_inputs(batch), labels=batch["labels"], fused_lm_head=True).log_probs
-        return -log_probs_BT[0, targets_N - 1].float(), targets_N
-    logits_NV, targets_N = trained_token_logits(model, batch)
-    return F.cross_entropy(logits_NV, batch["labels"][0, targets_N], reduction="none"), targets_N
+
+    told_by: DocumentInputs = "positions"
+    alone: bool = False
+    fused_head: bool = False
+    router: RouterLoss | None = None
 
 
-def trained_token_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits from which each trained token is predicted, and its position: float32 (N, V) and int64 (N,)."""
-    targets_N = _targets(batch)
-    logits_NV = model(**_inputs(batch), logits_to_keep=targets_N - 1, use_cache=False).logits[0]
-    return logits_NV.float(), targets_N
+class Losses(NamedTuple):
+    nll_N: torch.Tensor  # noqa: N815  float32: negative log-likelihood of each trained token
+    router: torch.Tensor | None  # 0-d: the sum over packs of tokens x router loss; None without a router's loss
 
 
-def _targets(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    targets_N = (batch["labels"][0] != IGNORED).nonzero().squeeze(1)
-    assert len(targets_N) == 0 or int(targets_N[0]) > 0, "the first token of a document is never a target"
-    return targets_N
+def trained_losses(
+    model: torch.nn.Module, batch: Batch, forward: Forward, *, num_forwards: int | None = None
+) -> Losses:
+    """num_forwards: where each document is a forward and ranks share the weights, how many of them each rank makes."""
+    nll, router_logits = [], []
+    for part in _parts(batch, forward, num_forwards):
+        outputs = _run(model, part, forward)
+        nll.append(_nll(outputs, part))
+        if forward.router is not None:
+            router_logits.append(forward.router.logits_of(outputs))
+    total = forward.router.total(router_logits, batch) if forward.router is not None else None
+    return Losses(torch.cat(nll) if len(nll) > 1 else nll[0], total)
 
 
-def _inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: batch[name] for name in ("input_ids", "position_ids")}
+def trained_token_nll(model: torch.nn.Module, batch: Batch, forward: Forward = Forward()) -> torch.Tensor:
+    """Negative log-likelihood of each trained token: float32 (N,)."""
+    return trained_losses(model, batch, dataclasses.replace(forward, router=None)).nll_N
+
+
+def trained_token_logits(model: torch.nn.Module, batch: Batch, forward: Forward = Forward()) -> torch.Tensor:
+    """Logits from which each trained token is predicted: float32 (N, V)."""
+    plain = dataclasses.replace(forward, fused_head=False, router=None)
+    return torch.cat([_logits(_run(model, part, plain), part) for part in _parts(batch, plain, None)])
+
+
+def _parts(batch: Batch, forward: Forward, num_forwards: int | None) -> Iterator[Batch]:
+    if not forward.alone:
+        yield batch
+        return
+    parts = list(documents_alone(batch))
+    if forward.router is None:  # which counts all tokens, trained or not
+        parts = [part for part in parts if len(part["targets"])] or parts[:1]
+    yield from parts
+    for _ in range(len(parts), num_forwards or 0):  # the other ranks wait in each forward for this one
+        yield _without_targets(parts[0])
+
+
+def _without_targets(part: Batch) -> Batch:
+    first = slice(0, 2)
+    none = {name: part[name][:0] for name in ("targets", "target_ids", "weights", "source", "document")}
+    return part | {  # type: ignore[return-value]
+        "input_ids": part["input_ids"][:, first],
+        "position_ids": part["position_ids"][:, first],
+        "seq_idx": part["seq_idx"][:, first],
+        "bounds": part["bounds"].clamp(max=2),
+        "lengths": part["lengths"].clip(max=2),
+        "num_targets": part["num_targets"] * 0,
+        **none,
+    }
+
+
+def _run(model: torch.nn.Module, batch: Batch, forward: Forward) -> Any:
+    inputs = model_inputs(batch, forward.told_by)
+    if forward.router is not None:
+        inputs["output_router_logits"] = True
+    if forward.fused_head:
+        return model(**inputs, targets=batch["targets"], target_ids=batch["target_ids"])
+    return model(**inputs, logits_to_keep=batch["targets"] - 1)
+
+
+def _nll(outputs: Any, batch: Batch) -> torch.Tensor:
+    if "nll_N" in outputs:
+        return outputs["nll_N"]
+    return F.cross_entropy(_logits(outputs, batch), batch["target_ids"], reduction="none")
+
+
+def _logits(outputs: Any, batch: Batch) -> torch.Tensor:
+    logits = outputs["logits"][0]
+    if len(logits) != len(batch["targets"]):  # its class makes those of all tokens, whatever it is asked
+        logits = logits[batch["targets"] - 1]
+    return logits.float()
 
 
 class LossBySource:

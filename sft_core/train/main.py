@@ -97,9 +97,13 @@ def trained(
     from sft_core.train.arguments import training_arguments
     from sft_core.train.checkpoints import check_room, stop_request
     from sft_core.train.collate import PackCollator, slot_alone
-    from sft_core.train.continuation import resumable
+    from sft_core.train.continuation import Continuation, resumable
     from sft_core.train.first_rank import on_first_rank
+    from sft_core.train.forwards import in_forwards, packs_a_forward
+    from sft_core.train.log_file import LogFile
     from sft_core.train.model import load_model, skeleton
+    from sft_core.train.probe import class_isolation
+    from sft_core.train.router import router_loss
     from sft_core.train.schedule import step_packs, training_flops
     from sft_core.train.strategy import prepare_deepspeed
     from sft_core.train.trainer import LogEvents, PackTrainer, discard_staged
@@ -129,15 +133,14 @@ def trained(
     )
     drawn = sampler(collator.plan, len(schedule)) if sampler is not None else None
     online = _online(job, drawn, collator, schedule, (linear, quadratic)) if drawn is not None else None
-    slots = schedule.ravel() if online is None else np.arange(schedule.size)
     staging = out / "staging"
     if int(os.environ.get("RANK", "0")) == 0:
         discard_staged(staging)
-        if online is None:
-            tell_balance(out / "logs" / "balance.jsonl", costs, schedule, world_size, job["runtime"]["distributed"])
+    router = router_loss(shape.config, training.get("router_aux_loss_coef"))  # None is left out
     in_4bit = training["lora"] is not None and training["lora"]["load_in_4bit"]
+    half = training["bf16"] or job["model"]["dtype"] == "bfloat16"
     load = functools.partial(
-        load_model, **job["model"], tokenizer=job["tokenizer"], seed=training["seed"], load_in_4bit=in_4bit
+        load_model, **job["model"], tokenizer=job["tokenizer"], seed=training["seed"], load_in_4bit=in_4bit, half=half
     )
     # Random weights come first: zero3 would draw other numbers for a rank's share of them. Those of a file come after
     # the arguments, which tell transformers that each rank loads its share alone.
@@ -149,13 +152,34 @@ def trained(
     checkpoint = on_first_rank(lambda: resumable(out / "checkpoints", job["runtime"]["distributed"], world_size))
     model, tokenizer = loaded or load()
     model.config.use_cache = False
+    of_class = class_isolation(
+        shape.config,
+        attention=model.config._attn_implementation,
+        trust_remote_code=job["model"]["trust_remote_code"],
+        half=half,
+        device=arguments.device.type,
+    )
+    num_packs = packs_a_forward(
+        job["runtime"]["tokens_per_forward"],
+        written=None if checkpoint is None else Continuation.read(checkpoint).packs_a_forward,
+        plan=collator.plan,
+        packs_a_rank=training["global_batch_size"] // world_size,
+        attention=model.config._attn_implementation,
+        together=of_class is None or of_class.told_by is not None,
+    )
+    arguments.per_device_train_batch_size = num_packs
+    arguments.gradient_accumulation_steps = training["global_batch_size"] // (world_size * num_packs)
+    slots = schedule if online is None else np.arange(schedule.size).reshape(schedule.shape)
+    if int(os.environ.get("RANK", "0")) == 0 and online is None:
+        strategy = job["runtime"]["distributed"]
+        tell_balance(out / "logs" / "balance.jsonl", costs, schedule, world_size, strategy, num_packs)
     score_answers = None
     if answers is not None:  # a forward pass is a third of what training takes
         score_answers = functools.partial(answers, tokenizer=tokenizer, flops_a_token=linear / 3)
     trainer = PackTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_dict({"pack": slots}),
+        train_dataset=Dataset.from_dict({"pack": in_forwards(slots, world_size, num_packs).ravel()}),
         data_collator=collator if online is None else slot_alone,
         processing_class=tokenizer,
         peft_config=_lora(training["lora"], model, job["tokenizer"]["add_special_tokens"], tokenizer),
@@ -167,6 +191,9 @@ def trained(
         flops=(linear, quadratic),
         selection=_selection(job, len(schedule), len(collator.plan), watch, score_answers),
         online=online,
+        of_class=of_class,
+        router=router,
+        tell=LogFile(out / "logs" / "forward.jsonl").add,
         write_model=functools.partial(_write_model, tokenizer, job["chat_template"], training["lora"] is not None),
     )
     trainer.remove_callback(PrinterCallback)  # LogEvents prints
@@ -194,7 +221,9 @@ def _online(
     )
 
 
-def tell_balance(path: Path, costs: np.ndarray, schedule: np.ndarray, num_ranks: int, strategy: str) -> None:
+def tell_balance(
+    path: Path, costs: np.ndarray, schedule: np.ndarray, num_ranks: int, strategy: str, packs_a_forward: int = 1
+) -> None:
     """Writes how evenly the schedule's FLOPs lie on these ranks, for the card. costs: of each pack."""
     import numpy as np
 
@@ -203,6 +232,7 @@ def tell_balance(path: Path, costs: np.ndarray, schedule: np.ndarray, num_ranks:
     from sft_core.train.strategy import SHARED
 
     slots = np.where(schedule == EMPTY, 0.0, costs[schedule])
+    slots = slots.reshape(len(slots), -1, packs_a_forward, num_ranks).sum(axis=2).reshape(len(slots), -1)
     ratio = slowest_over_mean(slots, num_ranks, each_micro_step=strategy in SHARED)
     told = {"ranks": num_ranks, "packs_a_step": schedule.shape[1], "slowest_over_mean": round(ratio, 6)}
     path.write_text(json.dumps(told) + "\n")  # as a log, of which a card never reads half a line

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from sft_core.data.tokenizer import load_tokenizer
-from sft_core.train.accelerator import attention
+from sft_core.train.attention import choose_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -21,13 +21,16 @@ log = logging.getLogger(__name__)
 
 def skeleton(*, path: str | None, revision: str | None, config: dict[str, Any] | None, trust_remote_code: bool) -> Any:
     """The start model without its weights, on torch's meta device: for its config and its number of parameters."""
-    settings = (
-        _random_config(config)
-        if config is not None
-        else AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
-    )
+    settings = read_config(path, revision, config, trust_remote_code)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+
+
+def read_config(path: str | None, revision: str | None, config: dict[str, Any] | None, trust_remote_code: bool) -> Any:
+    """The start model's config. Raises OSError or ValueError where there is none that can be read."""
+    if config is not None:
+        return _random_config(config)
+    return AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -42,23 +45,26 @@ def load_model(
     tokenizer: dict[str, Any],
     seed: int,
     load_in_4bit: bool = False,
+    half: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The start model and its tokenizer, agreeing on size and end token.
 
     With `config` the weights are random and a function of the seed; so are the rows of added tokens.
-    Weights are safetensors only. load_in_4bit: in NF4 with double quantization, as QLoRA trains over them.
+    Weights are safetensors only. load_in_4bit: in NF4 with double quantization, as QLoRA trains over them. half: it
+    will compute in half precision, by autocast or by its weights, which kernels for attention want.
     Raises OSError or ValueError for what cannot be loaded.
     """
     vocabulary = load_tokenizer(**tokenizer)
     torch.manual_seed(seed)
-    options = {
-        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
-        "attn_implementation": attention(attn_implementation),
-    }
+    settings = read_config(path, revision, config, trust_remote_code)
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    chosen = choose_attention(attn_implementation, settings, half=half, trust_remote_code=trust_remote_code)
+    if chosen is not None:
+        options |= {"attn_implementation": chosen}
     if load_in_4bit:
         options |= {"quantization_config": _nf4(), "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))}}
     if config is not None:
-        model = AutoModelForCausalLM.from_config(_random_config(config), **options)
+        model = AutoModelForCausalLM.from_config(settings, **options)
     else:
         model = AutoModelForCausalLM.from_pretrained(
             str(path), revision=revision, use_safetensors=True, trust_remote_code=trust_remote_code, **options

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sft_core.train.collate import PackCollator
+from sft_core.train.collate import Batch, PackCollator
 from sft_core.train.log_file import LogFile, read_events
 
 Pack = np.ndarray  # numbers of the plan's documents, int64, shape (documents,)
@@ -55,11 +55,14 @@ class OnlineSchedule(TrainerCallback):
         self.measure_gains: Callable[[list[Pack]], np.ndarray] | None = None
         self.measure_losses: Callable[[], np.ndarray] | None = None
 
-    def batch(self, slot: int) -> dict[str, torch.Tensor]:
-        """The pack in a slot of the schedule: slot j of step i is i * global_batch_size + j."""
+    def batch(self, slots: list[int]) -> Batch:
+        """The packs in slots of the schedule: slot j of step i is i * global_batch_size + j."""
+        return self.collator.of_packs(self._pack(slot).tolist() for slot in slots)
+
+    def _pack(self, slot: int) -> Pack:
         step, place = divmod(slot, self._batch_size)
         packs = self._steps[step] if step < len(self._steps) else []  # the trainer looks ahead, past the end too
-        return self.collator.of_documents(packs[place].tolist() if place < len(packs) else [])
+        return packs[place] if place < len(packs) else np.empty(0, np.int64)
 
     def flops(self, step: int) -> tuple[float, float]:
         """Of the training up to a step, and of what was measured for the sampler."""

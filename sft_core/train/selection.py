@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft_core.data.packing import PackPlan
-from sft_core.train.collate import PackCollator
+from sft_core.train.collate import PackCollator, to_device
 from sft_core.train.log_file import LogFile, read_events
-from sft_core.train.loss import trained_token_logits, trained_token_nll
+from sft_core.train.loss import Forward, trained_token_logits, trained_token_nll
 from sft_core.train.schedule import EMPTY
 
 
@@ -106,7 +106,7 @@ class SelectionLosses:
         rank: int,
         num_ranks: int,
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
-        fused_lm_head: bool,
+        forward: Forward,
         count_correct: bool = False,
     ) -> RowLosses:
         """The model is in training mode again when this returns. count_correct: of which tokens are the likeliest."""
@@ -116,17 +116,16 @@ class SelectionLosses:
         try:
             with torch.no_grad():
                 for pack in self._packs_of(rank, num_ranks):
-                    batch = {name: values.to(device) for name, values in self._collator([{"pack": pack}]).items()}
+                    batch = to_device(self._collator([{"pack": pack}]), device)
                     correct_N = torch.zeros(())
                     if count_correct:
-                        logits_NV, targets_N = trained_token_logits(model, batch)
-                        labels_N = batch["labels"][0, targets_N]
-                        nll_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
-                        correct_N = (logits_NV.argmax(dim=-1) == labels_N).double()
+                        logits_NV = trained_token_logits(model, batch, forward)
+                        nll_N = F.cross_entropy(logits_NV, batch["target_ids"], reduction="none")
+                        correct_N = (logits_NV.argmax(dim=-1) == batch["target_ids"]).double()
                     else:
-                        nll_N, targets_N = trained_token_nll(model, batch, fused_lm_head=fused_lm_head)
+                        nll_N = trained_token_nll(model, batch, forward)
                     if pack != EMPTY:
-                        document_N = (batch["position_ids"][0] == 0).cumsum(0)[targets_N] - 1 + int(plan.offsets[pack])
+                        document_N = batch["document"] + int(plan.offsets[pack])
                         sums[0].index_add_(0, document_N, nll_N.double())
                         sums[1].index_add_(0, document_N, torch.ones_like(nll_N, dtype=torch.float64))
                         if count_correct:

@@ -46,8 +46,12 @@ def environment(strategy: str) -> dict[str, str]:
 
 
 def prepare_deepspeed() -> None:
-    """On CPU: without the shared-memory collectives, which DeepSpeed compiles for two minutes at the first start."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and os.environ.get("DS_ACCELERATOR") == "cpu":
+    """Where torch sees no GPU: DeepSpeed on the CPU, without the shared-memory collectives, which it would compile for
+    two minutes at the first start."""
+    import torch
+
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,14 +21,18 @@ from sft_core.data.balance import pack_costs
 from sft_core.data.packing import PackPlan
 from sft_core.digests import is_whole
 from sft_core.train import checkpoints
+from sft_core.train.collate import Batch, to_device
 from sft_core.train.continuation import Continuation
 from sft_core.train.first_rank import on_first_rank
+from sft_core.train.head import add_fused_head, takes_fused_head
 from sft_core.train.log_file import LogFile
-from sft_core.train.loss import LossBySource, trained_token_nll
+from sft_core.train.loss import Forward, LossBySource, trained_losses, trained_token_nll
 from sft_core.train.online import OnlineSchedule, Pack, step_gain
+from sft_core.train.probe import Isolation, settle
+from sft_core.train.router import RouterLoss
 from sft_core.train.schedule import EMPTY
 from sft_core.train.selection import AnswerScorer, EvaluateSelection, RowLosses, Selection, SelectionLosses
-from sft_core.train.speed import batch_flops, peak_flops_per_s, peak_memory_gib
+from sft_core.train.speed import peak_flops_per_s, peak_memory_gib
 from sft_core.train.strategy import SHARED, check_engaged
 
 
@@ -42,6 +46,9 @@ class PackTrainer(SFTTrainer):
     where this rank holds but a share of them.
     flops: (linear, quadratic) as schedule.training_flops gives them, for the speed that is logged.
     online: what is trained is drawn while it goes on; train_dataset's packs are slots of it then.
+    of_class: what probe.class_isolation knows of its class; the model itself is tried before its first use.
+    router: the loss of a mixture of experts' router, coefficient x mean over the batch's tokens, beside L.
+    tell: writes down how the model is run, on the first rank.
     """
 
     def __init__(
@@ -54,15 +61,29 @@ class PackTrainer(SFTTrainer):
         flops: tuple[float, float],
         selection: Selection | None,
         online: OnlineSchedule | None,
+        of_class: Isolation | None,
+        router: RouterLoss | None,
+        tell: Callable[[dict[str, Any]], None],
         write_model: Callable[[Any, dict[str, Any] | None, Path], None],
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
-        if self.aux_loss_enabled:
-            raise ValueError("the model wants a router loss (MoE), which is not trained here; set its coefficient to 0")
+        with _config_kept(kwargs["model"].config.get_text_config()):
+            super().__init__(**kwargs)
+        own: Any = self.accelerator.unwrap_model(self.model)
+        own = own.get_base_model() if hasattr(own, "get_base_model") else own  # of PEFT's
+        self._may_fuse_head = self.args.device.type == "cuda" and takes_fused_head(own)
+        if self._may_fuse_head:
+            add_fused_head(own)
+        self._attention = own.config._attn_implementation
+        self._of_class, self._router, self._tell = of_class, router, tell
+        self._forward: Forward | None = None  # until the model is tried
+        self._tokens_in_batch = 0.0
         self.model_accepts_loss_kwargs = True  # the count comes to compute_loss, whatever the model's forward takes
         self._sources = sources
-        self._global_batch_size = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        self._packs_a_forward = self.args.per_device_train_batch_size
+        self._global_batch_size = (
+            self._packs_a_forward * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        )
         self._strategy, self._is_engaged = strategy, False  # until it is seen at work
         self._folder, self._keep = folder, keep
         self._write_model = write_model
@@ -115,13 +136,57 @@ class PackTrainer(SFTTrainer):
         if not self._is_engaged:
             check_engaged(self._strategy, self.accelerator, model)
             self._is_engaged = True
-        nll_N, targets_N = trained_token_nll(model, inputs, fused_lm_head=self._has_fused_head)
-        self._loss_by_source.add(nll_N, inputs["source"][0, targets_N])
-        self._tokens_seen += inputs["input_ids"].numel()
-        self._trained_tokens_seen += len(targets_N)
-        self._flops_done += batch_flops(inputs["position_ids"], *self._flops)
-        # DDP averages over ranks, and num_items_in_batch sums over all of them: the product restores the sum.
-        return (nll_N * inputs["weights"][0, targets_N]).sum() / num_items_in_batch * self.accelerator.num_processes
+        batch, forward = cast(Batch, inputs), self._how_to_run(model)
+        losses = trained_losses(model, batch, forward, num_forwards=self._num_forwards(batch, forward))
+        self._loss_by_source.add(losses.nll_N, batch["source"])
+        self._tokens_seen += int(batch["lengths"].sum())
+        self._trained_tokens_seen += int(batch["num_targets"].sum())
+        self._flops_done += self.floating_point_ops(inputs)
+        loss = (losses.nll_N * batch["weights"]).sum() / num_items_in_batch
+        if losses.router is not None and forward.router is not None:
+            loss = loss + forward.router.coefficient * losses.router / self._tokens_in_batch
+        # DDP averages over ranks, and the batch's sums are over all of them: the product restores the sum.
+        return loss * self.accelerator.num_processes
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]
+        """Of one forward and backward. The Trainer's own goes through all parameters at each micro-batch."""
+        linear, quadratic = self._flops
+        lengths = inputs["lengths"].astype(np.float64)
+        return float(linear * lengths.sum() + quadratic * (lengths**2).sum())
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # The Trainer's own would round the weights of turns to DeepSpeed's half precision.
+        return cast("dict[str, Any]", to_device(cast(Batch, inputs), self.args.device))
+
+    def _how_to_run(self, model: Any) -> Forward:
+        """Tried on the model itself, on all ranks, before its first use; told in the log and to `tell`."""
+        if self._forward is None:
+            self._forward, isolation = settle(
+                model,
+                self._of_class,
+                attention=self._attention,
+                device=self.args.device,
+                exact=self.args.device.type == "cpu" and not (self.args.bf16 or self.args.fp16),
+                may_fuse_head=self._may_fuse_head,
+                router=self._router,
+            )
+            if self.is_world_process_zero():
+                self._tell(
+                    {
+                        "documents": "alone" if self._forward.alone else "together",
+                        "packs_a_forward": self._packs_a_forward,
+                        "fused_head": self._forward.fused_head,
+                        **dataclasses.asdict(isolation),
+                    }
+                )
+        return self._forward
+
+    def _num_forwards(self, batch: Batch, forward: Forward) -> int | None:
+        """Of all ranks the most, where each document is a forward and a rank waits in each for the others' weights."""
+        if not forward.alone or self._strategy not in SHARED:
+            return None
+        own = torch.tensor([len(batch["lengths"])], device=self.args.device)
+        return int(self.accelerator.gather(own).max())
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -129,13 +194,9 @@ class PackTrainer(SFTTrainer):
         if self._online is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         # The loader looks a batch ahead, so it hands out slots: what is in them is known only now.
-        slots = [int(batch["slot"]) for batch in itertools.islice(epoch_iterator, num_batches)]
-        batches = [self._online.batch(slot) for slot in slots]
+        slots = [batch["slot"].tolist() for batch in itertools.islice(epoch_iterator, num_batches)]
+        batches = [self._online.batch(of_forward) for of_forward in slots]
         return batches, self._get_num_items_in_batch(batches, device)
-
-    @property
-    def _has_fused_head(self) -> bool:
-        return self.args.device.type == "cuda"
 
     def _measure(self, losses: SelectionLosses, *, count_correct: bool = False) -> RowLosses:
         return losses.measure(
@@ -144,7 +205,7 @@ class PackTrainer(SFTTrainer):
             rank=self.accelerator.process_index,
             num_ranks=self.accelerator.num_processes,
             sum_over_ranks=self._sum_over_ranks,
-            fused_lm_head=self._has_fused_head,
+            forward=self._how_to_run(self.model_wrapped),
             count_correct=count_correct,
         )
 
@@ -160,14 +221,15 @@ class PackTrainer(SFTTrainer):
         """
         assert self._online is not None
         model: Any = self.accelerator.unwrap_model(self.model_wrapped)
+        forward = self._how_to_run(model)
         gains = torch.zeros(len(packs), dtype=torch.float64, device=self.args.device)
         model.eval()
         for number in range(self.accelerator.process_index, len(packs), self.accelerator.num_processes):
-            batch = self._prepare_inputs(self._online.collator.of_documents(packs[number].tolist()))
+            batch = to_device(self._online.collator.of_packs([packs[number].tolist()]), self.args.device)
 
-            def loss(batch: dict[str, Any] = batch) -> torch.Tensor:
+            def loss(batch: Batch = batch) -> torch.Tensor:
                 with self.compute_loss_context_manager():
-                    return trained_token_nll(model, batch, fused_lm_head=self._has_fused_head)[0].mean()
+                    return trained_token_nll(model, batch, forward).mean()
 
             gains[number] = step_gain(self.optimizer, loss, max_grad_norm=self.args.max_grad_norm)
         model.train()
@@ -238,15 +300,20 @@ class PackTrainer(SFTTrainer):
         self.state.best_model_checkpoint = str(best)
         self._load_best_model()
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: Any) -> torch.Tensor:
-        """The sum of the trained tokens' weights over the global batch: what the Trainer counts, with weights."""
-        weights = torch.stack([batch["weights"].sum(dtype=torch.float64) for batch in batch_samples]).sum()
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> torch.Tensor:
+        """The sum of the trained tokens' weights over the global batch: what the Trainer counts, with weights.
+
+        Counted on the CPU. Ranks exchange their counts, for which the host waits once a step; one rank never waits.
+        """
+        weight = sum(batch["weight"] for batch in batch_samples)
+        num_tokens = sum(int(batch["lengths"].sum()) for batch in batch_samples if len(batch["pack_sizes"]))
         # Whether to stop goes along: the ranks must agree on the step after which they do.
-        own = torch.stack([weights, torch.tensor(float(self._stop.is_asked()), dtype=torch.float64)])
-        total, num_asked = self.accelerator.gather(own[None].to(device)).sum(dim=0)
-        self._stop.is_agreed = bool(num_asked)
-        total = total.float()
-        return torch.where(total == 0, 1.0, total)  # a batch that trains nothing has loss 0
+        own = torch.tensor([[weight, float(self._stop.is_asked()), num_tokens]], dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            own = self.accelerator.gather(own.to(device)).cpu()
+        total, num_asked, num_tokens = own.sum(dim=0).tolist()
+        self._stop.is_agreed, self._tokens_in_batch = bool(num_asked), max(1.0, num_tokens)
+        return torch.tensor(total or 1.0)  # a batch that trains nothing has loss 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -293,6 +360,7 @@ class PackTrainer(SFTTrainer):
             strategy=self._strategy,
             num_ranks=self.accelerator.num_processes,
             logged=self._globalstep_last_logged,
+            packs_a_forward=self._packs_a_forward,
             losses=by_rank[:, 0].tolist(),
             sums=by_rank[:, 1:].reshape(len(by_rank), 2, -1).tolist(),
         )
@@ -357,3 +425,15 @@ class LogEvents(TrainerCallback):
 def discard_staged(folder: Path) -> None:
     """What a killed run left half-written."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _config_kept(config: Any) -> Iterator[None]:
+    """TRL notes in the model's config that no router's loss is its own to compute; a checkpoint must not say so."""
+    names = [name for name in ("output_router_logits", "router_aux_loss_coef") if hasattr(config, name)]
+    before = {name: getattr(config, name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

@@ -14,7 +14,7 @@ from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
 from sft_core.train.collate import PackCollator
-from sft_core.train.loss import trained_token_nll
+from sft_core.train.loss import Forward, trained_token_nll
 from sft_core.train.model import load_model
 from sft_core.train.selection import RowLosses, SelectionLosses
 from steps.scoring import asked_of_answers
@@ -43,7 +43,7 @@ class World:
     def learn(self, num_steps: int) -> None:
         optimizer = torch.optim.Adam(self.model.parameters(), lr=3e-3)
         for step in range(num_steps):
-            nll, _ = trained_token_nll(self.model, self.collator([{"pack": step % len(self.collator.plan)}]))
+            nll = trained_token_nll(self.model, self.collator([{"pack": step % len(self.collator.plan)}]))
             nll.mean().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -51,7 +51,7 @@ class World:
     def losses(self) -> RowLosses:
         alone: dict[str, Any] = {"device": torch.device("cpu"), "rank": 0, "num_ranks": 1}
         found = SelectionLosses(self.collator).measure(
-            self.model, **alone, sum_over_ranks=lambda values: values, fused_lm_head=False, count_correct=True
+            self.model, **alone, sum_over_ranks=lambda values: values, forward=Forward(), count_correct=True
         )
         self.model.eval()
         return found

@@ -42,7 +42,7 @@ def test_train_second_rank_fails_raises_its_error_and_ends_the_first(store: Stor
     with pytest.raises(RuntimeError, match=r"training failed \(exit code 1\)") as caught:
         build_trained(Build(out, {**inputs, "packs": packs}, pinned.recipe.runtime), **arguments)
     assert "IndexError: 987654" in str(caught.value)
-    assert "in of_documents" in str(caught.value), "the rank's own traceback"
+    assert "in of_packs" in str(caught.value), "the rank's own traceback"
     assert (out / "logs" / "job.json").is_file()
     assert not processes_naming(str((out / "logs" / "job.json").resolve()))
     assert not (out / "model").exists()

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.llama import modeling_llama
-from trl.trainer.utils import add_fused_lm_head
 
 from sft_core.data.shards import TokenRow
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
-from sft_core.train.collate import collate
-from sft_core.train.loss import trained_token_nll
+from sft_core.train.collate import Batch, collate, to_device
+from sft_core.train.head import add_fused_head
+from sft_core.train.loss import Forward, trained_token_nll
 from sft_core.train.model import load_model, save_checkpoint
 from tests.train.test_loss import SIZES, random_documents
 from tests.train.test_strategies import curve_of, trained
@@ -33,6 +33,7 @@ NEEDS_FLASH = pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None,
 # Of the norm. On a CPU eager and sdpa differ by 0.036 in bfloat16, and documents that see each other by 1.27.
 FLOAT32, TF32, BFLOAT16, LEAK = 1e-4, 1e-2, 0.1, 0.5
 
+PLAIN = Forward()
 Documents = list[tuple[TokenRow, int]]
 
 
@@ -42,15 +43,15 @@ def model_of(attention: str = "sdpa", dtype: torch.dtype = torch.float32, device
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).to(device)
 
 
-def on(device: str, documents: Documents) -> dict[str, torch.Tensor]:
-    return {name: value.to(device) for name, value in collate(documents).items()}
+def on(device: str, documents: Documents) -> Batch:
+    return to_device(collate(documents), device)
 
 
 def nll_and_gradients(
-    model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], *, fused: bool = False
+    model: PreTrainedModel, batches: list[Batch], *, forward: Forward = PLAIN
 ) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    nll = torch.cat([trained_token_nll(model, batch, fused_lm_head=fused)[0] for batch in batches])
+    nll = torch.cat([trained_token_nll(model, batch, forward) for batch in batches])
     nll.sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert len(nll) > 20 and len(gradients) > 20
@@ -105,17 +106,17 @@ def test_liger_with_the_fused_head_is_the_plain_model_and_the_labels_reach_the_l
     model = model_of(dtype=dtype)
     apply_liger_kernel(model, {"fused_linear_cross_entropy": False})  # as TRL has it
     assert "liger" in model.model.norm.forward.__module__
-    add_fused_lm_head(model)
-    assert largest_error(nll_and_gradients(model, [batch], fused=True), plain) < tolerance
-    others = {**batch, "labels": torch.where(batch["labels"] < 0, batch["labels"], batch["labels"] % 7 + 1)}
-    assert largest_error(nll_and_gradients(model, [others], fused=True), plain) > LEAK
+    add_fused_head(model)
+    assert largest_error(nll_and_gradients(model, [batch], forward=Forward(fused_head=True)), plain) < tolerance
+    others: Batch = {**batch, "target_ids": batch["target_ids"] % 7 + 1}
+    assert largest_error(nll_and_gradients(model, [others], forward=Forward(fused_head=True)), plain) > LEAK
 
 
 def test_fused_head_on_the_gpu_is_the_plain_head_on_the_cpu() -> None:
     documents = random_documents(90, 50, 1, 140, 20)
     model = model_of()
-    add_fused_lm_head(model)
-    found = nll_and_gradients(model, [on(GPU, documents)], fused=True)
+    add_fused_head(model)
+    found = nll_and_gradients(model, [on(GPU, documents)], forward=Forward(fused_head=True))
     assert largest_error(found, nll_and_gradients(model_of(device="cpu"), [on("cpu", documents)])) < TF32
 
 

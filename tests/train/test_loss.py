@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head
 
 from sft_core.data.shards import TokenRow
-from sft_core.train.collate import IGNORED, collate
-from sft_core.train.loss import LossBySource, trained_token_nll
+from sft_core.train.collate import collate
+from sft_core.train.head import add_fused_head
+from sft_core.train.loss import Forward, LossBySource, trained_token_nll
 
 VOCABULARY = 97
 SIZES = {
@@ -61,11 +61,10 @@ def test_nll_packed_is_that_of_documents_by_themselves(kind: str, attention: str
     model, documents = tiny_model(kind, attention), random_documents(*lengths)
     # torch 2.13 compiles flex attention on a CPU for a minute, and for a second shape to C++ that is wrong.
     with torch.compiler.set_stance("force_eager"):
-        nll_N, targets_N = trained_token_nll(model, collate(documents))
+        nll_N = trained_token_nll(model, collate(documents))
         expected = nll_of_each(model, documents)
     assert len(expected) > 8
     torch.testing.assert_close(nll_N, expected, atol=1e-5, rtol=0)
-    assert (collate(documents)["labels"][0, targets_N] != IGNORED).all()
 
 
 @pytest.mark.parametrize(("kind", "attention"), MODELS)
@@ -77,9 +76,8 @@ def test_nll_with_cache_or_mask_leaks(kind: str, attention: str, fault: dict[str
     batch = collate(documents)
     if "attention_mask" in fault:
         fault = {**fault, "attention_mask": torch.ones_like(batch["input_ids"])}
-    logits = model(batch["input_ids"], position_ids=batch["position_ids"], **fault).logits[0, :-1]
-    nll = F.cross_entropy(logits, batch["labels"][0, 1:], ignore_index=IGNORED, reduction="none")
-    leaked = nll[batch["labels"][0, 1:] != IGNORED] - nll_of_each(model, documents)
+    logits = model(batch["input_ids"], position_ids=batch["position_ids"], **fault).logits[0, batch["targets"] - 1]
+    leaked = F.cross_entropy(logits, batch["target_ids"], reduction="none") - nll_of_each(model, documents)
     assert leaked.abs().max() > 1e-2
 
 
@@ -89,12 +87,12 @@ def test_nll_fused_head_equals_plain_with_its_gradients(kind: str) -> None:
 
     def loss_and_gradients(fused: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         model.zero_grad()
-        nll_N, _ = trained_token_nll(model, batch, fused_lm_head=fused)
+        nll_N = trained_token_nll(model, batch, Forward(fused_head=fused))
         nll_N.sum().backward()
         return nll_N.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     plain, plain_gradients = loss_and_gradients(False)
-    add_fused_lm_head(model)
+    add_fused_head(model)
     fused, fused_gradients = loss_and_gradients(True)
     assert len(plain) > 8
     assert len(plain_gradients) > 20
@@ -106,9 +104,9 @@ def test_nll_fused_head_equals_plain_with_its_gradients(kind: str) -> None:
 def test_nll_empty_slot_gives_a_zero_gradient_to_every_weight(fused: bool) -> None:
     # A rank whose slot is empty takes part in the all-reduce: a weight without a gradient would hang the others.
     model = tiny_model("llama")
-    add_fused_lm_head(model)
-    nll_N, targets_N = trained_token_nll(model, collate([]), fused_lm_head=fused)
-    assert len(nll_N) == len(targets_N) == 0
+    add_fused_head(model)
+    nll_N = trained_token_nll(model, collate([]), Forward(fused_head=fused))
+    assert len(nll_N) == 0
     nll_N.sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     assert gradients

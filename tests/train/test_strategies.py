@@ -164,7 +164,7 @@ def sharded_rank(rank: int, port: int, job: dict[str, Any], schedule: list[list[
         dist.all_reduce(count)
         loss = torch.zeros(())
         for batch in batches:
-            nll_N, _ = trained_token_nll(model, batch)
+            nll_N = trained_token_nll(model, batch)
             part = nll_N.sum() / count * 2  # fully_shard averages over the ranks, as DDP does
             part.backward()
             loss += part.detach() / 2
@@ -199,7 +199,7 @@ def test_fsdp2_by_torch_itself_equals_one_rank(one: Run, make_job: Any, tmp_path
     for packs in schedule:
         batches = [collator([{"pack": pack}]) for pack in packs]
         count = sum(float(batch["weights"].sum()) for batch in batches)
-        parts = [trained_token_nll(model, batch)[0].sum() / count for batch in batches]
+        parts = [trained_token_nll(model, batch).sum() / count for batch in batches]
         torch.stack(parts).sum().backward()
         losses.append(float(sum(part.item() for part in parts)))
         optimizer.step()

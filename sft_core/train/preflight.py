@@ -1,0 +1,92 @@
+"""What a model's class tells before anything is made for it: tried on a small one, where a run starts and in a plan."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sft_core.train.accelerator import has_gpu, unmet_demands
+from sft_core.train.attention import KNOWS_DOCUMENTS, VARLEN, allows_varlen, choose_attention
+from sft_core.train.model import read_config
+from sft_core.train.probe import class_isolation
+from sft_core.train.router import router_loss
+from sft_core.train.small import small_model
+
+if TYPE_CHECKING:
+    from sft_core.recipe import Recipe
+
+log = logging.getLogger(__name__)
+LONG = 16_384  # tokens of a pack, from which a mask of all pairs takes 256 MiB and more
+
+
+def try_class(recipe: Recipe, loader: dict[str, Any], *, here: bool = True) -> list[str]:
+    """What there is to say of the model that the recipe trains and scores; nothing where all is as one expects.
+
+    loader: PinnedRecipe.model_loader. here: this machine is the one that trains. Raises ValueError for what the class
+    cannot do, and OSError or ValueError where its config cannot be read.
+    """
+    trust = loader["trust_remote_code"]
+    config = read_config(loader["path"], loader["revision"], loader["config"], trust)
+    kind, asked = config.get_text_config().model_type, recipe.model.attn_implementation
+    half = recipe.training.bf16 or recipe.model.dtype == "bfloat16"
+    router_loss(config, recipe.training.router_aux_loss_coef)
+    _check_attention(asked, config, kind, trust)
+    told = _of_device(recipe) if here else []
+    on_gpu = here and torch.cuda.is_available()
+    attention: str = asked
+    if asked != "flash_attention_2":  # which a CPU does not run
+        chosen = choose_attention(asked, config, half=half, trust_remote_code=trust)
+        device = "cuda" if on_gpu else "cpu"
+        found = class_isolation(config, attention=chosen, trust_remote_code=trust, half=half and on_gpu, device=device)
+        if found is None:
+            told.append(
+                f"documents of a pack: no small {kind} model can be built to try whether they see each other; training "
+                "and evaluation try the model itself"
+            )
+        elif found.told_by is None:
+            told.append(
+                f"documents of a pack see each other in a {kind} model ({found.attention}), so each is trained and "
+                "scored in a forward of its own: right, and slower"
+            )
+        attention = chosen or (found.attention if found is not None else "sdpa")
+    length = recipe.packing.max_length
+    if attention not in (*KNOWS_DOCUMENTS, "flex_attention") and length > LONG:
+        size = length**2 * (2 if half else 4)
+        layers = config.get_text_config().num_hidden_layers
+        told.append(
+            f"packing.max_length {length}: {attention} attention builds a mask of {length} x {length}, "
+            f"{size / 2**30:.1f} GiB, and each of {layers} layers keeps one for the backward pass. On a GPU "
+            "training.bf16: true lets attention know the documents instead (varlen)"
+        )
+    return told
+
+
+def _check_attention(asked: str, config: Any, kind: str, trust: bool) -> None:
+    """Raises ValueError for attention that the class does not run with, where a small model shows it."""
+    if asked in ("auto", "flash_attention_2") or small_model(config, attention=None, trust_remote_code=trust) is None:
+        return
+    runs = (
+        allows_varlen(config, trust)
+        if asked == VARLEN
+        else small_model(config, attention=asked, trust_remote_code=trust) is not None
+    )
+    if not runs:
+        raise ValueError(
+            f"model.attn_implementation: found {asked!r}, with which a {kind} model does not run; auto takes what it "
+            "runs with"
+        )
+
+
+def _of_device(recipe: Recipe) -> list[str]:
+    """Raises ValueError where the recipe demands a GPU and torch sees none."""
+    sees_gpu = torch.cuda.is_available()
+    if unmet := unmet_demands(recipe, on_gpu=sees_gpu):
+        raise ValueError(unmet)
+    if has_gpu() and not sees_gpu:
+        return [
+            f"this machine has a GPU, and torch {torch.__version__} sees none, so all runs on the CPU; is it a build "
+            "for CPUs, or the driver too old?"
+        ]
+    return []

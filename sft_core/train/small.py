@@ -1,0 +1,110 @@
+"""A small model of a config's class: a few layers, narrow, random. It behaves as its class does, and runs at once."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+MOST_PARAMETERS = 3e8  # of what is still built: 1.2 GB
+FEWEST_LAYERS, LAYERS = 2, 4  # where layers are of several kinds, as many as show each of them
+# What transformers' configs call their sizes, and what is enough of each. A name that a config does not have is passed
+# over; one that is missing here makes the model larger than it had to be.
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim")
+_ENOUGH = {
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff"), 64),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4),
+    **{"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "vocab_size": 512},
+    # So that a short document feels them.
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "chunk_size", "mamba_chunk_size"), 32),
+}
+_KEPT_HEADS = 4
+
+
+def small_model(config: Any, *, attention: str | None, trust_remote_code: bool) -> Any | None:
+    """In fp32 on the CPU, in evaluation mode; None where the class cannot be built small.
+
+    attention: as transformers has it; None for its own choice. The head size is the config's own. Weights are large
+    enough that each layer shows in the logits, and a function of nothing else than the config.
+    """
+    for narrow in (True, False):
+        try:
+            reduced = _reduced(config, narrow=narrow)
+            with torch.device("meta"):
+                shape = AutoModelForCausalLM.from_config(copy.deepcopy(reduced), trust_remote_code=trust_remote_code)
+            if sum(parameter.numel() for parameter in shape.parameters()) > MOST_PARAMETERS:
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                options = {} if attention is None else {"attn_implementation": attention}
+                model = AutoModelForCausalLM.from_config(
+                    reduced, dtype=torch.float32, trust_remote_code=trust_remote_code, **options
+                )
+                for parameter in model.parameters():
+                    if parameter.ndim == 2:
+                        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+            return model.eval().requires_grad_(False)
+        except Exception:  # whatever a class of models makes of sizes that it was not made for
+            continue
+    return None
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Products as small as such a model's are slower on several threads, by far where other work is going on."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _reduced(config: Any, *, narrow: bool) -> Any:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    _cut_layers(text)
+    if narrow:
+        heads, hidden = (max(_size(text, name) for name in names) for names in (_HEADS, _HIDDEN))
+        key_heads = _size(text, "num_key_value_heads")
+        if heads and hidden:
+            _lower(text, dict.fromkeys(_HIDDEN, _KEPT_HEADS * (hidden // heads)) | dict.fromkeys(_HEADS, _KEPT_HEADS))
+        if key_heads:
+            _lower(text, {"num_key_value_heads": _KEPT_HEADS if key_heads == heads else min(key_heads, 2)})
+    _lower(text, _ENOUGH)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(text, name, None) is not None:
+            setattr(text, name, 0)
+    return config
+
+
+def _cut_layers(text: Any) -> None:
+    """Leaves the first layers, with as much of each list that has an entry a layer."""
+    num_layers = _size(text, "num_hidden_layers")
+    if not num_layers:
+        return
+    kinds = getattr(text, "layer_types", None) or []
+    showing = next((n for n in range(1, len(kinds) + 1) if {*kinds[:n]} == {*kinds}), LAYERS)
+    kept = min(num_layers, max(FEWEST_LAYERS, showing))
+    for name, value in [*vars(text).items()]:
+        if isinstance(value, list | tuple) and len(value) == num_layers and name != "architectures":
+            setattr(text, name, type(value)(value[:kept]))
+    text.num_hidden_layers = kept
+
+
+def _lower(text: Any, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        if _size(text, name) > size:
+            setattr(text, name, size)
+
+
+def _size(text: Any, name: str) -> int:
+    """0 where the config has none."""
+    value = getattr(text, name, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
