@@ -255,8 +255,6 @@ def run_trl(side: str, per_forward: int, accumulated: int, seed: int) -> dict[st
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTTrainer
 
-    from sft_core.train.accelerator import attention
-
     torch.set_num_threads(NUM_THREADS)
     datasets.disable_progress_bars()
     recipe = recipe_of(seed, "store")
@@ -274,9 +272,7 @@ def run_trl(side: str, per_forward: int, accumulated: int, seed: int) -> dict[st
             if "loss" in logs:
                 logged.append((time.perf_counter(), len(seen)))
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=recipe.model.dtype, attn_implementation=attention(recipe.model.attn_implementation)
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=recipe.model.dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = (ROOT / "configs" / "templates" / "thinking.jinja").read_text()
     rows = datasets.Dataset.from_list(conversations(recipe))

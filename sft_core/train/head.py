@@ -18,6 +18,11 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 VOCABULARY_TILE = 32_768  # columns of a tile of logits, as TRL has it
 
 
+def wants_fused_head(device: torch.device) -> bool:
+    """Whether it is worth it: on a CPU the kernel is plain torch, slower than the logits of trained tokens."""
+    return device.type == "cuda"
+
+
 def takes_fused_head(model: Any) -> bool:
     """Whether the head is a plain linear layer: what PEFT wraps (added tokens, adapters) has no weight by itself."""
     return type(model.get_output_embeddings()) is torch.nn.Linear

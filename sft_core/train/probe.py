@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 
 from sft_core.data.shards import TokenRow
 from sft_core.train.attention import KNOWS_DOCUMENTS
-from sft_core.train.collate import Batch, DocumentInputs, collate, to_device
+from sft_core.train.collate import Batch, DocumentInputs, collate, model_inputs, to_device
 from sft_core.train.loss import Forward, trained_losses, trained_token_logits, trained_token_nll
 from sft_core.train.router import RouterLoss
 from sft_core.train.small import one_thread, small_model
@@ -278,8 +278,7 @@ def check_router(model: Any, router: RouterLoss, forward: Forward, *, device: An
     batch = to_device(collate([_documents(model)[2]]), device)
     forward = dataclasses.replace(forward, fused_head=False, router=router)
     with _evaluating(model), torch.no_grad():
-        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-        own = model(**inputs, use_cache=False, output_router_logits=True).get("aux_loss")
+        own = model(**model_inputs(batch, forward.told_by), output_router_logits=True).get("aux_loss")
         total = trained_losses(model, batch, forward).router
     assert total is not None
     found = float(total) / int(batch["lengths"].sum())

@@ -24,7 +24,7 @@ from sft_core.train import checkpoints
 from sft_core.train.collate import Batch, to_device
 from sft_core.train.continuation import Continuation
 from sft_core.train.first_rank import on_first_rank
-from sft_core.train.head import add_fused_head, takes_fused_head
+from sft_core.train.head import add_fused_head, takes_fused_head, wants_fused_head
 from sft_core.train.log_file import LogFile
 from sft_core.train.loss import Forward, LossBySource, trained_losses, trained_token_nll
 from sft_core.train.online import OnlineSchedule, Pack, step_gain
@@ -71,7 +71,7 @@ class PackTrainer(SFTTrainer):
             super().__init__(**kwargs)
         own: Any = self.accelerator.unwrap_model(self.model)
         own = own.get_base_model() if hasattr(own, "get_base_model") else own  # of PEFT's
-        self._may_fuse_head = self.args.device.type == "cuda" and takes_fused_head(own)
+        self._may_fuse_head = wants_fused_head(self.args.device) and takes_fused_head(own)
         if self._may_fuse_head:
             add_fused_head(own)
         self._attention = own.config._attn_implementation
