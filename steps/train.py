@@ -33,6 +33,10 @@ LOGGED = (
     ("trained tokens/s", "trained_tokens_per_s", ",.0f"),
 )
 LAST_EVENTS, RECENT = 10, 10  # events that are told one by one, and that tell how long the rest takes
+DOCUMENTS = {
+    "together": "together, apart from each other",
+    "alone": "each in a forward of its own: together this model lets them see each other",
+}
 MEASURED = (("TFLOP/s a rank", "tflops_per_s", 3), ("MFU", "mfu", 3), ("memory, GiB", "memory_gib", 2))
 
 
@@ -167,6 +171,10 @@ def _state(seen: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
         "tokens/s, mean": f"{sum(speeds) / len(speeds):,.0f}",
         **{name: f"{last[key]:.{digits}f}" for name, key, digits in MEASURED if key in last},
     }
+    for told in events(folder, "forward.jsonl")[-1:]:
+        shown["attention"] = told["attention"]
+        shown["documents of a pack"] = DOCUMENTS[told["documents"]]
+        shown["packs a forward"] = told["packs_a_forward"]
     for told in events(folder, "balance.jsonl"):
         if told["ranks"] > 1:
             place = f"{told['ranks']} ranks, {told['packs_a_step']} packs a step"

@@ -42,12 +42,12 @@ def try_class(recipe: Recipe, loader: dict[str, Any], *, here: bool = True) -> l
         found = class_isolation(config, attention=chosen, trust_remote_code=trust, half=half and on_gpu, device=device)
         if found is None:
             told.append(
-                f"documents of a pack: no small {kind} model can be built to try whether they see each other; training "
-                "and evaluation try the model itself"
+                f"documents of a pack: no small model of this kind ({kind}) can be built to try whether they see each "
+                "other; training and evaluation try the model itself"
             )
         elif found.told_by is None:
             told.append(
-                f"documents of a pack see each other in a {kind} model ({found.attention}), so each is trained and "
+                f"documents of a pack see each other in this model ({kind}, {found.attention}), so each is trained and "
                 "scored in a forward of its own: right, and slower"
             )
         attention = chosen or (found.attention if found is not None else "sdpa")

@@ -183,6 +183,8 @@ def test_card_of_a_training_shows_what_its_logs_say(watched: Run, browser: Brows
         and "time to go" not in shown
     )
     assert float(shown["gradient norm"]) == pytest.approx(last["grad_norm"], rel=0.01)
+    assert (shown["attention"], shown["packs a forward"]) == ("sdpa", "1")
+    assert shown["documents of a pack"] == "together, apart from each other"
     losses = {source: [event[f"loss/{source}"] for event in watched.events] for source in SOURCES}
     wanted = {(s, *(f"{loss:.4f}" for loss in (of[0], min(of), of[-1]))) for s, of in losses.items()}
     assert by_source[0] == ["source", "first loss", "lowest", "last"] and set(map(tuple, by_source[1:])) == wanted

@@ -1,0 +1,121 @@
+"""A model in which packed documents see each other, from the plan to the card: told, and trained rightly."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+
+from sft_core.data.packing import PackPlan
+from sft_core.data.shards import TokenShards
+from sft_core.pins import PinnedRecipe
+from sft_core.recipe import parse_recipe
+from sft_core.store import Store
+from sft_core.train.model import load_model
+from sft_core.train.preflight import LONG, try_class
+from sft_core.train.schedule import step_packs
+from steps.cli import main
+from steps.pipeline import prepare
+from steps.train import card
+from tests.browser import Browser
+from tests.train.test_objective import costs_of, documents_of
+from tests.train.test_strategies import trained
+from tests.train.tiny import LLAMA, Run, tiny_recipe
+
+OPT = {
+    **{name: LLAMA[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
+    "model_type": "opt",
+    "ffn_dim": 64,
+    "word_embed_proj_dim": 32,
+    "dropout": 0.0,
+    "init_std": 0.3,
+    "max_position_embeddings": 512,
+}
+
+
+def opt_recipe(**changes: Any) -> dict[str, Any]:
+    return tiny_recipe(**{"model": {"config": OPT}, "training": {"max_steps": 2, "learning_rate": 1e-3}, **changes})
+
+
+@pytest.fixture(scope="module")
+def run(train_here: Callable[..., Run]) -> Run:
+    return train_here(opt_recipe())
+
+
+def test_loss_is_that_of_documents_by_themselves(
+    run: Run, make_job: Callable[[PinnedRecipe, Path], dict[str, Any]]
+) -> None:
+    job = make_job(run.pinned, run.folder)
+    plan, shards = PackPlan.read(Path(job["packs"])), [TokenShards(*map(Path, folders)) for folders in job["tokens"]]
+    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=42)
+    first = step_packs(costs_of(plan, model), global_batch_size=4, num_epochs=1, max_steps=1, seed=42)[0]
+    nll = []
+    with torch.no_grad():
+        for ids, mask in documents_of(plan, shards, first):
+            logits = model(ids[None], use_cache=False).logits[0, :-1]
+            nll.append(F.cross_entropy(logits, ids[1:], reduction="none")[mask])
+    assert run.events[0]["loss"] == pytest.approx(torch.cat(nll).mean().item(), rel=1e-5)
+
+
+def test_log_and_card_tell_that_documents_are_alone(run: Run, browser: Browser) -> None:
+    (told,) = [json.loads(line) for line in (run.folder / "logs" / "forward.jsonl").read_text().splitlines()]
+    assert told["documents"] == "alone" and told["told_by"] is None and "exchanged" in told["evidence"]
+    page = browser.card(card(run.folder))
+    assert page.errors == []
+    assert "each in a forward of its own" in dict(page.tables[0])["documents of a pack"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_two_ranks_with_unlike_numbers_of_documents_train_as_one(
+    strategy: str, run: Run, store: Store, tmp_path: Path
+) -> None:
+    two = trained(store, opt_recipe(runtime={"num_processes": 2, "distributed": strategy}), tmp_path / "two")
+    for found, expected in zip(two.events, run.events, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def test_start_and_plan_tell_it_before_any_work(
+    small_recipe: dict[str, Any], save_recipe: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    small_recipe["model"]["config"] = OPT
+    prepare(parse_recipe(small_recipe))
+    assert "documents of a pack see each other in this model (opt, sdpa)" in caplog.text
+    result = CliRunner().invoke(main, ["plan", save_recipe(small_recipe)])
+    assert result.exit_code == 0 and "documents of a pack see each other in this model" in result.output
+
+
+LOADER = {"path": None, "revision": None, "trust_remote_code": False}
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention", "runs"),
+    [("gemma2", "sdpa", False), ("gpt_oss", "varlen", False), ("gemma2", "auto", True), ("llama", "varlen", True)],
+)
+def test_attention_that_a_class_does_not_run_with_is_refused_before_any_work(
+    kind: str, attention: str, runs: bool
+) -> None:
+    recipe = parse_recipe(
+        tiny_recipe(model={"config": {**LLAMA, "model_type": kind}, "attn_implementation": attention})
+    )
+    loader = {**LOADER, "config": recipe.model.config}
+    if runs:
+        assert try_class(recipe, loader) == []
+    else:
+        with pytest.raises(ValueError, match=f"found '{attention}', with which a {kind} model does not run"):
+            try_class(recipe, loader)
+
+
+def test_mask_of_a_long_pack_is_told_with_its_size() -> None:
+    config = {**LLAMA, "num_hidden_layers": 36}
+    recipe = tiny_recipe(model={"config": config}, packing={"max_length": 32_768})
+    (told,) = try_class(parse_recipe(recipe), {**LOADER, "config": config})
+    assert "sdpa attention builds a mask of 32768 x 32768, 4.0 GiB, and each of 36 layers keeps one" in told
+    recipe["packing"]["max_length"] = LONG
+    assert try_class(parse_recipe(recipe), {**LOADER, "config": config}) == []
+    recipe["packing"]["max_length"], recipe["model"]["attn_implementation"] = 32_768, "varlen"
+    assert try_class(parse_recipe(recipe), {**LOADER, "config": config}) == []
