@@ -177,10 +177,11 @@ def _says_the_same(config: Any, trust_remote_code: bool) -> bool:
     by_varlen = small_model(config, attention=VARLEN, trust_remote_code=trust_remote_code)
     if by_varlen is None:
         return False
+    by_varlen.train()  # with dropout, if it has some
     ids = torch.arange(_TOKENS)[None] * 7 % own.config.get_text_config().vocab_size
     bounds = torch.tensor([0, _TOKENS], dtype=torch.int32)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             expected = own(input_ids=ids, use_cache=False).logits
             found = by_varlen(
                 input_ids=ids,

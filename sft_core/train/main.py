@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sft_core.data.packing import PackPlan
     from sft_core.train.collate import PackCollator
     from sft_core.train.online import OnlineSchedule, Sampler
+    from sft_core.train.probe import Isolation
     from sft_core.train.selection import AnswerScorer, Selection, Watch
     from sft_core.train.trainer import PackTrainer
 
@@ -102,7 +103,6 @@ def trained(
     from sft_core.train.forwards import in_forwards, packs_a_forward
     from sft_core.train.log_file import LogFile
     from sft_core.train.model import load_model, skeleton
-    from sft_core.train.probe import class_isolation
     from sft_core.train.router import router_loss
     from sft_core.train.schedule import step_packs, training_flops
     from sft_core.train.strategy import prepare_deepspeed
@@ -142,6 +142,8 @@ def trained(
     load = functools.partial(
         load_model, **job["model"], tokenizer=job["tokenizer"], seed=training["seed"], load_in_4bit=in_4bit, half=half
     )
+    # Before the arguments, too: they may switch on zero3, under which a small model would be shared by the ranks.
+    of_class = of_class_here(shape.config, job["model"], half=half)
     # Random weights come first: zero3 would draw other numbers for a rank's share of them. Those of a file come after
     # the arguments, which tell transformers that each rank loads its share alone.
     loaded = load() if job["model"]["config"] is not None else None
@@ -152,13 +154,6 @@ def trained(
     checkpoint = on_first_rank(lambda: resumable(out / "checkpoints", job["runtime"]["distributed"], world_size))
     model, tokenizer = loaded or load()
     model.config.use_cache = False
-    of_class = class_isolation(
-        shape.config,
-        attention=model.config._attn_implementation,
-        trust_remote_code=job["model"]["trust_remote_code"],
-        half=half,
-        device=arguments.device.type,
-    )
     num_packs = packs_a_forward(
         job["runtime"]["tokens_per_forward"],
         written=None if checkpoint is None else Continuation.read(checkpoint).packs_a_forward,
@@ -202,6 +197,24 @@ def trained(
     if stop_request(out).exists() and step < len(schedule):
         raise Stopped(f"stopped at step {step} of {len(schedule)}, as asked; its checkpoint is whole: a retry goes on")
     return trainer
+
+
+def of_class_here(config: Any, model: dict[str, Any], *, half: bool) -> Isolation | None:
+    """What the model's class does with packed documents, with the attention and on the device that this rank takes."""
+    import torch
+
+    from sft_core.train.attention import choose_attention
+    from sft_core.train.probe import class_isolation
+
+    trust = model["trust_remote_code"]
+    on_gpu = torch.cuda.is_available()
+    return class_isolation(
+        config,
+        attention=choose_attention(model["attn_implementation"], config, half=half, trust_remote_code=trust),
+        trust_remote_code=trust,
+        half=half and on_gpu,
+        device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu",
+    )
 
 
 def _online(

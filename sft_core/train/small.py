@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 MOST_PARAMETERS = 3e8  # of what is still built: 1.2 GB
 FEWEST_LAYERS, LAYERS = 2, 4  # where layers are of several kinds, as many as show each of them
@@ -33,6 +34,7 @@ def small_model(config: Any, *, attention: str | None, trust_remote_code: bool) 
     attention: as transformers has it; None for its own choice. The head size is the config's own. Weights are large
     enough that each layer shows in the logits, and a function of nothing else than the config.
     """
+    assert not is_deepspeed_zero3_enabled(), "each rank would hold a share of it"
     for narrow in (True, False):
         try:
             reduced = _reduced(config, narrow=narrow)

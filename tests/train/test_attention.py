@@ -137,6 +137,10 @@ def test_auto_on_a_gpu_takes_varlen_where_the_class_allows_it(
     assert choose_attention("auto", config, half=True) is None
 
 
+def test_dropout_of_attention_is_not_varlens() -> None:
+    assert not allows_varlen(AutoConfig.for_model("llama", attention_dropout=0.1))
+
+
 def test_alone_by_varlen_is_packed_by_varlen() -> None:
     batch, model = collate(random_documents(9, 5, 14)), model_of("llama", "varlen")
     packed = trained_token_nll(model, batch, Forward("bounds"))
