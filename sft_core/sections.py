@@ -288,7 +288,9 @@ class Runtime(Section):
     )
     num_threads: PositiveInt | None = Field(None, description="CPU threads a rank; default: cores / ranks")
     num_workers: PositiveInt | None = Field(None, description="processes that render and tokenize; default: cores")
-    eval_batch_size: PositiveInt = 32
+    eval_batch_size: PositiveInt | None = Field(
+        None, description="prompts that are answered together, at most; default: what the device has room for"
+    )
     vllm: VllmSettings = VllmSettings()
     save_steps: PositiveInt = Field(50, description="optimizer steps between checkpoints")
     keep_checkpoints: PositiveInt = Field(2, description="the newest ones that are kept while training")
