@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from steps.evaluate import EVALUATED, measure_ahead
 from tests.train.tiny import ROOT, SOURCES, processes_naming, tiny_recipe
 
 STAND_IN = """
-import json, os, pathlib, types
+import json, pathlib, time, types
 
 __version__ = "0.0"
 HERE = pathlib.Path(__file__).parent
@@ -42,6 +43,9 @@ class LLM:
             file.write(json.dumps({"settings": settings, "files": files}) + "\\n")
 
     def generate(self, prompts, params, use_tqdm):
+        if (HERE / "slow").exists():
+            (HERE / "begun").touch()
+            time.sleep(100)
         if (HERE / "broken").exists():
             raise ValueError("the engine is out of order")
         answers = []
@@ -115,37 +119,38 @@ def test_engine_that_is_killed_is_told_as_such(stand_in: StandIn, tmp_path: Path
 
 
 PARENT = """
-import os, signal, sys
+import sys
 from pathlib import Path
+import numpy as np
 from sft_core.evaluate.with_vllm import WithVllm
 from sft_core.sections import VllmSettings
 
 settings = VllmSettings(python=sys.argv[1])
 engine = WithVllm(Path.cwd(), settings, dtype="float32", trust_remote_code=False, max_model_len=8)
-print(engine._process.id, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+engine.write([np.array([1], np.int32)], [], None, stop_ids=[], max_new_tokens=1)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")
-def test_engine_ends_with_whoever_started_it(stand_in: StandIn, tmp_path: Path) -> None:
-    parent = subprocess.run(
-        [sys.executable, "-c", PARENT, str(stand_in.settings.python)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert int(parent.stdout) > 0, parent.stderr
-    deadline = time.monotonic() + 20
-    while int(parent.stdout) in processes_naming("vllm_worker.py"):
-        assert time.monotonic() < deadline, "it lives on"
+def test_engine_at_work_ends_with_whoever_started_it(stand_in: StandIn, tmp_path: Path) -> None:
+    (stand_in.folder / "slow").touch()
+    command = [sys.executable, "-c", PARENT, str(stand_in.settings.python)]
+    with subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}) as parent:
+        wait_until((stand_in.folder / "begun").exists, "the engine to be at work")
+        assert len(engines(parent.pid)) == 1
+        parent.kill()
+    wait_until(lambda: not engines(parent.pid), "the engine to end")
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {what}"
         time.sleep(0.05)
 
 
-def engines() -> set[int]:
-    """Of this process."""
-    return set(processes_naming("vllm_worker.py")) & set(processes_naming(f"\0{os.getpid()}\0"))
+def engines(started_by: int) -> set[int]:
+    return set(processes_naming("vllm_worker.py")) & set(processes_naming(f"\0{started_by}\0"))
 
 
 class World:
@@ -181,7 +186,7 @@ def test_kept_model_is_loaded_once_and_its_engine_started_once_for_all_tasks(wor
             measure_ahead(world.store, world.pinned, {"model": "base", "task": task})
         rows = [world.score(task) for task in SOURCES]
         assert world.log == ["loaded", "started"]
-        assert len(engines()) == 1
+        assert len(engines(os.getpid())) == 1
     (start,) = world.stand_in.starts
     longest = world.pinned.recipe.packing.max_length + 9
     assert start["settings"]["max_model_len"] == longest
@@ -189,7 +194,7 @@ def test_kept_model_is_loaded_once_and_its_engine_started_once_for_all_tasks(wor
     assert not Path(start["settings"]["model"]).exists(), "and no longer"
     assert [max(map(len, table["outputs"].to_pylist())) for table in rows] == [1, 1]
     assert {table["num_generated"][0].as_py()[0] for table in rows} == {5, 9}
-    assert not engines(), "it ends with the model"
+    assert not engines(os.getpid()), "it ends with the model"
 
 
 def test_room_of_an_engine_is_the_models_context_at_most(world: World) -> None:
@@ -203,16 +208,24 @@ def test_room_of_an_engine_is_the_models_context_at_most(world: World) -> None:
 
 
 def test_tasks_that_were_not_measured_ahead_are_scored_the_same_with_more_starts(world: World) -> None:
+    tasks = SOURCES[::-1]  # the first one's engine has room for the second
+    with keeping_a_model():
+        for task in tasks:
+            measure_ahead(world.store, world.pinned, {"model": "base", "task": task})
+        expected = [world.score(task) for task in tasks]
+    world.store, started = Store(world.store.root / "alone"), len(world.log)
+    with keeping_a_model():
+        found = [world.score(task) for task in tasks]
+    assert world.log[started:] == ["loaded", "started", "loaded", "started"], "network and engine are never both there"
+    assert all(one.equals(other) for one, other in zip(found, expected, strict=True))
+
+
+def test_engine_with_too_little_room_is_started_anew(world: World) -> None:
     with keeping_a_model():
         for task in SOURCES:
-            measure_ahead(world.store, world.pinned, {"model": "base", "task": task})
-        expected = [world.score(task) for task in SOURCES]
-    alone = World(world.stand_in, world.store.root / "alone", world._caplog)
-    world._caplog.clear()
-    with keeping_a_model():
-        found = [alone.score(task) for task in SOURCES]
-    assert alone.log == ["loaded", "started", "loaded", "started"], "never both at once"
-    assert [one.equals(other) for one, other in zip(found, expected, strict=True)] == [True, True]
+            world.score(task)
+    rooms = [start["settings"]["max_model_len"] for start in world.stand_in.starts]
+    assert rooms == [world.pinned.recipe.packing.max_length + tokens for tokens in (5, 9)]
 
 
 def test_engine_that_fails_at_a_task_is_started_anew_for_the_next(world: World) -> None:

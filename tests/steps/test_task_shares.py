@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from steps.harness import MAX_REASON, reasons_of, shortened
 from steps.score_worker import Order, Scoring, orders, outcomes
 from steps.task_shares import dealt, score, shares_of
 from steps.train import TRAINED
+from tests.evaluate.test_vllm_process import wait_until
 from tests.steps.test_cards import Card
 from tests.train.tiny import ROOT, SOURCES, processes_naming, tiny_recipe
 
@@ -92,8 +93,6 @@ def test_with_vllm_what_transformers_does_comes_first() -> None:
 
 
 def test_reasons_are_a_line_each_and_together_what_the_ui_shows() -> None:
-    import pickle
-
     few = shortened({"a": "é" * 1000 + "\nmore", "b": "\n", "c": "its judge is away\nTraceback"})
     assert few == {"a": "é" * (MAX_REASON // 2), "b": "no reason is told", "c": "its judge is away"}
     many = shortened({f"a_task_with_a_rather_long_name_{number}_no_think": "x" * 500 for number in range(25)})
@@ -230,31 +229,32 @@ def test_process_that_does_not_start_is_told_once(
 
 
 PARENT = """
-import os, pickle, signal, sys
+import pickle, sys
 from steps.score_worker import Scoring, outcomes
 
 pinned = pickle.load(open(sys.argv[1], "rb"))
-scoring = outcomes(pinned, [Scoring("base", task) for task in sys.argv[2:]], [])
-print(next(scoring).address, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+list(outcomes(pinned, [Scoring("base", sys.argv[2])], []))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")
-def test_process_ends_with_whoever_started_it(trained: tuple[Store, PinnedRecipe], tmp_path: Path) -> None:
-    import pickle
-
-    (tmp_path / "pinned").write_bytes(pickle.dumps(changed(trained, max_rows=1, max_new_tokens=1)))
-    (tmp_path / "parent.py").write_text(PARENT)
-    parent = subprocess.Popen(
-        [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "pinned"), *SOURCES],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
+def test_process_at_work_ends_with_whoever_started_it(
+    trained: tuple[Store, PinnedRecipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = tmp_path / "begun"
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\n"
+        f"def metric(output, answer, row):\n    pathlib.Path({str(begun)!r}).touch()\n    time.sleep(100)\n"
     )
-    output, _ = parent.communicate(timeout=120)
-    assert output.startswith("evaluated/") and parent.returncode == -signal.SIGKILL
-    deadline = time.monotonic() + 20
-    while workers(parent.pid):
-        assert time.monotonic() < deadline, "it lives on"
-        time.sleep(0.05)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pinned = changed(trained, metric_by_task={SOURCES[0]: "slow:metric"}, max_rows=1)
+    (tmp_path / "pinned").write_bytes(pickle.dumps(pinned))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path / "pinned"), SOURCES[0]],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+    )
+    wait_until(begun.exists, "the process to be at work")
+    assert len(workers(parent.pid)) == 1
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not workers(parent.pid), "it to end")
