@@ -220,6 +220,41 @@ def test_process_killed_at_a_task_is_that_tasks_failure(
     assert all(one.address is not None for one in found.values())
 
 
+def test_share_is_scored_on_its_own_gpu_which_it_has_by_itself(
+    trained: tuple[Store, PinnedRecipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "locks").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "locks"))
+    monkeypatch.setattr(task_shares, "visible_gpus", lambda: ["4", "7"])
+    (tmp_path / "looking.py").write_text(LOOKING.format(folder=str(tmp_path)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pinned = changed(trained, metric_by_task={SOURCES[0]: "looking:metric"}, max_rows=1)
+    found = score(trained[0], pinned, [SOURCES[0]], 1, Card())
+    assert found.failures == {}
+    visible, *is_free = json.loads((tmp_path / "seen.json").read_text())
+    assert visible == "7" and is_free == [[f"sft-flow-gpu-{os.getuid()}-7.lock", False]]
+
+
+LOOKING = """
+import json, os, pathlib
+from filelock import FileLock, Timeout
+
+FOLDER = pathlib.Path({folder!r})
+
+def is_free(path):
+    try:
+        with FileLock(path, timeout=0):
+            return True
+    except Timeout:
+        return False
+
+def metric(output, answer, row):
+    locks = [[path.name, is_free(path)] for path in (FOLDER / "locks").glob("*.lock")]
+    (FOLDER / "seen.json").write_text(json.dumps([os.environ["CUDA_VISIBLE_DEVICES"], *locks]))
+    return 1.0
+"""
+
+
 def test_process_that_does_not_start_is_told_once(
     trained: tuple[Store, PinnedRecipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
