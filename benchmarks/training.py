@@ -93,7 +93,7 @@ class EmptyFlow(FlowSpec):
         self.next(self.fan_out)
     @step
     def fan_out(self):
-        self.items = list(range({tasks}))
+        self.items = list(range({shares}))
         self.next(self.evaluate, foreach="items")
     @card(type="blank")
     @step
@@ -356,13 +356,14 @@ def conversations(recipe: Recipe) -> list[dict[str, Any]]:
 def warm_run(rounds: int) -> tuple[float, float]:
     """Seconds of the quickstart with every output in the store, and of an empty flow of its shape."""
     from sft_core.recipe import load_recipe
+    from steps.task_shares import shares_of
 
     recipe = load_recipe(ROOT / "configs" / "quickstart.yaml")
     flow = [sys.executable, str(ROOT / "flows" / "sft_flow.py"), "run"]
     timed(flow, ROOT)  # the first fills the store
     with tempfile.TemporaryDirectory() as folder:
         empty = Path(folder) / "empty_flow.py"
-        shape = {"{sources}": len(recipe.sources), "{tasks}": len(recipe.tasks)}
+        shape = {"{sources}": len(recipe.sources), "{shares}": len(shares_of(recipe))}
         empty.write_text(functools.reduce(lambda text, name: text.replace(name, str(shape[name])), shape, EMPTY_FLOW))
         # In turn, so that a machine whose speed drifts is fair to both.
         pairs = [(timed(flow, ROOT), timed([sys.executable, str(empty), "run"], Path(folder))) for _ in range(rounds)]

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("METAFLOW_USER", os.environ.get("USER") or "sft")  # Metaflow does not start without a name
-os.environ.setdefault("METAFLOW_RUN_MAX_WORKERS", "2")  # as many evaluations at a time share the machine's cores
+os.environ.setdefault("METAFLOW_RUN_MAX_WORKERS", "2")  # tasks at a time share the machine's cores
 os.environ.setdefault("SFT_STARTED_BY", str(os.getpid()))  # by the scheduler, whose tasks end with it
 os.environ.setdefault("TQDM_DISABLE", "1")  # a task's log is no terminal
 if sys.stdout.isatty():
@@ -50,7 +50,7 @@ def asks(work):
 
 @package_sources(["../steps", "../sft_core", "../configs"], suffixes=[".py", ".yaml", ".jinja"])
 class SFTFlow(FlowSpec):
-    """foreach source: download → render → tokenize; mix → pack → train ⟲; foreach task: evaluate; report."""
+    """foreach source: download → render → tokenize; mix → pack → train ⟲; foreach share: evaluate; report."""
 
     recipe = Config("recipe", default=QUICKSTART, parser=parse_config, help="the recipe's YAML file")
     limit = Parameter("limit", type=int, default=None, help="only the first rows of each source: a smoke run")
@@ -65,7 +65,7 @@ class SFTFlow(FlowSpec):
         recipe = effective(self.recipe, self.set, self.limit)
         tag_run(f"{current.flow_name}/{current.run_id}", recipe)
         self.pins = prepare(recipe).pins
-        self.recipe_name, self.sources, self.tasks = recipe.name, recipe.sources, recipe.scored
+        self.recipe_name, self.sources = recipe.name, recipe.sources
         self.next(self.download, foreach="sources")
 
     @asks("data")
@@ -105,7 +105,7 @@ class SFTFlow(FlowSpec):
         """Which rows of which source are trained on, without duplicates and report prompts where the recipe says so."""
         from steps import evaluate, mix
 
-        self.merge_artifacts(inputs, include=["pins", "recipe_name", "sources", "tasks"])
+        self.merge_artifacts(inputs, include=["pins", "recipe_name", "sources"])
         counts = evaluate.count_report_prompts(self.store, self.pinned)
         evaluate.check_report_prompts(counts, self.pinned)
         self.mixture = self.ensure(mix.MIXTURE)
@@ -157,33 +157,37 @@ class SFTFlow(FlowSpec):
     @step
     def part(self, inputs):
         """The gang's tasks become one again."""
-        kept = ["pins", "recipe_name", "tasks", "trained", "num_rounds"]
+        kept = ["pins", "recipe_name", "trained", "num_rounds"]
         self.merge_artifacts(inputs, include=kept)
         self.next(self.fan_out)
 
     @step
     def fan_out(self):
-        """What training ends with. A condition and a foreach cannot stand in one step."""
+        """What training ends with, and the tasks in shares. A condition and a foreach cannot stand in one step."""
         from steps.deliver import delivered
+        from steps.task_shares import shares_of
 
         stage, part = delivered(self.pinned)
         self.delivered = self.ensure(stage, **part)
-        self.next(self.evaluate, foreach="tasks")
+        self.shares = shares_of(self.pinned.recipe)
+        self.next(self.evaluate, foreach="shares")
 
     @asks("evaluate")
     @catch(var="failure")  # once its retries are used up: the other tasks are scored, and `end` fails
-    @card(type="blank", id="scores")
+    @card(type="blank", id="scores", refresh_interval=2)
     @step
     def evaluate(self):
-        """Base and tuned model on one task."""
-        from steps import cards, evaluate, harness
+        """Base and tuned model on a share of the tasks, each loaded once. A task that fails fails alone."""
+        from sft_core.lifetime import die_with_parent
+        from steps import cards, task_shares
 
-        self.task = self.input
+        die_with_parent()  # a killed scheduler must not leave a model on a GPU
+        self.share = task_shares.tasks_of(self.input)
         with cards.traceback_on(current.card):
-            scorings = {model: harness.scoring(model, self.task) for model in evaluate.MODELS}
-            self.evaluated = {model: self.ensure(stage, **part) for model, (stage, part) in scorings.items()}
-            refs = {model: self.ref(address) for model, address in self.evaluated.items()}
-            current.card.extend(harness.task_card(self.store, self.task, refs))
+            scored = task_shares.score(self.store, self.pinned, self.share, self.index, current.card)
+        self.evaluated, self.failures = scored.evaluated, scored.failures
+        if self.failures:
+            raise RuntimeError(f"not scored: {', '.join(self.failures)}")  # a retry scores these again
         self.next(self.report)
 
     @card(type="blank", id="report")
@@ -193,8 +197,7 @@ class SFTFlow(FlowSpec):
         from steps import harness, release, report
 
         self.merge_artifacts(inputs, include=["pins", "recipe_name"])
-        told = {one.task: one.failure.exception for one in inputs if one.failure and hasattr(one, "task")}
-        self.failed = harness.not_scored(self.store, self.pinned, told)
+        self.failed = harness.not_scored(self.store, self.pinned, harness.reasons_of(inputs))
         part = {"without": [*self.failed]} if self.failed else {}
         self.scored = self.ensure(report.REPORT, **part)
         manifest = self.store.manifest(self.ref(self.scored))
@@ -256,17 +259,17 @@ class SFTFlow(FlowSpec):
 
     @property
     def store(self):
+        import logging
+
         from sft_core.store import Store
 
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
         return Store(effective(self.recipe, self.set, self.limit).runtime.store)
 
     def ensure(self, stage, **part):
         """The output's address as text, which the UI shows."""
-        import logging
-
         from steps.painted import faults_in_colour
 
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
         with faults_in_colour():
             return str(self.store.ensure(stage, self.pinned, **part))
 

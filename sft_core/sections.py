@@ -299,7 +299,9 @@ class Runtime(Section):
         "knows documents (varlen, flash_attention_2); auto: what keeps a GPU busy and fits into its memory, one pack "
         "without a GPU",
     )
-    eval_batch_size: PositiveInt = 32
+    eval_batch_size: PositiveInt | None = Field(
+        None, description="prompts that are answered together, at most; default: what the device has room for"
+    )
     vllm: VllmSettings = VllmSettings()
     save_steps: PositiveInt = Field(50, description="optimizer steps between checkpoints")
     keep_checkpoints: PositiveInt = Field(2, description="the newest ones that are kept while training")

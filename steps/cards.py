@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import time
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -90,17 +91,28 @@ def bins(counts: dict[str, int]) -> list[tuple[int, int, int]]:
     return found
 
 
+def failure(title: str, text: str) -> list[Any]:
+    """What stands where a result would, with its traceback."""
+    from metaflow.cards import Markdown
+
+    return [heading(title), Markdown(f"<pre style='white-space:pre-wrap'>{_escaped(text)}</pre>")]
+
+
 @contextlib.contextmanager
 def traceback_on(card: Any) -> Iterator[None]:
     """Puts what is raised inside on the card as well."""
     try:
         yield
     except Exception:
-        from metaflow.cards import Markdown
-
-        text = _escaped(traceback.format_exc())
-        card.extend([heading("Failed"), Markdown(f"<pre style='white-space:pre-wrap'>{text}</pre>")])
+        card.extend(failure("Failed", traceback.format_exc()))
         raise
+
+
+def redraw(live: Any, components: list[Any]) -> None:
+    """Shows a card anew while its task is at work. live: Metaflow's current.card."""
+    live.clear()
+    live.extend(components)
+    live.refresh({"drawn": time.time()})
 
 
 def _cell(value: Any) -> str:

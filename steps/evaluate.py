@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 from sft_core.data import splits
 from sft_core.data.rejects import Rejected
 from sft_core.data.sources import accept, list_files, read_files
+from sft_core.evaluate import tasks
 from sft_core.evaluate.comparison import by_change
 from sft_core.evaluate.rows import read_rows
 from sft_core.evaluate.summary import compare, read_answers
-from sft_core.evaluate.tasks import build_evaluated
 from sft_core.pins import PinnedRecipe
 from sft_core.report.tables import score_rows
 from sft_core.store import Needs, Part, Ref, Stage, Store
@@ -58,7 +58,7 @@ def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
 # The version stands for sft_core/evaluate: raise it when a change there changes a score.
 EVALUATED = Stage(
     "evaluated",
-    build_evaluated,
+    tasks.build_evaluated,
     section=_section,
     places=lambda pinned, part: {
         "model": pinned.model_loader if part["model"] == "base" else None,
@@ -68,6 +68,16 @@ EVALUATED = Stage(
     version=4,
     verify_inputs=True,
 )
+
+
+def measure_ahead(store: Store, pinned: PinnedRecipe, part: Part) -> None:
+    """What has to be done for all tasks that vLLM answers before the first of them; see tasks.measure_ahead."""
+    inputs = {
+        name: store.path(store.ensure(stage, pinned, **needed))
+        for name, (stage, needed) in _needs(pinned, part).items()
+    }
+    arguments = _section(pinned, part) | EVALUATED.places(pinned, part)
+    tasks.measure_ahead(pinned.recipe.runtime, inputs, **arguments)
 
 
 def card(store: Store, refs: dict[str, Ref]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from sft_core.evaluate.documents import read_samples
@@ -15,6 +16,8 @@ from steps import deliver, evaluate
 from steps.cards import facts, table, warnings
 
 MAX_SHOWN = 12  # documents on a card
+KILLED = "its process was killed; was there memory enough?"
+MIN_REASON, MAX_REASON, MAX_REASONS = 40, 300, 3800  # bytes: the UI shows no artifact of more than 4 KB
 
 
 def _asked(pinned: PinnedRecipe) -> LmEval:
@@ -133,11 +136,8 @@ def task_card(store: Store, task: str, refs: dict[str, Ref]) -> list[Any]:
     return card(store, refs) if task.startswith(LM_EVAL) else evaluate.card(store, refs)
 
 
-def not_scored(store: Store, pinned: PinnedRecipe, told: dict[str, str]) -> dict[str, str]:
-    """{task: why} of those that lack a score of a model. told: {task: what it raised}, without those that were killed.
-
-    A reason is one line of at most 300 characters: the UI shows no large artifacts.
-    """
+def not_scored(store: Store, pinned: PinnedRecipe, reasons: dict[str, str]) -> dict[str, str]:
+    """{task: why} of those that lack a score of a model. reasons: what is known of why; see reasons_of."""
     seen: dict[Any, Any] = {}
     by_task = {task: [scoring(model, task) for model in evaluate.MODELS] for task in pinned.recipe.scored}
     missing = [
@@ -145,5 +145,26 @@ def not_scored(store: Store, pinned: PinnedRecipe, told: dict[str, str]) -> dict
         for task, scorings in by_task.items()
         if any(store.locate(stage, pinned, part, seen).status != "hit" for stage, part in scorings)
     ]
-    killed = "its process was killed; was there memory enough?"
-    return {task: (told.get(task) or killed).splitlines()[0][:300] for task in missing}
+    return shortened({task: reasons.get(task) or KILLED for task in missing})
+
+
+def reasons_of(inputs: Iterable[Any]) -> dict[str, str]:
+    """{task: why} of tasks that were not scored, as those of the flow's step tell it; a step that was killed does not.
+
+    Of a share all of whose tasks failed with it, too; and of runs in which each task had a step of its own.
+    """
+    found: dict[str, str] = {}
+    for one in inputs:
+        tasks = [one.task] if hasattr(one, "task") else getattr(one, "share", [])
+        if one.failure:
+            found |= dict.fromkeys(tasks, one.failure.exception)
+        found |= getattr(one, "failures", {})
+    return found
+
+
+def shortened(reasons: dict[str, str]) -> dict[str, str]:
+    """A line each, and together no more than the UI shows of an artifact."""
+    room = MAX_REASONS - sum(len(task.encode()) + 16 for task in reasons)
+    size = max(MIN_REASON, min(MAX_REASON, room // max(1, len(reasons))))
+    lines = {task: (reason.strip() or "no reason is told").splitlines()[0] for task, reason in reasons.items()}
+    return {task: line.encode()[:size].decode(errors="ignore") for task, line in lines.items()}

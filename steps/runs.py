@@ -88,16 +88,27 @@ def recorded(name: str) -> Recorded:
         named = ", ".join(run.id for run in runs[:NUM_NAMED]) + (", ..." if len(runs) > NUM_NAMED else "")
         raise ValueError(f"found {name!r}; it is no run. The runs recorded here, newest first: {named or 'none'}")
     data = found["_parameters"].task.data
+    recipe = effective(data.recipe, data.set, data.limit)
     commits = [tag.partition(":")[2] for tag in found.user_tags if tag.startswith("commit:")]
     return Recorded(
         id=found.id,
         created=f"{found.created_at:%Y-%m-%d %H:%M}",
         is_finished=bool(found.successful),
         commit=commits[0] if commits else None,
-        recipe=effective(data.recipe, data.set, data.limit),
+        recipe=recipe,
         outputs=_outputs(found),
-        evaluated={data.task: data.evaluated for data in _done(found, "evaluate") if hasattr(data, "evaluated")},
+        evaluated=_evaluated(found, recipe),
     )
+
+
+def _evaluated(run: Any, recipe: Recipe) -> dict[str, dict[str, str]]:
+    """In the order of the recipe's tasks."""
+    found: dict[str, dict[str, str]] = {}
+    for data in _done(run, "evaluate"):
+        evaluated = getattr(data, "evaluated", {})
+        # Of runs in which each task had a step of its own, its name is beside its addresses.
+        found |= {data.task: evaluated} if hasattr(data, "task") and evaluated else evaluated
+    return {task: found[task] for task in recipe.scored if task in found}
 
 
 def _outputs(run: Any) -> dict[str, str]:

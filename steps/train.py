@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from sft_core.store import Needs, Part, Stage, Store
 from sft_core.train import accelerator
 from sft_core.train.launch import among_nodes, build_trained, train_along
 from sft_core.train.log_file import read_events
-from steps.cards import chart, facts, heading, progress_bar, table
+from steps.cards import chart, facts, heading, progress_bar, redraw, table
 from steps.download import CONVERSATIONS
 from steps.pack import PACKED, rows_to_pack
 from steps.scoring import asked_of_answers, wants_conversation
@@ -253,16 +252,14 @@ def live_card(store: Store, pinned: PinnedRecipe, part: Part, live: Any) -> Iter
     located = store.locate(TRAINED, pinned, part)
     ended = threading.Event()
 
-    def redraw() -> None:
+    def follow_log() -> None:
         drawn = 0
         while not ended.wait(REFRESH_S):
             if located.ref is not None and len(seen := events(store.scratch(located.ref))) > drawn:
                 drawn = len(seen)
-                live.clear()
-                live.extend(card(store.scratch(located.ref)))
-                live.refresh({"drawn": time.time()})
+                redraw(live, card(store.scratch(located.ref)))
 
-    thread = threading.Thread(target=redraw, daemon=True)
+    thread = threading.Thread(target=follow_log, daemon=True)
     thread.start()
     try:
         yield

@@ -21,7 +21,12 @@ log = logging.getLogger(__name__)
 
 
 def asked_of(
-    scorer: Metric, chosen: pa.Table, rows: list[TokenRow], model: Any, tokenizer: Any, conversations: Path | None
+    scorer: Metric,
+    chosen: pa.Table,
+    rows: list[TokenRow],
+    stops: list[int],
+    tokenizer: Any,
+    conversations: Path | None,
 ) -> dict[int, Asked]:
     """What is wanted of the rows that the metric asks and that have a prompt, by their place among `chosen`."""
     known = _conversations(conversations, chosen["row_id"]) if scorer.wants_conversation and conversations else {}
@@ -29,7 +34,7 @@ def asked_of(
     num_unknown = 0
     for number, answer in enumerate(chosen["answer"].to_pylist()):
         row_id, row = chosen["row_id"][number].as_py(), rows[number]
-        target = tokenizer.decode(without_stop(trained_turn(row), stop_ids(model)), skip_special_tokens=False)
+        target = tokenizer.decode(without_stop(trained_turn(row), stops), skip_special_tokens=False)
         try:
             asked = scorer.ask(Question(row_id, answer, strip_thinking(target), known.get(row_id)))
         except ValueError as error:

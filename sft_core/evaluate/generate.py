@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+log = logging.getLogger(__name__)
+SERVED = "sdpa"
+TOKENS_ON_A_CPU = 16_384
+SHARE_OF_MEMORY = 0.4  # of what is free; a cache that grows by a token at a time leaves gaps
+BYTES_A_LOGIT = 24  # the likeliest is looked for in float32, a drawn one in float64
 # B is the rows of a batch, T their tokens, V the vocabulary.
 
 
@@ -29,7 +35,7 @@ class WithTransformers:
 
     model: Any
     pad_id: int
-    batch_size: int
+    batch_size: int | None  # prompts that are answered together, at most
 
     @property
     def name(self) -> str:
@@ -68,61 +74,109 @@ def generate_answers(
     stop_ids: list[int],
     pad_id: int,
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: int | None = None,
     drawn: Drawn | None = None,
 ) -> list[np.ndarray]:
     """New tokens of each prompt, int64, up to and with the stop token; at most `max_new_tokens`, then cut off.
 
-    prompts: int32, shape (tokens,) each. Prompts of like length share a batch, padded on the left. drawn: None for
-    the likeliest token each time.
+    prompts: int32, shape (tokens,) each. Prompts of like length share a batch, padded on the left: as many as the
+    device has room for, `batch_size` at most. drawn: None for the likeliest token each time.
     """
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_ids, pad_token_id=pad_id, use_cache=True
     )
-    with _without_own_settings(model):
-        return _in_batches(model, prompts, settings, stop_ids, pad_id, batch_size, drawn)
+    answers: list[np.ndarray] = [np.empty(0, np.int64)] * len(prompts)
+    waiting = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    room, of_a_row = room_for(model)
+    with as_served(model), tqdm(total=len(prompts), unit=" prompts", disable=None, desc="generate") as progress:
+        model.generation_config = GenerationConfig()
+        while waiting:
+            tokens_a_row = len(prompts[waiting[0]]) + max_new_tokens + of_a_row
+            size = min(max(1, room // tokens_a_row), batch_size or len(waiting), len(waiting))
+            indices = waiting[:size]
+            generated = _generated(model, [prompts[index] for index in indices], settings, pad_id, drawn, indices)
+            if generated is None:
+                if size == 1:
+                    raise torch.cuda.OutOfMemoryError(
+                        f"one prompt of {len(prompts[indices[0]])} tokens and {max_new_tokens} new ones do not fit the "
+                        "GPU; lower evaluation.max_new_tokens or packing.max_length"
+                    )
+                room = size // 2 * tokens_a_row
+                torch.cuda.empty_cache()
+                log.warning("out_of_memory=%d prompts at once; goes on with %d", size, size // 2)
+                continue
+            for index, ids in zip(indices, generated, strict=True):
+                answers[index] = _until_stop(ids, stop_ids)
+            waiting = waiting[size:]
+            progress.update(size)
+    return answers
 
 
-@contextlib.contextmanager
-def _without_own_settings(model: Any) -> Iterator[None]:
-    """generate fills what a given config leaves open from the model's own (transformers 5.23): a repetition penalty
-    would make a copied word a wrong answer."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _in_batches(
+def _generated(
     model: Any,
     prompts: list[np.ndarray],
     settings: GenerationConfig,
-    stop_ids: list[int],
     pad_id: int,
-    batch_size: int,
     drawn: Drawn | None,
-) -> list[np.ndarray]:
-    answers: list[np.ndarray] = [np.empty(0, np.int64)] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    for start in tqdm(range(0, len(order), batch_size), unit=" batches", disable=None, desc="generate"):
-        indices = order[start : start + batch_size]
-        length = len(prompts[indices[0]])
-        ids_BT = torch.full((len(indices), length), pad_id, dtype=torch.int64)
-        mask_BT = torch.zeros_like(ids_BT)
-        for row, index in enumerate(indices):
-            prompt = torch.from_numpy(prompts[index].astype(np.int64))
-            ids_BT[row, length - len(prompt) :] = prompt
-            mask_BT[row, length - len(prompt) :] = 1
-        generated = model.generate(
+    numbers: list[int],
+) -> np.ndarray | None:
+    """New tokens of a batch, the longest prompt first: int64, shape (prompts, tokens). None: no memory for it."""
+    length = len(prompts[0])
+    ids_BT = torch.full((len(prompts), length), pad_id, dtype=torch.int64)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, length - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask_BT[row, length - len(prompt) :] = 1
+    try:
+        generated_BT = model.generate(
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
             generation_config=settings,
-            logits_processor=drawn.processors(indices, length) if drawn else None,
+            logits_processor=drawn.processors(numbers, length) if drawn else None,
         )
-        for row, index in enumerate(indices):
-            answers[index] = _until_stop(generated[row, length:].cpu().numpy(), stop_ids)
-    return answers
+    except torch.cuda.OutOfMemoryError:
+        return None  # the error holds what was computed so far, so it ends here
+    return generated_BT[:, length:].cpu().numpy()
+
+
+@contextlib.contextmanager
+def as_served(model: Any) -> Iterator[None]:
+    """Attention that reads a cache, whatever the model is trained with; afterwards the model is as it was.
+
+    Its generation config too, which may be changed inside. generate fills what a given config leaves open from the
+    model's own (transformers 5.23): a repetition penalty would make a copied word a wrong answer.
+    """
+    settings, attention = model.generation_config, model.config._attn_implementation
+    is_other = attention != SERVED and model._supports_sdpa and model._can_set_attn_implementation()
+    try:
+        if is_other:
+            model.set_attn_implementation(SERVED)
+        yield
+    finally:
+        model.generation_config = settings
+        if is_other:
+            model.set_attn_implementation(attention)
+
+
+def room_for(model: Any) -> tuple[int, int]:
+    """How many tokens of prompts and answers the device has room for at once, and how many a row takes by itself."""
+    if model.device.type != "cuda":
+        return TOKENS_ON_A_CPU, 0
+    free, _ = torch.cuda.mem_get_info(model.device)
+    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    of_a_token = bytes_of_a_token(model)
+    of_a_row = BYTES_A_LOGIT * model.config.get_text_config().vocab_size
+    return int(SHARE_OF_MEMORY * (free + unused)) // of_a_token, -(-of_a_row // of_a_token)
+
+
+def bytes_of_a_token(model: Any) -> int:
+    """Of the cache's keys and values in all layers, and of what one layer computes of a prompt."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    cached = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    computed = 8 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    return (cached + computed) * model.dtype.itemsize
 
 
 def _until_stop(ids: np.ndarray, stop_ids: list[int]) -> np.ndarray:

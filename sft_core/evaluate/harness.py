@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_core.evaluate.documents import SAMPLES
-from sft_core.evaluate.loading import load_scored
+from sft_core.evaluate.loading import scored_model, use_threads
 from sft_core.evaluate.metrics import Score
 
 if TYPE_CHECKING:
     from sft_core.store import Build
 
 log = logging.getLogger(__name__)
-TASKS_AT_A_TIME = 2  # as many share a machine's cores where the flow runs locally
+ROWS_AT_A_TIME = 32  # unless runtime.eval_batch_size says otherwise
 _NO_METRIC = ("alias", "name", "sample_len", "sample_count")
 
 
@@ -43,39 +43,43 @@ def build_harness(
     Raises what the task raises.
     """
     import datasets
-    import torch
 
     from sft_core.data.rendering import chat_template
     from sft_core.harness_tasks import task_manager
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or the reader of local files is reported to a server
-    torch.set_num_threads(build.runtime.num_threads or max(1, (os.cpu_count() or 1) // TASKS_AT_A_TIME))
-    network, vocabulary = load_scored(
-        build.inputs.get("trained"), model, tokenizer, attn_implementation=attn_implementation, bf16=bf16, seed=seed
-    )
+    use_threads(build.runtime)
     manager = task_manager(task["include_path"], task["folders"])
     from lm_eval import simple_evaluate
 
+    from sft_core.evaluate.generate import as_served
     from sft_core.evaluate.served_lm import ServedLM
 
-    rendering = None if template is None else chat_template(vocabulary, **template)
-    lm = ServedLM(network, vocabulary, rendering, build.runtime.eval_batch_size)
-    results = simple_evaluate(
-        lm,
-        tasks=[task["name"]],
-        task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=template is not None,
-        fewshot_as_multiturn=template is not None,
-        system_instruction=system_instruction,
-        gen_kwargs=gen_kwargs or None,
-        batch_size=build.runtime.eval_batch_size,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    batch_size = build.runtime.eval_batch_size or ROWS_AT_A_TIME
+    loading = {"attn_implementation": attn_implementation, "bf16": bf16, "seed": seed}
+    with (
+        scored_model(build.inputs.get("trained"), model, tokenizer, **loading) as loaded,
+        as_served(loaded.network),
+    ):
+        vocabulary = copy.deepcopy(loaded.facts.vocabulary)  # lm-eval gives it a padding token and another side
+        rendering = None if template is None else chat_template(vocabulary, **template)
+        lm = ServedLM(loaded.network, vocabulary, rendering, batch_size)
+        results = simple_evaluate(
+            lm,
+            tasks=[task["name"]],
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=template is not None,
+            fewshot_as_multiturn=template is not None,
+            system_instruction=system_instruction,
+            gen_kwargs=gen_kwargs or None,
+            batch_size=batch_size,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
     assert results is not None, "one process evaluates, and it is the first"
     if lm.num_cut:
         log.warning(

@@ -100,7 +100,7 @@ class AnswerScores:
         index = read_index(self._folders[source][0], columns=["row_id", "answer"]).take(at)
         shards = TokenShards(*self._folders[source])
         rows = [shards[int(row)] for row in at]
-        asked = asked_of(self._metrics[task], index, rows, model, self._tokenizer, self._conversations.get(task))
+        asked = asked_of(self._metrics[task], index, rows, stops, self._tokenizer, self._conversations.get(task))
         if not asked:
             raise ValueError(
                 f"search.score: found 'answers', and none of the {len(rows)} selection rows of {task} asks for one by "

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
+from sft_core.evaluate.piped_process import PipedProcess, ProcessEnded
 from sft_core.sections import VllmSettings
 
 log = logging.getLogger(__name__)
@@ -43,51 +40,37 @@ def interpreter(settings: VllmSettings) -> str:
     return os.path.expanduser(settings.python) if settings.python else sys.executable
 
 
-@contextlib.contextmanager
-def gpu_by_itself() -> Iterator[None]:
-    """One task of this machine at a time: vLLM takes a share of the GPU's whole memory, and fails where it is taken."""
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace(",", "-")
-    lock = FileLock(Path(tempfile.gettempdir()) / f"sft-flow-vllm-{os.getuid()}-{devices}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("waiting: another task's vLLM has the GPU")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def moved_to_vllm(
-    network: Any, tokenizer: Any, folder: Path | None, settings: VllmSettings, trust_remote_code: bool, scratch: Path
-) -> Iterator[WithVllm]:
-    """The engine that answers with the weights of a loaded model, whose memory is given back: it is spent.
-
-    folder: where the same weights lie; None to save them below `scratch` for as long as this is open.
-    """
-    import torch
-
-    from sft_core.train.model import save_checkpoint
-
-    dtype = str(network.dtype).removeprefix("torch.")
-    with tempfile.TemporaryDirectory(dir=scratch) as made:  # where there is room for a model
-        if folder is None:
-            save_checkpoint(network, tokenizer, None, folder := Path(made))
-        network.to("meta")
-        torch.cuda.empty_cache()
-        yield WithVllm(folder, settings, dtype=dtype, trust_remote_code=trust_remote_code)
-
-
 class WithVllm:
-    """Greedy or drawn answers of the model in a folder; see answers.Engine."""
+    """Greedy or drawn answers of the model in a folder, by an engine that stays up until it is closed; see
+    answers.Engine."""
 
-    def __init__(self, model: Path, settings: VllmSettings, *, dtype: str, trust_remote_code: bool):
-        """dtype: as torch names it, in which the weights are used."""
-        self._model, self._settings = model, settings
-        self._dtype, self._trust_remote_code = dtype, trust_remote_code
-        self.name = "vllm"
+    def __init__(self, model: Path, settings: VllmSettings, *, dtype: str, trust_remote_code: bool, max_model_len: int):
+        """Starts it; when this returns, the folder is read. Raises RuntimeError where it does not start.
+
+        dtype: as torch names it, in which the weights are used. max_model_len: tokens of a prompt and its answer.
+        """
+        engine = {
+            "model": str(model),
+            "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
+            "max_model_len": max_model_len,
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",  # not the checkpoint's: a repetition penalty would make a copied word wrong
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "seed": 0,
+        }
+        # -P: the files beside the worker must not stand in for libraries.
+        self._process = PipedProcess([interpreter(settings), "-P", str(WORKER)], _environment())
+        self.name = f"vllm {self._asked(engine)['version']}"
+        log.info("started=%s model=%s dtype=%s max_model_len=%d", self.name, model, dtype, max_model_len)
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.is_running
+
+    def close(self) -> None:
+        self._process.close()
 
     def write(
         self,
@@ -98,6 +81,7 @@ class WithVllm:
         stop_ids: list[int],
         max_new_tokens: int,
     ) -> list[np.ndarray]:
+        """As answers.Engine. Raises RuntimeError where vLLM fails; it is not running then."""
         if not prompts:
             return []
         shared = {"max_tokens": max_new_tokens, "stop_token_ids": stop_ids, "detokenize": False}
@@ -112,32 +96,20 @@ class WithVllm:
             seeds = [draw_seed(sampling["seed"], key, sample) for key in keys for sample in samples]
             params = [{"seed": seed, **shape, **shared} for seed in seeds]
             prompts = [prompt for prompt in prompts for _ in samples]
-        return self._run(prompts, params, longest=max(map(len, prompts)) + max_new_tokens)
+        asked = {"prompts": [prompt.tolist() for prompt in prompts], "sampling": params}
+        return [np.array(ids, np.int64) for ids in self._asked(asked)["answers"]]
 
-    def _run(self, prompts: list[np.ndarray], params: list[dict[str, Any]], longest: int) -> list[np.ndarray]:
-        engine = {
-            "model": str(self._model),
-            "dtype": self._dtype,
-            "trust_remote_code": self._trust_remote_code,
-            "max_model_len": longest,
-            "skip_tokenizer_init": True,
-            "generation_config": "vllm",  # not the checkpoint's: a repetition penalty would make a copied word wrong
-            "tensor_parallel_size": self._settings.tensor_parallel_size,
-            "gpu_memory_utilization": self._settings.gpu_memory_utilization,
-            "seed": 0,
-        }
-        asked = {"engine": engine, "prompts": [prompt.tolist() for prompt in prompts], "sampling": params}
-        with tempfile.TemporaryDirectory() as folder:
-            job, out = Path(folder) / "job.json", Path(folder) / "answers.json"
-            job.write_text(json.dumps(asked))
-            # -P: the files beside the worker must not stand in for libraries.
-            command = [interpreter(self._settings), "-P", str(WORKER), str(job), str(out), str(os.getpid())]
-            ended = subprocess.run(command, env=_environment(), check=False)
-            if ended.returncode:
-                raise RuntimeError(f"vLLM ended with exit status {ended.returncode}; see its error above")
-            told = json.loads(out.read_text())
-        self.name = f"vllm {told['version']}"
-        return [np.array(ids, np.int64) for ids in told["answers"]]
+    def _asked(self, message: dict[str, Any]) -> dict[str, Any]:
+        try:
+            self._process.send(json.dumps(message).encode())
+            return json.loads(self._process.receive())
+        except ProcessEnded as ended:
+            if ended.is_killed:
+                raise RuntimeError("vLLM was killed; was there memory enough?") from None
+            raise RuntimeError(f"vLLM ended with exit status {ended.status}; see its error above") from None
+        except BaseException:
+            self._process.kill()  # its answer to this would be taken for that to the next
+            raise
 
 
 def draw_seed(seed: int, key: int, sample: int) -> int:

@@ -46,13 +46,14 @@ def load_model(
     seed: int,
     load_in_4bit: bool = False,
     half: bool = False,
+    device: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The start model and its tokenizer, agreeing on size and end token.
 
     With `config` the weights are random and a function of the seed; so are the rows of added tokens.
     Weights are safetensors only. load_in_4bit: in NF4 with double quantization, as QLoRA trains over them. half: it
-    will compute in half precision, by autocast or by its weights, which kernels for attention want.
-    Raises OSError or ValueError for what cannot be loaded.
+    will compute in half precision, by autocast or by its weights, which kernels for attention want. device: to which a
+    file's weights are read, without a copy on the CPU. Raises OSError or ValueError for what cannot be loaded.
     """
     vocabulary = load_tokenizer(**tokenizer)
     torch.manual_seed(seed)
@@ -63,6 +64,8 @@ def load_model(
         options |= {"attn_implementation": chosen}
     if load_in_4bit:
         options |= {"quantization_config": _nf4(), "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))}}
+    if device is not None:
+        options["device_map"] = {"": device}
     if config is not None:
         model = AutoModelForCausalLM.from_config(settings, **options)
     else:

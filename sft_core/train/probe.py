@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -258,6 +259,23 @@ def _unwrapped(model: Any) -> Any:
 
 def _config_of(model: Any) -> Any:
     return _unwrapped(model).config
+
+
+_TRIED: weakref.WeakKeyDictionary[Any, Forward] = weakref.WeakKeyDictionary()
+
+
+def forward_of(network: Any) -> Forward:
+    """How a model that is loaded, whole and on its device, is run; tried on it, once."""
+    if network not in _TRIED:
+        half, device = network.dtype != torch.float32, network.device
+        attention = network.config._attn_implementation
+        # Its own code, if it has some, is trusted already: it is loaded.
+        of_class = class_isolation(
+            network.config, attention=attention, trust_remote_code=True, half=half, device=str(device)
+        )
+        exact = not half and device.type == "cpu"
+        _TRIED[network] = model_isolation(network, of_class, attention=attention, device=device, exact=exact).forward
+    return _TRIED[network]
 
 
 # What else is held against the model itself

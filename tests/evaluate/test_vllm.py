@@ -1,10 +1,8 @@
 """vLLM answers as transformers does, in an environment of its own: SFT_VLLM_PYTHON names its interpreter."""
 
-import itertools
-import multiprocessing
 import os
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +11,33 @@ import pytest
 from transformers import PreTrainedModel
 
 from sft_core.evaluate.generate import WithTransformers, generate_answers
+from sft_core.evaluate.loading import keeping_a_model
 from sft_core.evaluate.rows import read_rows
-from sft_core.evaluate.with_vllm import WithVllm, draw_seed, gpu_by_itself, unmet_vllm
+from sft_core.evaluate.with_vllm import WithVllm, draw_seed, unmet_vllm
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
 from sft_core.sections import VllmSettings
 from sft_core.store import Store
-from steps.evaluate import EVALUATED
+from steps.evaluate import EVALUATED, measure_ahead
 from tests.evaluate.test_generate import PAD, VOCABULARY, model, prompts
 from tests.evaluate.test_sampling import probabilities
-from tests.train.tiny import tiny_recipe
+from tests.train.tiny import SOURCES, tiny_recipe
 
 __all__ = ["model", "prompts"]  # fixtures
 TASK, SHARE = "checksum_think", 0.1  # of this machine's memory, where vLLM runs on a CPU
 PYTHON = os.environ.get("SFT_VLLM_PYTHON")
+SETTINGS = VllmSettings(python=PYTHON, gpu_memory_utilization=SHARE)
 needs_vllm = pytest.mark.skipif(PYTHON is None, reason="SFT_VLLM_PYTHON names no environment with vllm")
 
 
 @pytest.fixture(scope="module")
-def engine(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> WithVllm:
+def engine(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WithVllm]:
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
-    settings = VllmSettings(python=PYTHON, gpu_memory_utilization=SHARE)
-    return WithVllm(folder, settings, dtype="float32", trust_remote_code=False)
+    started = WithVllm(folder, SETTINGS, dtype="float32", trust_remote_code=False, max_model_len=64)
+    yield started
+    started.close()
+    assert not started.is_running
 
 
 @needs_vllm
@@ -90,12 +92,29 @@ def test_task_scored_with_vllm_has_the_rows_of_transformers(tmp_path: Path, monk
 
 
 @needs_vllm
-def test_vllm_that_fails_is_told_with_its_error(
-    engine: WithVllm, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_kept_model_is_loaded_once_and_its_vllm_started_once_for_all_tasks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    missing = WithVllm(tmp_path / "none", engine._settings, dtype="float32", trust_remote_code=False)
+    caplog.set_level("INFO")
+    longest = {SOURCES[0]: 5, SOURCES[1]: 9}
+    settings = tiny_recipe(evaluation={"max_rows": 4, "max_new_tokens_by_task": longest, "engine": "vllm"})
+    settings["model"]["config"] |= {"head_dim": 32}
+    settings["runtime"] |= {"vllm": SETTINGS.model_dump()}
+    store, pinned = Store(tmp_path), pin(parse_recipe(settings))
+    with keeping_a_model():
+        for task in SOURCES:
+            measure_ahead(store, pinned, {"model": "base", "task": task})
+        refs = [store.ensure(EVALUATED, pinned, model="base", task=task) for task in SOURCES]
+    assert all(store.manifest(ref)["counts"]["engine"].startswith("vllm 0.") for ref in refs)
+    told = [text for text in caplog.messages if text.startswith(("loaded=", "started="))]
+    assert len(told) == 2 and told[0].startswith("loaded=random weights")
+    assert f"max_model_len={settings['packing']['max_length'] + 9}" in told[1]
+
+
+@needs_vllm
+def test_vllm_that_fails_is_told_with_its_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError, match="vLLM ended with exit status 1"):
-        missing.write([np.array([1], np.int32)], [], None, stop_ids=[], max_new_tokens=1)
+        WithVllm(tmp_path / "none", SETTINGS, dtype="float32", trust_remote_code=False, max_model_len=64)
     assert str(tmp_path / "none") in capfd.readouterr().err
 
 
@@ -130,26 +149,6 @@ def test_a_folder_named_vllm_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert unmet_vllm(VllmSettings()) is not None
-
-
-def hold(path: Path, seconds: float) -> None:
-    with gpu_by_itself():
-        began = time.monotonic()
-        time.sleep(seconds)
-        path.write_text(f"{began} {time.monotonic()}")
-
-
-def test_one_task_at_a_time_has_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    held = multiprocessing.get_context("spawn")
-    processes = [held.Process(target=hold, args=(tmp_path / f"{number}.txt", 0.5)) for number in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    times = sorted(tuple(map(float, (tmp_path / f"{number}.txt").read_text().split())) for number in range(3))
-    assert all(before[1] <= after[0] for before, after in itertools.pairwise(times))
 
 
 def test_draw_seeds_are_those_of_seed_row_and_sample() -> None:

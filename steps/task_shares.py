@@ -1,0 +1,151 @@
+"""fan_out and evaluate: the tasks in shares, one for each GPU, and what a share's task of the flow does with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import traceback
+from typing import Any
+
+from sft_core.evaluate.gpus import gpus_by_themselves, gpus_of_share, visible_gpus
+from sft_core.evaluate.loading import TASKS_AT_A_TIME
+from sft_core.pins import PinnedRecipe
+from sft_core.recipe import Recipe
+from sft_core.store import Ref, Store
+from steps import harness
+from steps.cards import failure, heading, progress_bar, redraw
+from steps.evaluate import MODELS
+from steps.pipeline import on_cluster
+from steps.score_worker import Scoring, outcomes
+
+
+def shares_of(recipe: Recipe) -> list[list[str]]:
+    """The tasks of each share. On a cluster a task each, for there each is a machine of its own.
+
+    Elsewhere as many as the flow runs at a time: one more would load both models once more, and wait.
+    """
+    if on_cluster():
+        return [[task] for task in recipe.scored]
+    gpus = visible_gpus()
+    num_shares = max(1, len(gpus) // gpus_a_share(recipe)) if gpus else TASKS_AT_A_TIME
+    at_a_time = int(os.environ.get("METAFLOW_RUN_MAX_WORKERS", TASKS_AT_A_TIME))
+    return dealt(costs(recipe), max(1, min(num_shares, at_a_time)))
+
+
+def gpus_a_share(recipe: Recipe) -> int:
+    return recipe.runtime.vllm.tensor_parallel_size if recipe.evaluation.engine == "vllm" else 1
+
+
+def costs(recipe: Recipe) -> dict[str, int]:
+    """What each task costs beside the others, as far as the recipe says it: tokens that an answer may have."""
+    evaluation = recipe.evaluation
+    return {task: evaluation.max_new_tokens_by_task.get(task, evaluation.max_new_tokens) for task in recipe.scored}
+
+
+def dealt(costs: dict[str, int], num_shares: int) -> list[list[str]]:
+    """The tasks in as many shares of about the same cost, or in one each where there are fewer tasks.
+
+    The most expensive first, each to the share that has least. Where several have, to the one that was dealt to last:
+    to and fro, for names of tasks often come in pairs, of which one is cheap.
+    """
+    shares: list[list[str]] = [[] for _ in range(min(num_shares, len(costs)))]
+    totals, latest = [0] * len(shares), [0] * len(shares)
+    for turn, task in enumerate(sorted(costs, key=lambda task: -costs[task]), start=1):
+        least = min(range(len(shares)), key=lambda share: (totals[share], -latest[share], share))
+        shares[least].append(task)
+        totals[least] += costs[task]
+        latest[least] = turn
+    order = list(costs)
+    return [sorted(share, key=order.index) for share in shares]
+
+
+@dataclasses.dataclass
+class Share:
+    """What has become of a share's tasks so far."""
+
+    tasks: list[str]
+    scored: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)  # {task: {model: stage/key}}
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)  # {task: why it is not scored}
+
+    # Plain and small, as artifacts of the flow.
+
+    @property
+    def evaluated(self) -> dict[str, dict[str, str]]:
+        """Of the tasks that are scored on all models."""
+        return {task: self.scored[task] for task in self.tasks if len(self.scored.get(task, ())) == len(MODELS)}
+
+    @property
+    def failures(self) -> dict[str, str]:
+        return harness.shortened(self.reasons)
+
+
+class Drawing:
+    """The card of a share: a section a task, as soon as it is scored or has failed. live: Metaflow's current.card."""
+
+    def __init__(self, store: Store, share: Share, live: Any):
+        self._store, self._share, self._live = store, share, live
+        self._sections: dict[str, list[Any]] = {}
+
+    def failed(self, task: str, reason: str, text: str) -> None:
+        self._share.reasons[task] = reason
+        self._sections[task] = failure(f"Task {task}: failed", text or reason)
+
+    def draw(self, num_open: int) -> None:
+        """num_open: scores that are to come; while there are some, the card is shown as it is by now."""
+        for task, addresses in self._share.evaluated.items():
+            if task not in self._sections:
+                refs = {model: Ref(*address.split("/")) for model, address in addresses.items()}
+                try:
+                    self._sections[task] = harness.task_card(self._store, task, refs)
+                except Exception as error:
+                    # As of a damaged output: the others' sections are shown.
+                    self.failed(task, str(error), traceback.format_exc())
+        sections = [one for task in self._share.tasks for one in self._sections.get(task, ())]
+        if num_open:
+            num_scores = len(MODELS) * len(self._share.tasks)
+            bar = progress_bar(num_scores - num_open, num_scores, label="scores of base and tuned model")
+            redraw(self._live, [heading("Scoring"), bar, *sections])
+        else:
+            self._live.clear()
+            self._live.extend(sections)
+
+
+def tasks_of(dealt: list[str] | str) -> list[str]:
+    """A share, as fan_out dealt it. One of a run that began when each was one task is its name."""
+    return [dealt] if isinstance(dealt, str) else dealt
+
+
+def score(store: Store, pinned: PinnedRecipe, tasks: list[str], number: int, live: Any) -> Share:
+    """Scores all models on a share's tasks, in a process that loads each once; none is started for what is there.
+
+    number: of the share, which tells its GPUs. live: Metaflow's current.card, which ends with a section a task.
+    """
+    share = Share(tasks)
+    seen: dict[Any, Any] = {}
+    drawing = Drawing(store, share, live)
+    missing: list[Scoring] = []
+    for scoring in (Scoring(model, task) for model in MODELS for task in tasks):
+        try:
+            stage, part = harness.scoring(*scoring)
+            if store.locate(stage, pinned, part, seen).status == "hit":
+                ref = store.ensure(stage, pinned, seen, **part)  # which notes its use
+                share.scored.setdefault(scoring.task, {})[scoring.model] = str(ref)
+            else:
+                missing.append(scoring)
+        except Exception as error:
+            drawing.failed(scoring.task, str(error), traceback.format_exc())
+    missing = [scoring for scoring in missing if scoring.task not in share.reasons]
+    if missing:
+        drawing.draw(num_open=len(missing))
+        gpus = gpus_of_share(visible_gpus(), number, gpus_a_share(pinned.recipe))
+        with gpus_by_themselves(gpus):
+            for outcome in outcomes(pinned, missing, gpus):
+                missing.remove(outcome.scoring)
+                if outcome.address is not None:
+                    share.scored.setdefault(outcome.scoring.task, {})[outcome.scoring.model] = outcome.address
+                else:
+                    drawing.failed(outcome.scoring.task, outcome.reason, outcome.traceback)
+                    missing = [scoring for scoring in missing if scoring.task != outcome.scoring.task]
+                drawing.draw(num_open=len(missing))
+    drawing.draw(num_open=0)
+    return share

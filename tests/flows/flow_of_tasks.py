@@ -1,0 +1,39 @@
+"""The flow as it was when each task was evaluated in a step of its own: it records runs of that shape."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+# It sets what Metaflow reads when it is imported, so it comes first.
+from flows import sft_flow
+from flows.sft_flow import card, catch, current, step
+
+
+class SFTFlow(sft_flow.SFTFlow):
+    @step
+    def fan_out(self):
+        from steps.deliver import delivered
+
+        stage, part = delivered(self.pinned)
+        self.delivered = self.ensure(stage, **part)
+        self.tasks = self.pinned.recipe.scored
+        self.next(self.evaluate, foreach="tasks")
+
+    @catch(var="failure")
+    @card(type="blank", id="scores")
+    @step
+    def evaluate(self):
+        from steps import cards, evaluate, harness
+
+        self.task = self.input
+        with cards.traceback_on(current.card):
+            scorings = {model: harness.scoring(model, self.task) for model in evaluate.MODELS}
+            self.evaluated = {model: self.ensure(stage, **part) for model, (stage, part) in scorings.items()}
+            refs = {model: self.ref(address) for model, address in self.evaluated.items()}
+            current.card.extend(harness.task_card(self.store, self.task, refs))
+        self.next(self.report)
+
+
+if __name__ == "__main__":
+    SFTFlow()
