@@ -22,7 +22,6 @@ from transformers import (
 )
 
 log = logging.getLogger(__name__)
-SERVED = "sdpa"
 TOKENS_ON_A_CPU = 16_384
 SHARE_OF_MEMORY = 0.4  # of what is free; a cache that grows by a token at a time leaves gaps
 BYTES_A_LOGIT = 24  # the likeliest is looked for in float32, a drawn one in float64
@@ -147,10 +146,11 @@ def as_served(model: Any) -> Iterator[None]:
     model's own (transformers 5.23): a repetition penalty would make a copied word a wrong answer.
     """
     settings, attention = model.generation_config, model.config._attn_implementation
-    is_other = attention != SERVED and model._supports_sdpa and model._can_set_attn_implementation()
+    served = "sdpa" if model._supports_sdpa else "eager"
+    is_other = attention != served and model._can_set_attn_implementation()
     try:
         if is_other:
-            model.set_attn_implementation(SERVED)
+            model.set_attn_implementation(served)
         yield
     finally:
         model.generation_config = settings
