@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -34,6 +35,15 @@ class PackCollator:
     @property
     def longest_document(self) -> int:
         return int(self.plan.num_tokens.max())
+
+    @functools.cached_property
+    def num_trained(self) -> np.ndarray:
+        """Of each document of the plan: int64, shape (documents,). Reads every mask, once."""
+        counts = np.zeros(len(self.plan.row), np.int64)
+        for number, shards in enumerate(self._shards):
+            here = self.plan.source == number
+            counts[here] = shards.num_targets(self.plan.row[here], self.plan.num_tokens[here])
+        return counts
 
     def __call__(self, slots: list[dict[str, int]]) -> dict[str, torch.Tensor]:
         """input_ids, position_ids, labels, source: int64 tensors of shape (1, tokens); weights: float32."""

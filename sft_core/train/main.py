@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from sft_core.data.packing import PackPlan
     from sft_core.train.collate import PackCollator
+    from sft_core.train.flops import Flops
     from sft_core.train.online import OnlineSchedule, Sampler
     from sft_core.train.selection import AnswerScorer, Selection, Watch
     from sft_core.train.trainer import PackTrainer
@@ -98,8 +99,9 @@ def trained(
     from sft_core.train.checkpoints import check_room, stop_request
     from sft_core.train.collate import PackCollator, slot_alone
     from sft_core.train.continuation import resumable
+    from sft_core.train.flops import training_flops
     from sft_core.train.model import load_model, skeleton
-    from sft_core.train.schedule import step_packs, training_flops
+    from sft_core.train.schedule import order_coefficients, step_packs
     from sft_core.train.strategy import prepare_deepspeed
     from sft_core.train.trainer import LogEvents, PackTrainer, discard_staged
 
@@ -117,7 +119,8 @@ def trained(
         )
     if int(os.environ.get("RANK", "0")) == 0:
         check_room(out, bytes_on_disk(shape.num_parameters(), job))
-    linear, quadratic = training_flops(shape)
+    linear, quadratic = order_coefficients(shape)
+    flops = training_flops(shape)
     costs = pack_costs(collator.plan.num_tokens, collator.plan.offsets, linear=linear, quadratic=quadratic)
     schedule = step_packs(
         costs,
@@ -127,7 +130,7 @@ def trained(
         seed=training["seed"] + job["round"],  # a roll-out goes through its rows in an order of its own
     )
     drawn = sampler(collator.plan, len(schedule)) if sampler is not None else None
-    online = _online(job, drawn, collator, schedule, (linear, quadratic)) if drawn is not None else None
+    online = _online(job, drawn, collator, schedule, flops) if drawn is not None else None
     slots = schedule.ravel() if online is None else np.arange(schedule.size)
     staging = out / "staging"
     if int(os.environ.get("RANK", "0")) == 0:
@@ -149,7 +152,7 @@ def trained(
     model.config.use_cache = False
     score_answers = None
     if answers is not None:  # a forward pass is a third of what training takes
-        score_answers = functools.partial(answers, tokenizer=tokenizer, flops_a_token=linear / 3)
+        score_answers = functools.partial(answers, tokenizer=tokenizer, flops_a_token=flops.of(1.0, 0.0, 1.0) / 3)
     trainer = PackTrainer(
         model=model,
         args=arguments,
@@ -162,7 +165,7 @@ def trained(
         strategy=job["runtime"]["distributed"],
         folder=out / "checkpoints",
         keep=job["runtime"]["keep_checkpoints"],
-        flops=(linear, quadratic),
+        flops=flops,
         selection=_selection(job, len(schedule), len(collator.plan), watch, score_answers),
         online=online,
         write_model=functools.partial(_write_model, tokenizer, job["chat_template"], training["lora"] is not None),
@@ -176,11 +179,10 @@ def trained(
 
 
 def _online(
-    job: dict[str, Any], sampler: Sampler, collator: PackCollator, schedule: np.ndarray, flops: tuple[float, float]
+    job: dict[str, Any], sampler: Sampler, collator: PackCollator, schedule: np.ndarray, flops: Flops
 ) -> OnlineSchedule:
     from sft_core.train.online import OnlineSchedule
 
-    lengths, (linear, quadratic) = collator.plan.num_tokens.astype(float), flops
     num_steps, global_batch_size = schedule.shape
     return OnlineSchedule(
         sampler,
@@ -188,7 +190,7 @@ def _online(
         Path(job["out"]) / "logs" / "online.jsonl",
         num_steps=num_steps,
         global_batch_size=global_batch_size,
-        costs=linear * lengths + quadratic * lengths**2,
+        costs=flops.of_documents(collator.plan.num_tokens, collator.num_trained),
     )
 
 

@@ -17,10 +17,9 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from sft_core.data.balance import pack_costs
-from sft_core.data.packing import PackPlan
 from sft_core.train import checkpoints
 from sft_core.train.continuation import Continuation
+from sft_core.train.flops import Flops
 from sft_core.train.log_file import LogFile
 from sft_core.train.loss import LossBySource, trained_token_nll
 from sft_core.train.online import OnlineSchedule, Pack, step_gain
@@ -38,7 +37,7 @@ class PackTrainer(SFTTrainer):
     args.output_dir is where checkpoints are staged; whole ones are in `folder`, the newest `keep` of them and the best.
     write_model(model, weights, folder) makes a checkpoint of it that transformers loads; weights are all of the model's
     where this rank holds but a share of them.
-    flops: (linear, quadratic) as schedule.training_flops gives them, for the speed that is logged.
+    flops: for the speed that is logged, and for what a search tells of its cost.
     online: what is trained is drawn while it goes on; train_dataset's packs are slots of it then.
     """
 
@@ -49,7 +48,7 @@ class PackTrainer(SFTTrainer):
         strategy: str,
         folder: Path,
         keep: int,
-        flops: tuple[float, float],
+        flops: Flops,
         selection: Selection | None,
         online: OnlineSchedule | None,
         write_model: Callable[[Any, dict[str, Any] | None, Path], None],
@@ -117,7 +116,7 @@ class PackTrainer(SFTTrainer):
         self._loss_by_source.add(nll_N, inputs["source"][0, targets_N])
         self._tokens_seen += inputs["input_ids"].numel()
         self._trained_tokens_seen += len(targets_N)
-        self._flops_done += batch_flops(inputs["position_ids"], *self._flops)
+        self._flops_done += batch_flops(self._flops, inputs["position_ids"], len(targets_N))
         # DDP averages over ranks, and num_items_in_batch sums over all of them: the product restores the sum.
         return (nll_N * inputs["weights"][0, targets_N]).sum() / num_items_in_batch * self.accelerator.num_processes
 
@@ -201,17 +200,17 @@ class PackTrainer(SFTTrainer):
         """Of the training so far, and of what was measured while it went on, on all ranks together."""
         evaluation = 0.0
         if self._evaluation is not None and self.selection is not None:
-            forward = float(self._costs(self.selection.losses.plan).sum()) / 3
+            forward = float(self._flops_of_packs(self.selection.losses.collator).sum()) / 3
             evaluation = self._evaluation.num_done * forward + self._evaluation.answer_flops
         if self._online is not None:
             training, measuring = self._online.flops(self.state.global_step)
             return training, evaluation + measuring
         done = np.array(self.train_dataset["pack"])[: self.state.global_step * self._global_batch_size]  # type: ignore[index]
-        return float(self._costs(self.data_collator.plan)[done[done != EMPTY]].sum()), evaluation  # type: ignore[union-attr]
+        return float(self._flops_of_packs(self.data_collator)[done[done != EMPTY]].sum()), evaluation
 
-    def _costs(self, plan: PackPlan) -> np.ndarray:
-        linear, quadratic = self._flops
-        return pack_costs(plan.num_tokens, plan.offsets, linear=linear, quadratic=quadratic)
+    def _flops_of_packs(self, collator: Any) -> np.ndarray:
+        plan = collator.plan
+        return np.add.reduceat(self._flops.of_documents(plan.num_tokens, collator.num_trained), plan.offsets[:-1])
 
     def save_weights(self, folder: Path) -> None:
         """Writes the model of now to a folder that is whole or absent. On all ranks together."""
