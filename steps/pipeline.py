@@ -17,6 +17,7 @@ from sft_core.store import Located, Stage, Store, Unresolved
 from sft_core.train.accelerator import check_machine, has_gpu, lost_updates, slow_precision
 from sft_core.train.arguments import check_extra, check_report_to
 from steps.evaluate import EVALUATED, check_report_prompts, count_report_prompts
+from steps.mix import MIXTURE
 from steps.pack import PACKED
 from steps.release import PUSHED, RELEASED
 from steps.search import progress
@@ -119,9 +120,12 @@ def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> str
         shape = skeleton(**{name: loader[name] for name in ("path", "revision", "config", "trust_remote_code")})
     except (OSError, ValueError) as error:
         return f"no estimate of memory: the model's config cannot be read ({str(error).splitlines()[0]})"
-    packed = next(located for located in planned if located.stage is PACKED)
-    plan = PackPlan.read(store.path(packed.ref)) if packed.status == "hit" and packed.ref else None
-    return told(estimate(pinned.recipe, shape, plan), pinned.recipe)
+    plan, trained_share = None, 1.0
+    packed, mixture = (next(located for located in planned if located.stage is stage) for stage in (PACKED, MIXTURE))
+    if packed.status == mixture.status == "hit" and packed.ref and mixture.ref:
+        plan, counts = PackPlan.read(store.path(packed.ref)), store.manifest(mixture.ref)["counts"]
+        trained_share = counts["trained_tokens"] / counts["tokens"]
+    return told(estimate(pinned.recipe, shape, plan, trained_share=trained_share), pinned.recipe)
 
 
 def plan(store: Store, pinned: PinnedRecipe) -> list[Located]:

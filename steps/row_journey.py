@@ -136,7 +136,7 @@ def steps_of(store: Store, lineage: Lineage, trained: Ref, plan: PackPlan, packs
     before its last step only the steps that were logged are known.
     """
     from sft_core.train.model import skeleton
-    from sft_core.train.schedule import step_packs, training_flops
+    from sft_core.train.schedule import order_coefficients, step_packs
 
     section, manifest = _section(lineage, trained), lineage.manifests[trained]
     job = section["job"]
@@ -147,7 +147,7 @@ def steps_of(store: Store, lineage: Lineage, trained: Ref, plan: PackPlan, packs
     if last["step"] < last["of"]:
         return None
     folder = str(store.path(trained) / "model")
-    linear, quadratic = training_flops(skeleton(path=folder, revision=None, config=None, trust_remote_code=False))
+    linear, quadratic = order_coefficients(skeleton(path=folder, revision=None, config=None, trust_remote_code=False))
     schedule = step_packs(
         pack_costs(plan.num_tokens, plan.offsets, linear=linear, quadratic=quadratic),
         global_batch_size=job["training"]["global_batch_size"],

@@ -82,6 +82,21 @@ class TokenShards:
         ids, trained, weights = (_values(batch.column(column), local) for column in range(3))
         return TokenRow(ids, trained, weights if len(weights) else None)
 
+    def num_targets(self, rows: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
+        """Trained tokens among each row's first `num_tokens`: int64, shape (rows,).
+
+        The first token of all is left out, for nothing predicts it.
+        """
+        counts, first = np.zeros(len(rows), np.int64), 0
+        for batch, end in zip(self._batches, self._ends, strict=True):
+            here = np.flatnonzero((rows >= first) & (rows < end))
+            trained = batch.column(1)
+            before = np.append(0, np.cumsum(trained.values.to_numpy(zero_copy_only=True), dtype=np.int64))
+            starts = trained.offsets.to_numpy()[rows[here] - first].astype(np.int64)
+            counts[here] = before[starts + num_tokens[here]] - before[starts + 1]
+            first = end
+        return counts
+
 
 def _values(column: pa.ListArray, row: int) -> np.ndarray:
     start, end = column.offsets[row].as_py(), column.offsets[row + 1].as_py()

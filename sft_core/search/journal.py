@@ -16,7 +16,7 @@ CURVES = "curves.json"
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """training_flops, evaluation_flops: by the estimate of schedule.training_flops; a forward pass is a third of both.
+    """training_flops, evaluation_flops: by flops.training_flops of what was trained; a forward pass is a third.
 
     most_kept: evaluations whose weights were on the disk at once. checkpoint_bytes: of one evaluation's weights.
     """

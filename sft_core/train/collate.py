@@ -6,6 +6,7 @@ make the host wait for the device.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
@@ -61,6 +62,15 @@ class PackCollator:
     @property
     def longest_document(self) -> int:
         return int(self.plan.num_tokens.max())
+
+    @functools.cached_property
+    def num_trained(self) -> np.ndarray:
+        """Of each document of the plan: int64, shape (documents,). Reads every mask, once."""
+        counts = np.zeros(len(self.plan.row), np.int64)
+        for number, shards in enumerate(self._shards):
+            here = self.plan.source == number
+            counts[here] = shards.num_targets(self.plan.row[here], self.plan.num_tokens[here])
+        return counts
 
     def __call__(self, slots: list[dict[str, int]]) -> Batch:
         offsets, packs = self.plan.offsets, [slot["pack"] for slot in slots]

@@ -6,7 +6,8 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
-from sft_core.train.schedule import num_steps_of, training_flops
+from sft_core.train.flops import training_flops
+from sft_core.train.schedule import num_steps_of
 
 if TYPE_CHECKING:
     from sft_core.recipe import Recipe
@@ -37,8 +38,11 @@ _STATES = {
 }
 
 
-def estimate(recipe: Recipe, shape: Any, plan: Any | None) -> Estimate:
-    """shape: the model without weights (model.skeleton). plan: the packs, where there are any."""
+def estimate(recipe: Recipe, shape: Any, plan: Any | None, *, trained_share: float = 1.0) -> Estimate:
+    """shape: the model without weights (model.skeleton). plan: the packs, where there are any.
+
+    trained_share: of the plan's tokens.
+    """
     config, training, ranks = shape.config.get_text_config(), recipe.training, recipe.runtime.num_processes
     num_parameters = shape.num_parameters()
     whole: float
@@ -50,9 +54,7 @@ def estimate(recipe: Recipe, shape: Any, plan: Any | None) -> Estimate:
     states = num_parameters * (whole + shared / ranks)
     flops = None
     if plan is not None:
-        linear, quadratic = training_flops(shape)
-        lengths = plan.num_tokens.astype(float)
-        epoch = float((linear * lengths + quadratic * lengths**2).sum())
+        epoch = float(training_flops(shape).of_documents(plan.num_tokens, trained_share * plan.num_tokens).sum())
         steps = num_steps_of(len(plan), training.global_batch_size, training.num_train_epochs, training.max_steps)
         flops = epoch * steps / math.ceil(len(plan) / training.global_batch_size)
     return Estimate(num_parameters, states, _activations(config, recipe), flops)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from sft_core.data.packing import PackPlan
     from sft_core.train.collate import PackCollator
+    from sft_core.train.flops import Flops
     from sft_core.train.online import OnlineSchedule, Sampler
     from sft_core.train.probe import Isolation
     from sft_core.train.selection import AnswerScorer, Selection, Watch
@@ -100,11 +101,12 @@ def trained(
     from sft_core.train.collate import PackCollator, slot_alone
     from sft_core.train.continuation import Continuation, resumable
     from sft_core.train.first_rank import on_first_rank
+    from sft_core.train.flops import training_flops
     from sft_core.train.forwards import in_forwards, packs_a_forward
     from sft_core.train.log_file import LogFile
     from sft_core.train.model import load_model, skeleton
     from sft_core.train.router import router_loss
-    from sft_core.train.schedule import step_packs, training_flops
+    from sft_core.train.schedule import order_coefficients, step_packs
     from sft_core.train.strategy import prepare_deepspeed
     from sft_core.train.trainer import LogEvents, PackTrainer, discard_staged
 
@@ -122,7 +124,8 @@ def trained(
         )
     if int(os.environ.get("RANK", "0")) == 0:
         check_room(out, bytes_on_disk(shape.num_parameters(), job))
-    linear, quadratic = training_flops(shape)
+    linear, quadratic = order_coefficients(shape)
+    flops = training_flops(shape)
     costs = pack_costs(collator.plan.num_tokens, collator.plan.offsets, linear=linear, quadratic=quadratic)
     schedule = step_packs(
         costs,
@@ -132,7 +135,7 @@ def trained(
         seed=training["seed"] + job["round"],  # a roll-out goes through its rows in an order of its own
     )
     drawn = sampler(collator.plan, len(schedule)) if sampler is not None else None
-    online = _online(job, drawn, collator, schedule, (linear, quadratic)) if drawn is not None else None
+    online = _online(job, drawn, collator, schedule, flops) if drawn is not None else None
     staging = out / "staging"
     if int(os.environ.get("RANK", "0")) == 0:
         discard_staged(staging)
@@ -170,7 +173,7 @@ def trained(
         tell_balance(out / "logs" / "balance.jsonl", costs, schedule, world_size, strategy, num_packs)
     score_answers = None
     if answers is not None:  # a forward pass is a third of what training takes
-        score_answers = functools.partial(answers, tokenizer=tokenizer, flops_a_token=linear / 3)
+        score_answers = functools.partial(answers, tokenizer=tokenizer, flops_a_token=flops.of(1.0, 0.0, 1.0) / 3)
     trainer = PackTrainer(
         model=model,
         args=arguments,
@@ -183,7 +186,7 @@ def trained(
         strategy=job["runtime"]["distributed"],
         folder=out / "checkpoints",
         keep=job["runtime"]["keep_checkpoints"],
-        flops=(linear, quadratic),
+        flops=flops,
         selection=_selection(job, len(schedule), len(collator.plan), watch, score_answers),
         online=online,
         of_class=of_class,
@@ -218,11 +221,10 @@ def of_class_here(config: Any, model: dict[str, Any], *, half: bool) -> Isolatio
 
 
 def _online(
-    job: dict[str, Any], sampler: Sampler, collator: PackCollator, schedule: np.ndarray, flops: tuple[float, float]
+    job: dict[str, Any], sampler: Sampler, collator: PackCollator, schedule: np.ndarray, flops: Flops
 ) -> OnlineSchedule:
     from sft_core.train.online import OnlineSchedule
 
-    lengths, (linear, quadratic) = collator.plan.num_tokens.astype(float), flops
     num_steps, global_batch_size = schedule.shape
     return OnlineSchedule(
         sampler,
@@ -230,7 +232,7 @@ def _online(
         Path(job["out"]) / "logs" / "online.jsonl",
         num_steps=num_steps,
         global_batch_size=global_batch_size,
-        costs=linear * lengths + quadratic * lengths**2,
+        costs=flops.of_documents(collator.plan.num_tokens, collator.num_trained),
     )
 
 

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from sft_core.data.balance import grouped_order
+from sft_core.train.flops import pair_flops
 
-# Layers whose attention sees the whole document, by the names of transformers' configs.
-FULL_ATTENTION = ("full_attention", "hybrid")
 EMPTY = -1  # a slot without a pack: the last batch of an epoch is smaller, never filled up with repeats
 
 
@@ -44,25 +43,12 @@ def num_steps_of(num_packs: int, global_batch_size: int, num_epochs: float, max_
     return max(1, round(math.ceil(num_packs / global_batch_size) * num_epochs))
 
 
-def training_flops(model: Any) -> tuple[float, float]:
-    """What a document of L tokens takes, forward and backward: linear * L + quadratic * L**2. model: of transformers.
+def order_coefficients(model: Any) -> tuple[float, float]:
+    """(linear, quadratic): by linear * L + quadratic * L**2 of each document the schedule calls packs alike in cost.
 
-    linear = 6 * parameters, quadratic = 6 * layers * attention width. PaLM (arXiv 2204.02311, appendix B) counts
-    6N + 12 * layers * heads * head size * T a token at sequence length T, as nanoGPT does, over the whole T x T square;
-    half of the 12 is here, for causal attention needs only the triangle, and kernels that skip the rest do only that.
-
-    Layers are those that see the whole document: sliding windows and recurrent layers are linear, and their small
-    attention terms are left out, as is all attention of a model whose config names no heads (Mamba). Only the ratio
-    of the two matters, and between full packs, equal in tokens, not even that: so an estimate does.
+    linear is 6 * all parameters, though the embedding is looked up, experts share the tokens and only trained tokens
+    need the head (flops.training_flops counts so). It stays as it is: other coefficients would put the packs of every
+    recipe into another order, and a resumed training would go on with packs that it had. An order needs no more, for
+    only the ratio of the two matters, and between full packs, equal in tokens, not even that.
     """
-    config = model.config.get_text_config()
-    num_heads, hidden_size, layers = (
-        getattr(config, name, None) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")
-    )
-    linear = 6.0 * model.num_parameters()
-    if not (isinstance(num_heads, int) and isinstance(hidden_size, int) and isinstance(layers, int) and num_heads):
-        return linear, 0.0
-    kinds = getattr(config, "layer_types", None)
-    num_full = layers if kinds is None else sum(kind in FULL_ATTENTION for kind in kinds)
-    width = num_heads * (getattr(config, "head_dim", None) or hidden_size // num_heads)
-    return linear, 6.0 * num_full * width
+    return 6.0 * model.num_parameters(), pair_flops(model.config)

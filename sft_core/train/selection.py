@@ -92,11 +92,11 @@ class SelectionLosses:
     """The losses of all selection rows. Ranks share the packs; all get the result."""
 
     def __init__(self, collator: PackCollator):
-        self._collator = collator
+        self.collator = collator
 
     @property
     def plan(self) -> PackPlan:
-        return self._collator.plan
+        return self.collator.plan
 
     def measure(
         self,
@@ -116,7 +116,7 @@ class SelectionLosses:
         try:
             with torch.no_grad():
                 for pack in self._packs_of(rank, num_ranks):
-                    batch = to_device(self._collator([{"pack": pack}]), device)
+                    batch = to_device(self.collator([{"pack": pack}]), device)
                     correct_N = torch.zeros(())
                     if count_correct:
                         logits_NV = trained_token_logits(model, batch, forward)

@@ -2,38 +2,74 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import re
 import resource
 import sys
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 
-# Dense bfloat16 FLOP/s by the makers' data sheets, by a part of the name that CUDA gives.
+from sft_core.train.flops import Flops
+
+log = logging.getLogger(__name__)
+
+# Dense bfloat16 FLOP/s with fp32 accumulation, by words of the name that CUDA or ROCm gives. NVIDIA's and AMD's data
+# sheets; for GeForce and RTX the white papers of GA102, Ada and RTX Blackwell. NVIDIA prints twice as much where it
+# assumes sparse weights. "A10G" is AWS's slower A10, and "H100" and "H200" without more words are the SXM modules.
 _PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165.2e12,
+    "RTX 5090": 209.5e12,
+    "RTX 6000 Ada": 364.2e12,
+    "RTX PRO 6000 Blackwell": 503.8e12,
+    "A10": 125e12,
+    "A10G": 70e12,
     "A100": 312e12,
+    "L4": 121e12,
+    "L40": 181e12,
     "L40S": 362e12,
-    "RTX 4090": 165e12,
+    "H20": 148e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "B300": 2250e12,
+    "GB300": 2500e12,
+    "MI300X": 1307e12,
+    "MI325X": 1307e12,
+    "MI355X": 2517e12,
 }
+# A part of a device, or one with less power, whose name holds that of the whole.
+_SLOWER = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D|5090 D)\b")
 
 
-def batch_flops(position_ids: torch.Tensor, linear: float, quadratic: float) -> float:
-    """The sum of linear * L + quadratic * L**2 over the batch's documents: attention sees a document, not a pack.
-
-    position_ids: restart at 0 with each document. The sum of 2 p + 1 over the positions 0 to L - 1 is L squared.
-    """
-    num_tokens = position_ids.numel()
-    return linear * num_tokens + quadratic * (2 * int(position_ids.sum()) + num_tokens)
+def batch_flops(flops: Flops, batch: Mapping[str, Any]) -> float:
+    """Of a batch as collate.Batch has it, forward and backward: by its counts, without a look at the device."""
+    lengths = batch["lengths"].astype(np.float64)
+    return float(flops.of(lengths.sum(), (lengths**2).sum(), float(batch["num_targets"].sum())))
 
 
 def peak_flops_per_s(device: torch.device) -> float | None:
     """None for a device that the table does not know: there is no MFU then, only FLOP/s."""
-    if device.type != "cuda":
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+@functools.cache  # so that an unknown name is told once
+def peak_of(name: str) -> float | None:
+    """By the longest of the table's names that stands in this one, in whole words."""
+    found = [part for part in _PEAKS if re.search(rf"\b{part}\b", name)]
+    if not found or _SLOWER.search(name):
+        log.info("no peak FLOP/s is known of %s: FLOP/s are logged, MFU is not", name)
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+    return _PEAKS[max(found, key=len)]
 
 
 def peak_memory_gib(device: torch.device) -> float:

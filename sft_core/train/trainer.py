@@ -17,13 +17,12 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from sft_core.data.balance import pack_costs
-from sft_core.data.packing import PackPlan
 from sft_core.digests import is_whole
 from sft_core.train import checkpoints
 from sft_core.train.collate import Batch, to_device
 from sft_core.train.continuation import Continuation
 from sft_core.train.first_rank import on_first_rank
+from sft_core.train.flops import Flops
 from sft_core.train.head import add_fused_head, takes_fused_head, wants_fused_head
 from sft_core.train.log_file import LogFile
 from sft_core.train.loss import Forward, LossBySource, trained_losses, trained_token_nll
@@ -32,7 +31,7 @@ from sft_core.train.probe import Isolation, settle
 from sft_core.train.router import RouterLoss
 from sft_core.train.schedule import EMPTY
 from sft_core.train.selection import AnswerScorer, EvaluateSelection, RowLosses, Selection, SelectionLosses
-from sft_core.train.speed import peak_flops_per_s, peak_memory_gib
+from sft_core.train.speed import batch_flops, peak_flops_per_s, peak_memory_gib
 from sft_core.train.strategy import SHARED, check_engaged
 
 
@@ -44,7 +43,7 @@ class PackTrainer(SFTTrainer):
     args.output_dir is where checkpoints are staged; whole ones are in `folder`, the newest `keep` of them and the best.
     write_model(model, weights, folder) makes a checkpoint of it that transformers loads; weights are all of the model's
     where this rank holds but a share of them.
-    flops: (linear, quadratic) as schedule.training_flops gives them, for the speed that is logged.
+    flops: for the speed that is logged, and for what a search tells of its cost.
     online: what is trained is drawn while it goes on; train_dataset's packs are slots of it then.
     of_class: what probe.class_isolation knows of its class; the model itself is tried before its first use.
     router: the loss of a mixture of experts' router, coefficient x mean over the batch's tokens, beside L.
@@ -58,7 +57,7 @@ class PackTrainer(SFTTrainer):
         strategy: str,
         folder: Path,
         keep: int,
-        flops: tuple[float, float],
+        flops: Flops,
         selection: Selection | None,
         online: OnlineSchedule | None,
         of_class: Isolation | None,
@@ -75,6 +74,8 @@ class PackTrainer(SFTTrainer):
         if self._may_fuse_head:
             add_fused_head(own)
         self._attention = own.config._attn_implementation
+        on_cpu, half = self.args.device.type == "cpu", self.args.bf16 or self.args.fp16
+        self._is_exact = on_cpu and not half and own.dtype == torch.float32  # a GPU's fp32 products are TF32's
         self._of_class, self._router, self._tell = of_class, router, tell
         self._forward: Forward | None = None  # until the model is tried
         self._tokens_in_batch = 0.0
@@ -150,9 +151,7 @@ class PackTrainer(SFTTrainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]
         """Of one forward and backward. The Trainer's own goes through all parameters at each micro-batch."""
-        linear, quadratic = self._flops
-        lengths = inputs["lengths"].astype(np.float64)
-        return float(linear * lengths.sum() + quadratic * (lengths**2).sum())
+        return batch_flops(self._flops, inputs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # The Trainer's own would round the weights of turns to DeepSpeed's half precision.
@@ -166,7 +165,7 @@ class PackTrainer(SFTTrainer):
                 self._of_class,
                 attention=self._attention,
                 device=self.args.device,
-                exact=self.args.device.type == "cpu" and not (self.args.bf16 or self.args.fp16),
+                exact=self._is_exact,
                 may_fuse_head=self._may_fuse_head,
                 router=self._router,
             )
@@ -265,17 +264,17 @@ class PackTrainer(SFTTrainer):
         """Of the training so far, and of what was measured while it went on, on all ranks together."""
         evaluation = 0.0
         if self._evaluation is not None and self.selection is not None:
-            forward = float(self._costs(self.selection.losses.plan).sum()) / 3
+            forward = float(self._flops_of_packs(self.selection.losses.collator).sum()) / 3
             evaluation = self._evaluation.num_done * forward + self._evaluation.answer_flops
         if self._online is not None:
             training, measuring = self._online.flops(self.state.global_step)
             return training, evaluation + measuring
         done = np.array(self.train_dataset["pack"])[: self.state.global_step * self._global_batch_size]  # type: ignore[index]
-        return float(self._costs(self.data_collator.plan)[done[done != EMPTY]].sum()), evaluation  # type: ignore[union-attr]
+        return float(self._flops_of_packs(self.data_collator)[done[done != EMPTY]].sum()), evaluation
 
-    def _costs(self, plan: PackPlan) -> np.ndarray:
-        linear, quadratic = self._flops
-        return pack_costs(plan.num_tokens, plan.offsets, linear=linear, quadratic=quadratic)
+    def _flops_of_packs(self, collator: Any) -> np.ndarray:
+        plan = collator.plan
+        return np.add.reduceat(self._flops.of_documents(plan.num_tokens, collator.num_trained), plan.offsets[:-1])
 
     def save_weights(self, folder: Path) -> None:
         """Writes the model of now to a folder that is whole or absent. On all ranks together."""

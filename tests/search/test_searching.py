@@ -154,6 +154,11 @@ def test_search_counts_what_it_cost(store: Store, searched: Progress):
         # Almost linear at this length: a token evaluated takes a third of one trained.
         ratio = len(events) * held_out / 3 / (rollout.epochs * tokens)
         assert cost.evaluation_flops / cost.training_flops == pytest.approx(ratio, rel=0.2)
+        lengths = PackPlan.read(store.path(store.ensure(PACKED, searched.pinned, **part))).num_tokens.astype(float)
+        num_trained = store.manifest(store.ensure(MIXTURE, searched.pinned, **part))["counts"]["trained_tokens"]
+        layers = 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+        an_epoch = 6 * (layers * tokens + 2 * 32 * (lengths**2).sum() + 291 * 32 * num_trained)
+        assert cost.training_flops == pytest.approx(rollout.epochs * an_epoch)
 
 
 def test_search_with_a_larger_cap_goes_on(store: Store, searched: Progress):

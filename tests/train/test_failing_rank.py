@@ -12,7 +12,7 @@ from sft_core.recipe import parse_recipe
 from sft_core.store import Build, Store
 from sft_core.train.launch import build_trained
 from sft_core.train.model import load_model
-from sft_core.train.schedule import step_packs, training_flops
+from sft_core.train.schedule import order_coefficients, step_packs
 from steps.pack import PACKED
 from steps.tokenize import TOKENS
 from steps.train import TRAINED
@@ -30,7 +30,7 @@ def test_train_second_rank_fails_raises_its_error_and_ends_the_first(store: Stor
     arguments = TRAINED.section(pinned, {"round": 0}) | TRAINED.places(pinned, {"round": 0})
     job = arguments["job"]
     model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=training.seed)
-    linear, quadratic = training_flops(model)
+    linear, quadratic = order_coefficients(model)
     costs = pack_costs(plan.num_tokens, plan.offsets, linear=linear, quadratic=quadratic)
     schedule = step_packs(costs, global_batch_size=4, num_epochs=3, max_steps=None, seed=training.seed)
     table = pq.read_table(packs / "packs.parquet")

@@ -17,12 +17,12 @@ from sft_core.data.packing import PackPlan
 from sft_core.data.shards import TokenShards
 from sft_core.pins import PinnedRecipe
 from sft_core.train.model import load_model
-from sft_core.train.schedule import EMPTY, step_packs, training_flops
-from tests.train.tiny import Run, tiny_recipe
+from sft_core.train.schedule import EMPTY, order_coefficients, step_packs
+from tests.train.tiny import LLAMA, Run, tiny_recipe
 
 
 def costs_of(plan: PackPlan, model: Any) -> np.ndarray:
-    linear, quadratic = training_flops(model)
+    linear, quadratic = order_coefficients(model)
     return pack_costs(plan.num_tokens, plan.offsets, linear=linear, quadratic=quadratic)
 
 
@@ -98,6 +98,28 @@ def test_log_tells_speed_and_memory(plain_run: Run) -> None:
         assert 0.1 < event["memory_gib"] < 16
         assert "mfu" not in event, "nobody knows the peak of a CPU"
         assert {"grad_norm", "tokens_per_s", "trained_tokens_per_s", "loss/copy_no_think"} <= set(event)
+
+
+def test_log_tells_the_flops_of_the_trained_packs(
+    plain_run: Run, make_job: Callable[[PinnedRecipe, Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    job = make_job(plain_run.pinned, tmp_path)
+    plan, shards = PackPlan.read(Path(job["packs"])), [TokenShards(*map(Path, folders)) for folders in job["tokens"]]
+    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=42)
+    width, head = LLAMA["hidden_size"], LLAMA["vocab_size"] * LLAMA["hidden_size"]
+    layers = model.num_parameters() - head  # the head is the embedding
+    costs = costs_of(plan, model)
+    schedule = step_packs(costs, global_batch_size=4, num_epochs=3, max_steps=None, seed=42)
+    assert len(schedule) == len(plain_run.events) == 6
+    for packs, event in zip(schedule, plain_run.events, strict=True):
+        documents = list(documents_of(plan, shards, packs))
+        lengths = np.array([len(ids) for ids, _ in documents])
+        num_trained = sum(int(mask.sum()) for _, mask in documents)
+        assert 0 < num_trained < lengths.sum()
+        expected = 6 * (layers * lengths.sum() + 2 * width * (lengths**2).sum() + head * num_trained)
+        # The time that both are divided by is rounded more than they are.
+        found = event["tflops_per_s"] * 1e12 / event["tokens_per_s"]
+        assert found == pytest.approx(expected / lengths.sum(), rel=0.002)
 
 
 def test_batch_first_is_the_one_of_packs_of_like_cost(

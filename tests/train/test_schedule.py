@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sft_core.train.schedule import EMPTY, step_packs, training_flops
+from sft_core.train.schedule import EMPTY, order_coefficients, step_packs
 
 packs = st.integers(1, 60)
 batch_sizes = st.integers(1, 9)
@@ -126,21 +126,21 @@ LLAMA = {"intermediate_size": 64, "num_key_value_heads": 1}
         ("mamba", {"state_size": 4, "num_attention_heads": None}, 0, 0),
     ],
 )
-def test_training_flops_are_those_of_the_formula(model_type: str, config: dict, num_layers: int, width: int) -> None:
+def test_order_coefficients_are_of_all_parameters(model_type: str, config: dict, num_layers: int, width: int) -> None:
     model = model_of(model_type, **config)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     assert num_parameters > 10_000
-    assert training_flops(model) == (6 * num_parameters, 6 * num_layers * width)
+    assert order_coefficients(model) == (6 * num_parameters, 6 * num_layers * width)
 
 
-def test_training_flops_of_an_8b_model() -> None:
+def test_order_coefficients_of_an_8b_model() -> None:
     class Eight:
         config = AutoConfig.for_model("llama", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32)
 
         def num_parameters(self) -> int:
             return 8_000_000_000
 
-    linear, quadratic = training_flops(Eight())
+    linear, quadratic = order_coefficients(Eight())
     # At 65,536 tokens in one document attention is about half of all.
     assert linear == 6 * 8e9
     assert 65_536 * quadratic / linear == pytest.approx(1.07, abs=0.01)
