@@ -65,7 +65,7 @@ EVALUATED = Stage(
         "tokenizer": pinned.tokenizer_loader,
     },
     needs=_needs,
-    version=4,
+    version=5,
     verify_inputs=True,
 )
 

@@ -67,7 +67,7 @@ HARNESS = Stage(
     section=_section,
     places=_places,
     needs=lambda pinned, part: {"trained": deliver.delivered(pinned)} if part["model"] == "tuned" else {},
-    version=1,
+    version=2,
     verify_inputs=True,
 )
 
