@@ -274,7 +274,10 @@ def forward_of(network: Any) -> Forward:
             network.config, attention=attention, trust_remote_code=True, half=half, device=str(device)
         )
         exact = not half and device.type == "cpu"
-        _TRIED[network] = model_isolation(network, of_class, attention=attention, device=device, exact=exact).forward
+        isolation = model_isolation(network, of_class, attention=attention, device=device, exact=exact)
+        if isolation.told_by is None:
+            log.warning("documents=alone: packed, rows see each other, so each gets a forward (%s)", isolation.evidence)
+        _TRIED[network] = isolation.forward
     return _TRIED[network]
 
 

@@ -11,13 +11,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sft_core.data.shards import TokenRow
+from sft_core.data.packing import PackPlan
+from sft_core.data.shards import TokenRow, TokenShards
+from sft_core.pins import PinnedRecipe
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
 from sft_core.train.collate import collate
 from sft_core.train.loss import Forward, trained_losses
+from sft_core.train.model import load_model
 from sft_core.train.preflight import try_class
 from sft_core.train.router import router_loss
+from sft_core.train.schedule import EMPTY, step_packs
+from tests.train.test_objective import costs_of, documents_of
 from tests.train.test_strategies import trained
 from tests.train.tiny import LLAMA, Run, tiny_recipe
 
@@ -106,6 +111,34 @@ def test_training_adds_the_router_loss_and_more_ranks_change_nothing(
     assert losses_of(train_here(merged)) == pytest.approx(losses_of(with_loss), rel=1e-5)
     config = json.loads((with_loss.model / "config.json").read_text())
     assert config["router_aux_loss_coef"] == AutoConfig.for_model("olmoe").router_aux_loss_coef
+
+
+def test_router_loss_of_a_step_is_the_mean_over_the_tokens_of_its_packs(
+    train_here: Callable[..., Run], make_job: Callable[[PinnedRecipe, Path], dict[str, Any]]
+) -> None:
+    """Of each step of an epoch, the last of which has an empty slot; by transformers' own loss of each pack."""
+    still = {"learning_rate": 1e-12, "max_steps": 2}  # so that the start model is that of both steps
+    runs = [train_here(recipe(training={**still, "router_aux_loss_coef": value})) for value in (COEFFICIENT, 0.0)]
+    job = make_job(runs[0].pinned, runs[0].folder)
+    plan, shards = PackPlan.read(Path(job["packs"])), [TokenShards(*map(Path, folders)) for folders in job["tokens"]]
+    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=42)
+    schedule = step_packs(costs_of(plan, model), global_batch_size=4, num_epochs=1, max_steps=2, seed=42)
+    assert (schedule == EMPTY).any()
+    for step, packs in enumerate(schedule):
+        total = num_tokens = 0.0
+        for pack in packs[packs != EMPTY]:
+            ids = [ids for ids, _ in documents_of(plan, shards, np.array([pack]))]
+            positions = torch.cat([torch.arange(len(document)) for document in ids])
+            with torch.no_grad():
+                aux = model(
+                    input_ids=torch.cat(ids)[None],
+                    position_ids=positions[None],
+                    use_cache=False,
+                    output_router_logits=True,
+                ).aux_loss
+            total, num_tokens = total + float(aux) * len(positions), num_tokens + len(positions)
+        added = losses_of(runs[0])[step] - losses_of(runs[1])[step]
+        assert added == pytest.approx(COEFFICIENT * total / num_tokens, rel=1e-4), f"{step=}"
 
 
 def test_default_is_the_models_own_coefficient_and_a_dense_model_has_none() -> None:
