@@ -17,10 +17,10 @@ trains them by the function that a rank runs (sft_core/train/main.py). Parts, in
     i  tokens that are generated in a second
     j  the quickstart flow, then again with every output in its store
 
-Each part is a process of this script, ended with all its own when its time is over; what a part leaves goes to the next
-ones. A row is printed and the JSON file rewritten as soon as a number is there, so that a kill loses nothing. What a part's
-libraries print is in the log beside the JSON file. A part that fails tells its error and the next goes on; the exit
-status is 1 where a check failed. A missed goal is told, and fails nothing. The last line is one JSON object.
+Each part is a process of this script, ended with all its own when its time is over; what a part leaves goes to the
+next ones. A row is printed and the JSON file rewritten as soon as a number is there, so that a kill loses nothing. What
+a part's libraries print is in the log beside the JSON file. A part that fails tells its error and the next goes on; the
+exit status is 1 where a check failed. A missed goal is told, and fails nothing. The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -69,8 +69,14 @@ class Meter:
             self._seconds, self._is_timed = time.perf_counter() - self._begun, False
             if self._on_gpu:
                 self._look_inside()
-        elif step == self.num_steps and self._inside is not None:
-            self._inside.close()
+        elif step == self.num_steps:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the look into a step, also of a training that failed there."""
+        inside, self._inside = self._inside, None
+        if inside is not None:
+            inside.close()
 
     def _wait(self) -> None:
         if self._on_gpu:

@@ -122,3 +122,11 @@ def alone_of_its_group() -> dict[str, str]:
         port = server.getsockname()[1]
     group = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in group.items()}}
+
+
+def environment_of_others() -> dict[str, str]:
+    """For programs that start ranks of their own: this checkout's modules, and no group that this process is in."""
+    group = {*alone_of_its_group()}
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return {**{name: value for name, value in os.environ.items() if name not in group}, "PYTHONPATH": path}

@@ -27,7 +27,7 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int, key_heads: i
 
 MODELS: dict[str, dict[str, Any]] = {
     "3b": SMOLLM3,
-    "1.7b": _llama(2048, 8192, 24, 32, 32),  # SmolLM2's
+    "1700m": _llama(2048, 8192, 24, 32, 32),  # SmolLM2's
     "360m": _llama(960, 2560, 32, 15, 5),
     "135m": _llama(576, 1536, 30, 9, 3),
     "30m": _llama(512, 1536, 6, 8, 4) | {"vocab_size": 8192},

@@ -51,14 +51,16 @@ class Run:
 
 
 @contextlib.contextmanager
-def left_as_they_are(config: dict[str, Any]) -> Iterator[None]:
-    """Liger replaces layers in a model's module, for every model that is made later too: another side's among them."""
+def apart(config: dict[str, Any], meter: Meter | None = None) -> Iterator[None]:
+    """Nothing of a training reaches the next one: Liger replaces layers in a model's module, for later models too."""
     kind = type(AutoConfig.for_model(config["model_type"]))
     module = importlib.import_module(MODEL_FOR_CAUSAL_LM_MAPPING[kind].__module__)
     before = dict(vars(module))
     try:
         yield
     finally:
+        if meter is not None:
+            meter.close()
         vars(module).update(before)
         AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
         GradientState._reset_state()
@@ -112,11 +114,13 @@ def our_trainer(
     callbacks: list[TrainerCallback] | None = None,
     fused_head: bool = True,
     saves_s: list[float] | None = None,
+    asks_room: bool = True,
 ) -> Iterator[None]:
-    """What `sft_core.train.main` trains with, watched (see there for saves_s)."""
+    """What `sft_core.train.main` trains with, watched (see there for saves_s). asks_room: before it begins, for all
+    that it may save; where it saves nothing it never asks."""
     module = sft_core.train.trainer
     with contextlib.ExitStack() as stack:
-        if saves_s is None:  # then no room on the disk is asked for either
+        if saves_s is None or not asks_room:
             stack.enter_context(patch.object(sft_core.train.checkpoints, "check_room", lambda out, num_bytes: None))
         stack.enter_context(
             patch.object(module, "PackTrainer", watched(module.PackTrainer, meter, callbacks or [], saves_s))
@@ -140,7 +144,7 @@ def ours(work: Work, folder: Path, device: str, *, warm: int, timed: int, fused_
     assert warm in (1, timed) and work.steps == meter.num_steps
     work = dataclasses.replace(work, runtime={"logging_steps": logging_steps(meter), **work.runtime})
     job = work.write(folder)
-    with left_as_they_are(work.config), weights_drawn_on(device), our_trainer(meter, fused_head=fused_head):
+    with apart(work.config, meter), weights_drawn_on(device), our_trainer(meter, fused_head=fused_head):
         _train_and_release(job)
     logs = Path(job["out"]) / "logs"
     events = read_events(logs / "log.jsonl")
@@ -210,7 +214,7 @@ def trl(work: Work, folder: Path, device: str, *, warm: int, timed: int, attenti
         max_length=None,
         **(gpu_arguments(torch.cuda.get_device_capability()) if on_gpu else {}),
     )
-    with left_as_they_are(work.config):
+    with apart(work.config, meter):
         model, tokenizer = load(work, device, attention)
         model.config.use_cache = False
         trainer = watched(SFTTrainer, meter, [], None)(
@@ -226,7 +230,7 @@ def trl(work: Work, folder: Path, device: str, *, warm: int, timed: int, attenti
 def bare(work: Work, folder: Path, device: str, *, warm: int, timed: int, attention: str = "varlen") -> Run:
     """The shortest loop that trains packs: autocast, the model's own loss, fused AdamW. All is in memory already."""
     meter = Meter(device, warm=warm, timed=timed)
-    with left_as_they_are(work.config):
+    with apart(work.config, meter):
         model, _ = load(work, device, attention)
         model.config.use_cache = False
         model.train()
