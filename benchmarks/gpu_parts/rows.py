@@ -66,6 +66,7 @@ class Context:
         return self.facts[key]
 
 
+CPU_CASE_S = 8.0
 Case = tuple[str, float, Callable[[], Iterable[Row]]]  # its name, the seconds that it takes on a GPU, its rows
 
 
@@ -73,7 +74,7 @@ def cases(context: Context, listed: Iterable[Case]) -> Iterator[Row]:
     """The rows of one case after another. One that fails tells its error, one for which no time is left says so, and
     the next goes on."""
     for name, seconds, run in listed:
-        if context.left() < (seconds if context.on_gpu else 2):
+        if context.left() < (seconds if context.on_gpu else min(seconds, CPU_CASE_S)):
             yield context.row(
                 name, note=f"left out: it takes about {seconds:.0f} s, and {context.left():.0f} s are left"
             )
