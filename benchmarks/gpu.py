@@ -34,6 +34,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,13 +58,15 @@ PARTS = {
     "b": Part("packed", 60, 20),
     "c": Part("large_steps", 150, 50),
     "d": Part("small_steps", 60, 40),
-    "e": Part("gpu_tests", 60, 25),
+    "e": Part("gpu_tests", 60, 40),
     "f": Part("resuming", 50, 40),
     "g": Part("adapters", 30, 30),
     "h": Part("strategies", 40, 40),
     "i": Part("generating", 20, 10),
     "j": Part("quickstart", 30, 5),
 }
+LEAST_S = 1.0  # for which a part is not begun
+READY_S = 120.0  # to import all, from a disk that is cold
 KILL_AFTER_S = 5.0  # past its time; a part looks at the clock before each of its cases
 
 
@@ -134,29 +137,38 @@ def drive(options: argparse.Namespace, report: Report) -> None:
             for ahead in names[place : place + 2]:
                 if ahead not in waiting:
                     waiting[ahead] = Ahead(["--part", ahead, "--device", options.device], log=log, own_group=True)
-            left = deadline - time.monotonic()
-            seconds = left * shares[name] / sum(shares[later] for later in names[place:])
-            if left < KILL_AFTER_S:
-                report.add(Row(name, PARTS[name].module, note="left out: no time is left"))
-                continue
-            _run(name, waiting[name], seconds, report)
+            later = sum(shares[other] for other in names[place:])
+            _run(
+                name,
+                waiting[name],
+                lambda share=shares[name] / later: share * (deadline - time.monotonic()),
+                report,
+                log,
+            )
     finally:
         for process in waiting.values():
             process.end()
 
 
-def _run(name: str, process: Ahead, seconds: float, report: Report) -> None:
-    begun = time.monotonic()
+def _run(name: str, process: Ahead, share: Callable[[], float], report: Report, log: Path) -> None:
+    """share: the part's seconds, of what is left by now."""
+    begun, seconds, note = time.monotonic(), share(), ""
+    if seconds < LEAST_S:
+        report.add(Row(name, PARTS[name].module, note="left out: no time is left"))
+        return
     facts = {row.key: row.number for row in report.rows if row.key is not None and row.number is not None}
-    note = ""
     with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as folder:
         try:
-            for line in process.go({"seconds": seconds, "folder": folder, "facts": facts}, seconds + KILL_AFTER_S):
+            process.wait_until_ready(READY_S)
+            seconds = share()
+            order = {"seconds": seconds, "folder": folder, "facts": facts}
+            for line in process.go(order, seconds + KILL_AFTER_S):
                 report.add(Row(**line))
         except TimeoutError:
             note = "; ended, for its time was over"
         except RuntimeError as error:
-            report.add(Row(name, PARTS[name].module, note=str(error), passed=False))
+            last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+            report.add(Row(name, PARTS[name].module, note=f"{error}: {' '.join(last)[:200]}", passed=False))
     took = time.monotonic() - begun
     report.add(Row(name, f"part {name} ({PARTS[name].module})", took, "s", f"of {seconds:.0f} s{note}"))
 
@@ -167,11 +179,18 @@ def _run(name: str, process: Ahead, seconds: float, report: Report) -> None:
 def run_part(name: str, device: str) -> int:
     with lines_only() as lines:
         logging.basicConfig(level=logging.INFO, format=f"{name} %(message)s")
-        module = importlib.import_module(f"benchmarks.gpu_parts.{PARTS[name].module}")
-        told = order()
-        _set_up(device)
-        context = Context(name, device, time.monotonic() + told["seconds"], Path(told["folder"]), {**told["facts"]})
+        module, failed = None, None
         try:
+            module = importlib.import_module(f"benchmarks.gpu_parts.{PARTS[name].module}")
+        except Exception as error:  # of a library that is not as expected: told when it is this part's turn
+            failed = error
+        told = order(lines)
+        deadline = time.monotonic() + told["seconds"]
+        context = Context(name, device, deadline, Path(told["folder"]), told["facts"])
+        try:
+            if module is None:
+                raise failed or AssertionError
+            _set_up(device)
             for row in module.run(context):
                 lines.write(json.dumps(dataclasses.asdict(row)) + "\n")
         except Exception as error:
@@ -184,7 +203,7 @@ def run_task(name: str, device: str) -> int:
     with lines_only() as lines:
         logging.basicConfig(level=logging.INFO, format=f"{name} %(message)s")
         tasks = importlib.import_module("benchmarks.gpu_parts.tasks")
-        told = order()
+        told = order(lines)
         _set_up(device)
         lines.write(json.dumps(getattr(tasks, name)(device, **told)) + "\n")
     return 0

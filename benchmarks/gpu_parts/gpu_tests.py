@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
-from benchmarks.gpu_parts.jobs import ROOT
-from benchmarks.gpu_parts.process import environment_of_others
+from benchmarks.gpu_parts.process import run_program
 from benchmarks.gpu_parts.rows import Context, Row
 
 MOST_S = 150.0
@@ -23,34 +20,10 @@ def run(context: Context) -> Iterator[Row]:
         yield context.row("pytest -m gpu", note="left out: pytest is not installed")
         return
     seconds = max(5.0, min(MOST_S, context.left() - 3))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-vv",
-        "-rfE",
-        "--tb=short",
-        "--color=no",
-        "-p",
-        "no:cacheprovider",
-    ]
     begun, output = time.monotonic(), context.folder / "pytest.txt"
-    with output.open("w") as file:
-        process = subprocess.Popen(
-            [*command, f"--basetemp={context.folder / 'pytest'}", *FILES],
-            cwd=ROOT,
-            env=environment_of_others(),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            code: int | None = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()  # what it started dies with it
-            process.wait()
-            code = None
+    options = ["-m", "gpu", "-vv", "-rfE", "--tb=short", "--color=no", "-p", "no:cacheprovider"]
+    command = ["-m", "pytest", *options, f"--basetemp={context.folder / 'pytest'}", *FILES]
+    code = run_program(command, seconds=seconds, output=output, environment={})
     print(output.read_text())  # into the log
     yield from outcome_rows(context, output.read_text(), code, time.monotonic() - begun)
 

@@ -19,8 +19,6 @@ from typing import IO, Any
 
 from sft_core.lifetime import die_with_parent
 
-GRACE_S = 3.0  # that a process has to end by itself when its time is over
-
 
 class Ahead:
     """`benchmarks/gpu.py ARGUMENTS` in a process that begins when it is told to."""
@@ -47,40 +45,48 @@ class Ahead:
                 start_new_session=own_group,
                 preexec_fn=functools.partial(die_with_parent, os.getpid()),
             )
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def wait_until_ready(self, seconds: float) -> None:
+        """Until it has imported all. Raises TimeoutError or RuntimeError, and it is gone then."""
+        try:
+            if self._line(time.monotonic() + seconds) is None:
+                raise RuntimeError(f"the process ended with code {self._process.wait()} before it began")
+        except BaseException:
+            self.end()
+            raise
 
     def go(self, order: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
         """What it tells, line by line, until it ends. Raises TimeoutError when its time is over, RuntimeError when it
         did not end well; it is gone then."""
+        deadline = time.monotonic() + seconds
         try:
             assert self._process.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # it ended already, and its code says so
                 self._process.stdin.write(json.dumps(order) + "\n")
                 self._process.stdin.close()
-            yield from self._lines(time.monotonic() + seconds)
+            while (line := self._line(deadline)) is not None:
+                yield json.loads(line)
             code = self._process.wait(timeout=60)
         finally:
             self.end()
         if code:
-            raise RuntimeError(f"the process ended with code {code}; see its log")
+            raise RuntimeError(f"the process ended with code {code}")
 
-    def _lines(self, deadline: float) -> Iterator[dict[str, Any]]:
-        lines: queue.Queue[str | None] = queue.Queue()
+    def _line(self, deadline: float) -> str | None:
+        """None at its end. Raises TimeoutError."""
+        try:
+            return self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise TimeoutError("its time is over") from None
 
-        def read(stream: IO[str]) -> None:
-            for line in stream:
-                lines.put(line)
-            lines.put(None)
-
+    def _read(self) -> None:
         assert self._process.stdout is not None
-        threading.Thread(target=read, args=(self._process.stdout,), daemon=True).start()
-        while True:
-            try:
-                line = lines.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                raise TimeoutError("its time is over") from None
-            if line is None:
-                return
-            yield json.loads(line)
+        with contextlib.suppress(ValueError):  # it was closed, for the process is gone
+            for line in self._process.stdout:
+                self._lines.put(line)
+        self._lines.put(None)
 
     def end(self) -> None:
         if self._process.poll() is None:
@@ -108,8 +114,9 @@ def lines_only() -> Iterator[IO[str]]:
         own.close()
 
 
-def order() -> dict[str, Any]:
-    """Waits until it is told to begin. Ends this process where nobody will."""
+def order(lines: IO[str]) -> dict[str, Any]:
+    """Says that all is imported and waits until it is told to begin. Ends this process where nobody will."""
+    lines.write(json.dumps({"ready": True}) + "\n")
     line = sys.stdin.readline()
     if not line:
         sys.exit(0)
@@ -130,3 +137,24 @@ def environment_of_others() -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     return {**{name: value for name, value in os.environ.items() if name not in group}, "PYTHONPATH": path}
+
+
+def run_program(command: list[str], *, seconds: float, output: Path, environment: Mapping[str, str]) -> int | None:
+    """The exit code of Python's `command` in the checkout; None where its time was over, and it is gone then."""
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=Path(__file__).resolve().parents[2],
+            env={**environment_of_others(), **environment},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),
+        )
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                process.kill()  # what it started dies with it
+                process.wait()

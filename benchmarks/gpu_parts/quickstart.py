@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
 from benchmarks.gpu_parts.jobs import ROOT
-from benchmarks.gpu_parts.process import environment_of_others
+from benchmarks.gpu_parts.process import run_program
 from benchmarks.gpu_parts.rows import Context, Row
 
 NEEDED_S = 45.0  # on a GPU machine; a CPU takes minutes
@@ -34,26 +32,11 @@ def run(context: Context) -> Iterator[Row]:
 
 def _timed(context: Context) -> float | None:
     """Seconds; None where the time was over. Raises RuntimeError with the end of its output where it failed."""
-    command = [sys.executable, str(ROOT / "flows" / "sft_flow.py"), "run"]
+    command = [str(ROOT / "flows" / "sft_flow.py"), "run", "--set", f"runtime.store={context.folder / 'store'}"]
     settings = {"METAFLOW_USER": "benchmark", "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(context.folder)}
-    begun = time.monotonic()
-    with (context.folder / "flow.txt").open("w+") as output:
-        process = subprocess.Popen(
-            [*command, "--set", f"runtime.store={context.folder / 'store'}"],
-            cwd=ROOT,
-            env=environment_of_others() | settings,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            code = process.wait(timeout=max(1.0, context.left() - 2))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            return None
-        if code:
-            output.seek(0)
-            text = output.read()
-            print(text)
-            raise RuntimeError(f"the flow failed: {' '.join(text.split())[-300:]}")
-    return time.monotonic() - begun
+    begun, output = time.monotonic(), context.folder / "flow.txt"
+    code = run_program(command, seconds=max(1.0, context.left() - 2), output=output, environment=settings)
+    if code:
+        print(output.read_text())  # into the log
+        raise RuntimeError(f"the flow failed: {' '.join(output.read_text().split())[-300:]}")
+    return None if code is None else time.monotonic() - begun

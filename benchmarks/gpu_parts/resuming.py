@@ -84,6 +84,7 @@ def broken(context: Context, name: str, extra: dict[str, Any], process: Ahead) -
     job = _work(context, extra).write(context.folder / name)
     out = Path(job["out"])
     try:
+        process.wait_until_ready(max(1.0, context.left()))
         told = list(process.go({"job": job, "step": KILLED_AT}, min(PERIOD_S, max(1.0, context.left()))))
     except RuntimeError:
         told = []
