@@ -54,16 +54,16 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "a": Part("machine", 20, 10),
-    "b": Part("packed", 60, 20),
-    "c": Part("large_steps", 150, 50),
-    "d": Part("small_steps", 60, 40),
-    "e": Part("gpu_tests", 60, 40),
+    "a": Part("machine", 20, 12),
+    "b": Part("packed", 60, 14),
+    "c": Part("large_steps", 150, 28),
+    "d": Part("small_steps", 60, 22),
+    "e": Part("gpu_tests", 60, 26),
     "f": Part("resuming", 50, 40),
-    "g": Part("adapters", 30, 30),
+    "g": Part("adapters", 30, 16),
     "h": Part("strategies", 40, 40),
-    "i": Part("generating", 20, 10),
-    "j": Part("quickstart", 30, 5),
+    "i": Part("generating", 20, 12),
+    "j": Part("quickstart", 30, 2),
 }
 LEAST_S = 1.0  # for which a part is not begun
 READY_S = 120.0  # to import all, from a disk that is cold

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 from benchmarks.gpu_parts.jobs import Work
 from benchmarks.gpu_parts.meter import matmul_ceiling, sheet_peak
 from benchmarks.gpu_parts.packed import attentions
@@ -70,8 +72,7 @@ def check_shape() -> None:
 def measured_rows(
     context: Context, name: str, side: str, run: Side, work: Work, runs: dict[str, Run], settings: dict[str, Any]
 ) -> Iterator[Row]:
-    room = ROOM * context.facts.get("device_gib", 79.0)
-    if context.on_gpu and work.estimated_gib() > room:
+    if context.on_gpu and work.estimated_gib() > ROOM * torch.cuda.get_device_properties(0).total_memory / 2**30:
         work = dataclasses.replace(work, checkpointing=True)
     folder = context.folder / f"{name}-{side}"
     found, work, note = with_checkpointing_where_needed(run, work, folder, context.device, **settings)

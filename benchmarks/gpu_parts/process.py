@@ -48,6 +48,10 @@ class Ahead:
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def wait_until_ready(self, seconds: float) -> None:
         """Until it has imported all. Raises TimeoutError or RuntimeError, and it is gone then."""
         try:
