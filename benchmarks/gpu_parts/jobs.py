@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "configs" / "quickstart" / "tokenizer"
 SOURCE = "random"
 NUM_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
+NO_TRITON = "GPU_BENCHMARK_NO_TRITON"  # in the environment where part a found that kernels do not compile
 TRAINED_SHARE = 0.7  # of a document: what follows its prompt
 
 
@@ -48,6 +49,10 @@ class Work:
     def tokens_a_step(self) -> int:
         return self.pack * self.packs_a_step
 
+    @property
+    def use_liger(self) -> bool | str:
+        return self.liger if triton_works() else False
+
     def documents(self) -> list[list[np.ndarray]]:
         """The ids of each document of each pack: of all steps, each pack once."""
         rng = np.random.default_rng(0)
@@ -65,7 +70,7 @@ class Work:
             "global_batch_size": self.packs_a_step,
             "bf16": True,
             "gradient_checkpointing": self.checkpointing,
-            "use_liger_kernel": self.liger,
+            "use_liger_kernel": self.use_liger,
             "lr_scheduler_type": "constant",
             "warmup_ratio": 0.0,
             **self.training,
@@ -135,6 +140,11 @@ class Work:
             "tokens": [[str(folder / "tokens")]],
             "runtime": {**recipe.runtime.model_dump(mode="json"), "num_threads": NUM_THREADS},
         }
+
+
+def triton_works() -> bool:
+    """Whether Liger and the fused head are tried; without a C compiler they fail, and the rest is worth measuring."""
+    return NO_TRITON not in os.environ
 
 
 def trained_mask(length: int) -> np.ndarray:

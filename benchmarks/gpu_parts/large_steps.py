@@ -17,6 +17,8 @@ from benchmarks.gpu_parts.sides import Run, Side, bare, ours, trl, with_checkpoi
 
 ROOM = 0.93  # of the device's memory, that an estimate may take before layers are checkpointed
 
+HELD_GIB = 0.5  # by a case that is over: more than that is told, for it is in the peak
+
 
 def run(context: Context) -> Iterator[Row]:
     device = context.device
@@ -74,10 +76,13 @@ def measured_rows(
 ) -> Iterator[Row]:
     if context.on_gpu and work.estimated_gib() > ROOM * torch.cuda.get_device_properties(0).total_memory / 2**30:
         work = dataclasses.replace(work, checkpointing=True)
+    held = torch.cuda.memory_allocated() / 2**30 if context.on_gpu else 0.0
     folder = context.folder / f"{name}-{side}"
     found, work, note = with_checkpointing_where_needed(run, work, folder, context.device, **settings)
     runs[f"{name}.{side}"] = found
     note += "with gradient checkpointing" if work.checkpointing else "without gradient checkpointing"
+    if held > HELD_GIB:
+        note += f" ({held:.1f} GiB were held from before)"
     if "attention" in settings:
         note += f", {settings['attention']}"
     if found.flops_a_step is not None:

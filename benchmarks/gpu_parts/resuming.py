@@ -43,8 +43,8 @@ def run(context: Context) -> Iterator[Row]:
             context,
             [
                 ("a kill at step 7, resumed from 5", 20, lambda: kernels_as_they_are(context, processes[0], found)),
+                ("the same by deterministic kernels", 12, lambda: deterministic_rows(context, processes[-1], found)),
                 ("a save of 3 B", 30, lambda: save_rows(context)),
-                ("the same by deterministic kernels", 15, lambda: deterministic_rows(context, processes[-1], found)),
             ],
         )
     finally:

@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 import sft_core.train.checkpoints
 import sft_core.train.model
 import sft_core.train.trainer
-from benchmarks.gpu_parts.jobs import TOKENIZER, Work, trained_mask
+from benchmarks.gpu_parts.jobs import TOKENIZER, Work, trained_mask, triton_works
 from benchmarks.gpu_parts.meter import Measured, Meter, MeterSteps
 from benchmarks.gpu_parts.rows import free
 from sft_core.train.accelerator import liger
@@ -125,7 +125,7 @@ def our_trainer(
         stack.enter_context(
             patch.object(module, "PackTrainer", watched(module.PackTrainer, meter, callbacks or [], saves_s))
         )
-        if not fused_head:
+        if not fused_head or not triton_works():
             stack.enter_context(patch.object(module, "takes_fused_head", lambda model: False))
         yield
 
@@ -200,7 +200,7 @@ def trl(work: Work, folder: Path, device: str, *, warm: int, timed: int, attenti
         gradient_accumulation_steps=work.packs_a_step // packs,
         bf16=True,
         activation_checkpointing=work.checkpointing,
-        use_liger_kernel=liger(work.liger),
+        use_liger_kernel=liger(work.use_liger),
         learning_rate=2e-5,
         lr_scheduler_type="constant",
         logging_steps=logging_steps(meter),
