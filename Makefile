@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup run test lint bench smollm2 ui clean
+.PHONY: help setup run test lint bench gpu gpu-dry smollm2 ui clean
 
 help:  ## this list
-	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -28,7 +28,13 @@ lint: setup  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: setup smollm2  ## the benchmarks, each against what one would use instead
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+
+gpu: setup  ## what needs a GPU, measured and checked in eight minutes on one (benchmarks/gpu.py)
+	$(BIN)/python benchmarks/gpu.py
+
+gpu-dry: setup  ## the same on a CPU with tiny models: whether it runs
+	$(BIN)/python benchmarks/gpu.py --device cpu --seconds 180
 
 smollm2: setup  ## weights and data of configs/smollm2-135m.yaml, without a hub
 	$(BIN)/python configs/smollm2/get_model.py

@@ -1,0 +1,113 @@
+"""g: LoRA by the real trainer: the loss falls, and the merged checkpoint is the adapter on its base."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import sft_core.train.model
+from benchmarks.gpu_parts.jobs import Work
+from benchmarks.gpu_parts.rows import Context, Row, cases
+from benchmarks.gpu_parts.shapes import config_of, documents, tokens
+from benchmarks.gpu_parts.sides import apart, losses_of, our_trainer, weights_drawn_on
+from sft_core.train.main import train
+from sft_core.train.merge import merge
+from sft_core.train.model import save_checkpoint
+
+END = "<|turn_end|>"  # a token that the tokenizer does not have
+FALLS = 0.1  # at least, of a loss of about 10
+SAME, LEARNT = 1e-2, 5.0  # of the logits' norm; times the difference that the adapter has made
+
+
+def run(context: Context) -> Iterator[Row]:
+    added = {"add_special_tokens": [END], "eos_token": END}
+    listed = [
+        ("LoRA", 10, lambda: adapter_rows(context, "LoRA", {})),
+        (
+            "LoRA, an added token on tied weights",
+            10,
+            lambda: adapter_rows(context, "LoRA, an added token on tied weights", added),
+        ),
+    ]
+    if not context.on_gpu:
+        yield context.row("QLoRA", note="left out: on a GPU only")
+    elif importlib.util.find_spec("bitsandbytes") is None:
+        yield context.row("QLoRA", note="left out: bitsandbytes is not installed")
+    else:
+        listed.append(("QLoRA", 15, lambda: qlora_rows(context)))
+    yield from cases(context, listed)
+
+
+def _work(context: Context, lora: dict[str, Any], model: dict[str, Any]) -> Work:
+    """Documents of few different tokens: what can be learnt is that there are no others."""
+    size = tokens(2048, context.device)
+    return Work(
+        config_of("135m", context.device),
+        documents(size, size // 3),
+        steps=20 if context.on_gpu else 8,
+        packs_a_step=2,
+        ids=16,
+        training={"lora": {"r": 16, "lora_alpha": 32, **lora}, "learning_rate": 3e-3},
+        runtime={"logging_steps": 1},
+        model=model,
+    )
+
+
+def qlora_rows(context: Context) -> Iterator[Row]:
+    base = context.folder / "base"
+    model, tokenizer = _start(context, _work(context, {}, {}).job(base, base / "unused"))
+    save_checkpoint(model, tokenizer, None, base)
+    del model
+    of_base = {"model_name_or_path": str(base), "config": None}
+    yield from adapter_rows(context, "QLoRA", of_base, {"load_in_4bit": True})
+
+
+def _start(context: Context, job: dict[str, Any]) -> tuple[Any, Any]:
+    """The model that the job begins with, with attention that needs no bounds, and the tokenizer."""
+    settings = {**job["model"], "attn_implementation": "sdpa"}
+    with weights_drawn_on(context.device):
+        return sft_core.train.model.load_model(**settings, tokenizer=job["tokenizer"], seed=job["training"]["seed"])
+
+
+def adapter_rows(
+    context: Context, name: str, model: dict[str, Any], lora: dict[str, Any] | None = None
+) -> Iterator[Row]:
+    work = _work(context, lora or {}, model)
+    job = work.write(context.folder / "".join(filter(str.isalnum, name)))
+    with apart(work.config), weights_drawn_on(context.device), our_trainer():
+        train(job, Path(job["out"]))
+        merge(job)
+    losses = losses_of(Path(job["out"]))
+    yield context.row(
+        f"{name}: the loss falls",
+        losses[0] - losses[-1],
+        "",
+        f"{losses[0]:.3f} to {losses[-1]:.3f}",
+        passed=losses[-1] < losses[0] - FALLS,
+    )
+    differs, learnt = merged_beside_adapted(context, job)
+    yield context.row(
+        f"{name}: merged == adapted",
+        differs,
+        "of norm",
+        f"the adapter changes {learnt:.2g}",
+        passed=differs <= SAME and learnt > LEARNT * differs,
+    )
+
+
+@torch.no_grad()
+def merged_beside_adapted(context: Context, job: dict[str, Any]) -> tuple[float, float]:
+    """In fp32 on the CPU, as parts of the norm of the logits: merged from adapted, adapted from the base."""
+    folder = Path(job["out"]) / "model"
+    base = _start(context, job)[0].cpu().eval()
+    ids = torch.arange(280, 292)[None]  # the added token's is 291
+    before = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, folder / "adapter", torch_device="cpu").eval()(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()(ids).logits
+    return float((merged - adapted).norm() / adapted.norm()), float((adapted - before).norm() / before.norm())

@@ -1,0 +1,78 @@
+"""i: tokens that sft_core/evaluate/generate.py writes in a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+import sft_core.train.model
+from benchmarks.gpu_parts.jobs import TOKENIZER
+from benchmarks.gpu_parts.rows import Context, Row, cases
+from benchmarks.gpu_parts.shapes import config_of
+from benchmarks.gpu_parts.sides import apart, weights_drawn_on
+from sft_core.evaluate.generate import generate_answers
+
+
+def run(context: Context) -> Iterator[Row]:
+    yield from cases(
+        context,
+        [
+            ("135m, loaded as evaluation loads it", 6, lambda: rows(context, "135m", "auto")),
+            ("3b, loaded as evaluation loads it", 15, lambda: rows(context, "3b", "auto")),
+            ("135m, sdpa", 6, lambda: rows(context, "135m", "sdpa")),
+            ("3b, sdpa", 15, lambda: rows(context, "3b", "sdpa")),
+        ],
+    )
+
+
+def rows(context: Context, name: str, attention: str) -> Iterator[Row]:
+    batch, length, new = (64, 256, 128) if context.on_gpu else (4, 32, 8)
+    config = config_of(name, context.device)
+    settings: dict[str, Any] = {
+        "path": None,
+        "revision": None,
+        "config": config,
+        "dtype": "float32",
+        "attn_implementation": attention,
+        "stop_tokens": [],
+        "trust_remote_code": False,
+    }
+    tokenizer = {"path": str(TOKENIZER), "revision": None, "add_special_tokens": [], "eos_token": None}
+    with apart(config):
+        model = _load(context, settings, {**tokenizer, "trust_remote_code": False})
+        rng = np.random.default_rng(0)
+        # Of unequal lengths, so that they are padded as real ones are.
+        prompts = [
+            rng.integers(0, config["vocab_size"], length - number % 8).astype(np.int32) for number in range(batch)
+        ]
+        never = config["vocab_size"]  # no token: none stops early
+        options = {"stop_ids": [never], "pad_id": 0, "batch_size": batch}
+        generate_answers(model, prompts, max_new_tokens=2, **options)
+        begun = time.perf_counter()
+        answers = generate_answers(model, prompts, max_new_tokens=new, **options)
+        seconds, used = time.perf_counter() - begun, model.config._attn_implementation
+        del model
+    written = sum(map(len, answers))
+    yield context.row(
+        f"{name} {attention}: generated",
+        written / seconds,
+        "tokens/s",
+        f"{batch} prompts of {length} tokens, {new} new ones each, bfloat16, {used}",
+        passed=written == batch * new,
+        key=f"generate.{name}.{attention}.tokens_per_s",
+    )
+
+
+def _load(context: Context, settings: dict[str, Any], tokenizer: dict[str, Any]) -> Any:
+    """As sft_core/evaluate/loading.py does for a bf16 recipe; what `auto` means is asked before weights are drawn."""
+    if settings["attn_implementation"] == "auto":
+        config = sft_core.train.model.read_config(None, None, settings["config"], False)
+        chosen = sft_core.train.model.choose_attention("auto", config, half=True)
+        settings = {**settings, "attn_implementation": chosen or "sdpa"}
+    with weights_drawn_on(context.device):
+        model, _ = sft_core.train.model.load_model(**settings, tokenizer=tokenizer, seed=0, half=True)
+    return model.to(device=context.device, dtype=torch.bfloat16).eval()

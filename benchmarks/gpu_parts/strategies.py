@@ -1,0 +1,93 @@
+"""h: zero2, zero3 and fsdp2 on one rank beside ddp: the same losses, their speed and their memory.
+
+On one rank nothing is shared. ZeRO trains bf16 weights, with fp32 masters in its optimizer; ddp and fsdp2 train fp32
+weights under autocast, which converts each weight in each forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.gpu_parts.jobs import Work
+from benchmarks.gpu_parts.process import Ahead, alone_of_its_group
+from benchmarks.gpu_parts.rows import Case, Context, Row, cases
+from benchmarks.gpu_parts.shapes import config_of, documents, tokens
+from sft_core.train.launch import variables
+
+ALIKE = 0.02  # of a loss: bf16 weights round otherwise than autocast over fp32 ones
+MOST_S = 60.0
+HOW = {"ddp": "fp32 weights under autocast", "zero2": "bf16 weights, fp32 masters in the optimizer"}
+
+
+def run(context: Context) -> Iterator[Row]:
+    log = context.folder / "ranks.log"
+    names = ["ddp", "zero2", "zero3", "fsdp2"]
+    if not context.on_gpu:
+        names.remove("fsdp2")
+        yield context.row("fsdp2", note="not to be had: accelerate has it on accelerators alone")
+    processes: dict[str, Ahead] = {}
+
+    def start(name: str) -> Ahead:
+        settings = variables({"num_threads": 2, "distributed": name}, context.folder)
+        changed = {key: value for key, value in settings.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+        command = ["--task", "strategy_steps", "--device", context.device]
+        return Ahead(command, log=log, environment=changed | alone_of_its_group())
+
+    found: dict[str, dict[str, Any]] = {}
+
+    def case(place: int, name: str) -> Case:
+        def rows() -> Iterator[Row]:
+            for ahead in names[place : place + (len(names) if context.on_gpu else 2)]:  # they import meanwhile
+                if ahead not in processes:
+                    processes[ahead] = start(ahead)
+            yield from strategy_rows(context, name, processes[name], found)
+
+        return name, 12, rows
+
+    try:
+        yield from cases(context, [case(place, name) for place, name in enumerate(names)])
+    finally:
+        for process in processes.values():
+            process.end()
+        if log.exists():
+            print(log.read_text())  # into this part's own
+
+
+def strategy_rows(context: Context, name: str, process: Ahead, found: dict[str, dict[str, Any]]) -> Iterator[Row]:
+    size, timed = tokens(8192, context.device), 4 if context.on_gpu else 1
+    work = Work(
+        config_of("360m", context.device),
+        documents(size, size // 2),
+        steps=2 * timed + 1,
+        training={"learning_rate": 1e-4},
+        runtime={"logging_steps": 1, "distributed": name},
+    )
+    job = work.write(context.folder / name)
+    order = {"job": job, "warm": timed, "timed": timed}
+    process.wait_until_ready(max(1.0, context.left()))
+    (told,) = process.go(order, min(MOST_S, max(1.0, context.left())))
+    found[name] = told
+    note = f"weights in {told['weights']}; {HOW.get(name, '')}".rstrip("; ")
+    yield context.row(
+        f"{name}: tokens/s", work.tokens_a_step / told["step_s"], "tokens/s", note, key=f"{name}.tokens_per_s"
+    )
+    yield context.row(
+        f"{name}: peak memory",
+        told["peak_gib"],
+        "GiB",
+        f"estimated {work.estimated_gib():.1f} GiB",
+        key=f"{name}.peak_gib",
+    )
+    if name == "ddp" or "ddp" not in found:
+        return
+    expected = found["ddp"]
+    differs = max(abs(one / other - 1) for one, other in zip(told["losses"], expected["losses"], strict=True))
+    speed = expected["step_s"] / told["step_s"]
+    yield context.row(
+        f"{name}: losses beside ddp's",
+        differs,
+        "",
+        f"over {len(told['losses'])} steps; {speed:.2f} x ddp's speed",
+        passed=differs < ALIKE,
+    )

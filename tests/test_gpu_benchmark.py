@@ -1,0 +1,186 @@
+"""benchmarks/gpu.py on a CPU: parts run to their rows, a failing one is told, a proof that proves nothing fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import PARTS
+from benchmarks.gpu_parts.process import Ahead
+from benchmarks.gpu_parts.rows import GOALS, Context, Row, cases, goal_rows, headline
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(out: Path, *options: str) -> tuple[int, list[str], dict[str, Any]]:
+    """Its exit status, the lines that it prints, and what it writes."""
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--out", str(out), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode in (0, 1), done.stderr[-3000:]
+    return done.returncode, done.stdout.splitlines(), json.loads(out.read_text())
+
+
+def test_dry_run_proves_isolation_and_trains_each_side(tmp_path: Path) -> None:
+    code, printed, report = run(tmp_path / "gpu.json", "--seconds", "75", "--parts", "a,b,c")
+    log = (tmp_path / "gpu.log").read_text()
+    rows = [Row(**row) for row in report["rows"]]
+    assert code == 0, "\n".join(printed) + log[-3000:]
+    assert printed[1:-1] == [row.line() for row in rows], "what is written is what was printed"
+    assert json.loads(printed[-1]) == report["headline"] == headline(rows)
+    assert {row.part for row in rows} == {"a", "b", "c"} and report["headline"]["failed"] == []
+
+    proofs = [row for row in rows if "packed == separate" in row.what and row.passed is not None]
+    assert {row.what.split(":")[0] for row in proofs} == {"varlen", "sdpa"}
+    assert {row.what.rpartition(": ")[2] for row in proofs} == {"forward", "gradients"}
+    numbers = {row.key: row.number for row in rows if row.key is not None}
+    for side in ("ours", "trl"):
+        assert numbers[f"3b.8k.{side}.tokens_per_s"] and numbers[f"3b.8k.{side}.of_ceiling"]
+    (speed,) = (row for row in rows if row.key == "3b.8k.ours.tokens_per_s")
+    assert "documents together told by bounds" in speed.note, "the probe of the real path was not run"
+    assert 0 <= numbers["3b.8k.ours.loader_wait"] < 100
+    assert numbers["3b.8k.beside_trl"] == pytest.approx(
+        numbers["3b.8k.ours.tokens_per_s"]
+        / max(number for key, number in numbers.items() if key.startswith("3b.8k.trl") and "tokens_per_s" in key)
+    )
+
+
+def at_work(group: int) -> list[int]:
+    """Ids of a process group's processes (Linux)."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, of_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue  # it ended
+        if int(of_group) == group and state != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_part_whose_time_is_over_is_ended_with_all_its_own(tmp_path: Path) -> None:
+    part = Ahead(["--part", "f", "--device", "cpu"], log=tmp_path / "log", own_group=True)
+    part.wait_until_ready(200)
+    started: list[int] = []
+
+    def look() -> None:
+        while len(started) < 2 and time.monotonic() < end:
+            started[:] = at_work(part.pid)
+            time.sleep(0.05)
+
+    end = time.monotonic() + 60
+    watching = threading.Thread(target=look)
+    watching.start()
+    with pytest.raises(TimeoutError):
+        list(part.go({"seconds": 100, "folder": str(tmp_path), "facts": {}}, 3))
+    watching.join()
+    assert len(started) >= 2, "the part started no process of its own, so this proves nothing"
+    assert at_work(part.pid) == []
+
+
+def context_of(tmp_path: Path, seconds: float = 60) -> Context:
+    return Context("x", "cpu", time.monotonic() + seconds, tmp_path, {})
+
+
+def test_failing_case_is_told_and_the_next_goes_on(tmp_path: Path) -> None:
+    context = context_of(tmp_path)
+
+    def failing() -> Iterator[Row]:
+        yield context.row("before", 1)
+        raise ValueError("no such kernel")
+
+    rows = list(cases(context, [("bad", 1, failing), ("good", 1, lambda: [context.row("good", 2)])]))
+    assert [(row.what, row.passed) for row in rows] == [("before", None), ("bad", False), ("good", None)]
+    assert "ValueError: no such kernel" in rows[1].note and "test_gpu_benchmark.py" in rows[1].note
+    assert headline(rows)["failed"] == ["x: bad"]
+    late = list(cases(context_of(tmp_path, seconds=0), [("late", 1, failing)]))
+    assert [row.passed for row in late] == [None] and "left out" in late[0].note
+
+
+@pytest.mark.parametrize("key", [goal[0] for goal in GOALS])
+def test_goal_is_met_missed_or_not_measured(key: str) -> None:
+    (bound,) = (goal[2] for goal in GOALS if goal[0] == key)
+    (direction,) = (goal[1] for goal in GOALS if goal[0] == key)
+    better = -1 if direction.startswith("<") else 1
+
+    def told(*rows: Row) -> str:
+        return next(row.note for row in goal_rows(rows) if row.what == key).split(";")[0]
+
+    assert told() == "not measured"
+    assert told(Row("c", "x", bound + better * 0.01, key=key)) == "met"
+    assert told(Row("c", "x", bound - better * 0.01, key=key)) == "MISSED"
+
+
+def proofs(tmp_path: Path) -> list[Row]:
+    from benchmarks.gpu_parts import packed
+
+    return list(packed.proof_rows(context_of(tmp_path), "sdpa", "sdpa", [40, 1, 30]))
+
+
+def test_leak_fails_the_proof_and_so_does_a_planted_one_that_does_not_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from benchmarks.gpu_parts import packed
+
+    assert [row.passed for row in proofs(tmp_path)] == [True, True]
+    batch_of = packed._batch
+
+    def leaking(rows: list[Any], device: str) -> Any:
+        batch = batch_of(rows, device)
+        return {**batch, "position_ids": torch.arange(batch["input_ids"].numel())[None]}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packed, "_batch", leaking)
+        assert [row.passed for row in proofs(tmp_path)] == [False, False]
+    monkeypatch.setattr(packed, "SHOWS", 10.0)
+    rows = proofs(tmp_path)
+    assert [row.passed for row in rows] == [False, False] and "does not show" in rows[0].note
+
+
+def test_outcomes_of_the_gpu_tests_are_read_also_where_their_time_was_over(tmp_path: Path) -> None:
+    from benchmarks.gpu_parts.gpu_tests import outcome_rows
+
+    text = (
+        "tests/train/test_gpu.py::test_a[(90, 50)-sdpa] PASSED  [ 10%]\n"
+        "tests/train/test_gpu.py::test_b FAILED  [ 20%]\n"
+        "FAILED tests/train/test_gpu.py::test_b - AssertionError: 0.3 > 0.1\n"
+    )
+    context = context_of(tmp_path)
+    summary, failed = outcome_rows(context, text, 1, 3.0)
+    assert (summary.number, summary.passed, failed.passed) == (1, False, False)
+    assert failed.what == "test_b" and failed.note == "AssertionError: 0.3 > 0.1"
+    (cut,) = outcome_rows(context, text.splitlines()[0], None, 3.0)
+    assert cut.passed is True and "the time was over" in cut.note
+    (broken,) = outcome_rows(context, "ImportError: no such module", 4, 3.0)
+    assert broken.passed is False and "ImportError" in broken.note
+
+
+def test_every_part_is_in_the_help_and_has_its_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    for name, part in PARTS.items():
+        assert f"\n    {name}  " in done.stdout
+        assert (ROOT / "benchmarks" / "gpu_parts" / f"{part.module}.py").is_file()
+
+
+def test_bench_does_not_run_it() -> None:
+    done = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert "benchmarks/training.py" in done.stdout and "benchmarks/gpu.py" not in done.stdout
