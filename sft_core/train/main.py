@@ -159,7 +159,7 @@ def trained(
         train_dataset=Dataset.from_dict({"pack": slots}),
         data_collator=collator if online is None else slot_alone,
         processing_class=tokenizer,
-        peft_config=_lora(training["lora"], model, job["tokenizer"]["add_special_tokens"], tokenizer),
+        peft_config=lora_config(training["lora"], model, job["tokenizer"]["add_special_tokens"], tokenizer),
         callbacks=[LogEvents(out / "logs" / "log.jsonl")],
         sources=job["sources"],
         strategy=job["runtime"]["distributed"],
@@ -263,7 +263,7 @@ def bytes_on_disk(num_parameters: int, job: dict[str, Any]) -> int:
     return checkpoint * num_kept + 4 * num_parameters * num_models
 
 
-def _lora(lora: dict[str, Any] | None, model: Any, added: list[str], tokenizer: Any) -> Any:
+def lora_config(lora: dict[str, Any] | None, model: Any, added: list[str], tokenizer: Any) -> Any:
     """PEFT's LoRA settings; the rows of added tokens are trained whole, for LoRA would leave them random."""
     if lora is None:
         return None
