@@ -164,6 +164,7 @@ def trained(
         packs_a_rank=training["global_batch_size"] // world_size,
         attention=model.config._attn_implementation,
         together=of_class is None or of_class.told_by is not None,
+        busiest=_busiest(job, shape, model.config._attn_implementation),
     )
     arguments.per_device_train_batch_size = num_packs
     arguments.gradient_accumulation_steps = training["global_batch_size"] // (world_size * num_packs)
@@ -180,7 +181,7 @@ def trained(
         train_dataset=Dataset.from_dict({"pack": in_forwards(slots, world_size, num_packs).ravel()}),
         data_collator=collator if online is None else slot_alone,
         processing_class=tokenizer,
-        peft_config=_lora(training["lora"], model, job["tokenizer"]["add_special_tokens"], tokenizer),
+        peft_config=lora_config(training["lora"], model, job["tokenizer"]["add_special_tokens"], tokenizer),
         callbacks=[LogEvents(out / "logs" / "log.jsonl")],
         sources=job["sources"],
         strategy=job["runtime"]["distributed"],
@@ -200,6 +201,29 @@ def trained(
     if stop_request(out).exists() and step < len(schedule):
         raise Stopped(f"stopped at step {step} of {len(schedule)}, as asked; its checkpoint is whole: a retry goes on")
     return trainer
+
+
+def _busiest(job: dict[str, Any], shape: Any, attention: str) -> Callable[[int], int]:
+    """Of a pack's tokens, how many packs keep this rank's GPU busy; 1 without one."""
+    import torch
+
+    from sft_core.sections import Runtime, Training
+    from sft_core.train.forwards import busiest_packs
+    from sft_core.train.speed import peak_flops_per_s
+
+    if not torch.cuda.is_available():
+        return lambda longest: 1
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return functools.partial(
+        busiest_packs,
+        training=Training.model_validate_json(json.dumps(job["training"])),
+        runtime=Runtime.model_validate_json(json.dumps({**job["runtime"], "num_threads": None})),
+        shape=shape,
+        dtype=job["model"]["dtype"],
+        attention=attention,
+        memory=torch.cuda.get_device_properties(device).total_memory,
+        peak=peak_flops_per_s(device),
+    )
 
 
 def of_class_here(config: Any, model: dict[str, Any], *, half: bool) -> Isolation | None:
@@ -308,7 +332,7 @@ def bytes_on_disk(num_parameters: int, job: dict[str, Any]) -> int:
     return checkpoint * num_kept + 4 * num_parameters * num_models
 
 
-def _lora(lora: dict[str, Any] | None, model: Any, added: list[str], tokenizer: Any) -> Any:
+def lora_config(lora: dict[str, Any] | None, model: Any, added: list[str], tokenizer: Any) -> Any:
     """PEFT's LoRA settings; the rows of added tokens are trained whole, for LoRA would leave them random."""
     if lora is None:
         return None

@@ -1,5 +1,6 @@
 """Memory and FLOPs, against sums by hand and against what a model really holds."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from sft_core.data.packing import PackPlan
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
+from sft_core.train.activations import Activations
 from sft_core.train.estimate import estimate, told
 from sft_core.train.model import skeleton
 from steps.pack import PACKED
@@ -64,5 +66,48 @@ def test_checkpointing_and_qlora_take_less() -> None:
     def of(**training: Any) -> Any:
         return estimate(parse_recipe(tiny_recipe(training=training)), shape_of(LLAMA), None)
 
-    assert of(gradient_checkpointing=True).activations < of().activations
+    assert of(gradient_checkpointing=True).activations.layers < of().activations.layers
     assert of(lora={"load_in_4bit": True}).states < of(lora={}).states < of().states
+    of_lora, of_qlora = (of(bf16=True, lora=lora).activations for lora in ({}, {"load_in_4bit": True}))
+    assert of_qlora.total < of_lora.total < of(bf16=True).activations.total
+    # Copies of frozen weights are for the gradients of what goes into them, which the first queries, keys and values
+    # have none of.
+    assert of_lora.weight_copies - of_qlora.weight_copies == 2 * (2 * (4 * 32 * 32 + 3 * 32 * 64) - 3 * 32 * 32)
+
+
+@pytest.mark.parametrize(
+    ("distributed", "has_copies", "share"), [("ddp", True, 1), ("fsdp2", False, 0.95), ("zero2", False, 0.95)]
+)
+def test_activations_are_those_of_weights_as_the_strategy_computes_with_them(
+    distributed: str, has_copies: bool, share: float
+) -> None:
+    def of(distributed: str) -> Activations:
+        runtime = {"distributed": distributed, "num_processes": 2}
+        config = {**LLAMA, "hidden_size": 128, "intermediate_size": 512}
+        found = estimate(parse_recipe(tiny_recipe(training={"bf16": True}, runtime=runtime)), shape_of(config), None)
+        assert found.activations is not None
+        return found.activations
+
+    assert (of(distributed).weight_copies > 0) == has_copies
+    assert of(distributed).total <= share * of("ddp").total
+
+
+def test_told_names_the_parts_that_there_are() -> None:
+    def line_of(attention: str, *, bf16: bool) -> str:
+        recipe = parse_recipe(tiny_recipe(model={"attn_implementation": attention}, training={"bf16": bf16}))
+        return told(estimate(recipe, shape_of(LLAMA), None), recipe)
+
+    size = r"[\d.]+ MiB"
+    whole = rf"{size} for the activations of a pack of 384 tokens \({size} of the layers, {size} of 16-bit copies of "
+    whole += rf"weights, {size} of the attention's mask, {size} of the head\)$"
+    assert re.search(whole, line_of("sdpa", bf16=True))
+    without = line_of("flash_attention_2", bf16=False)
+    assert re.search(rf"\({size} of the layers, {size} of the head\)$", without)
+
+
+def test_activations_of_a_model_that_does_not_run_without_memory_are_told_to_be_unknown() -> None:
+    recipe = parse_recipe(tiny_recipe())
+    # Without its kernels it goes through the tokens one by one.
+    found = estimate(recipe, shape_of({"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2}), None)
+    assert found.activations is None and found.states > 0
+    assert "what activations take is not known (MambaForCausalLM does not run without memory" in told(found, recipe)

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from sft_core.data.packing import PackPlan
+from sft_core.sections import Runtime, Training
 from sft_core.train.checkpoints import numbered, step_of
-from sft_core.train.forwards import in_forwards, largest_divisor, packs_a_forward
+from sft_core.train.forwards import busiest_packs, in_forwards, largest_divisor, packs_a_forward
 from sft_core.train.main import tell_balance
+from sft_core.train.model import skeleton
 from tests.train.tiny import Run, tiny_recipe
 
 VARLEN = {"model": {"attn_implementation": "varlen"}}
@@ -79,17 +81,51 @@ def plan_of(*packs: list[int]) -> PackPlan:
 
 
 def test_packs_of_a_forward_divide_those_of_a_step_by_the_longest_pack(caplog: pytest.LogCaptureFixture) -> None:
-    plan, varlen = plan_of([60, 40], [90]), {"attention": "varlen", "together": True}
+    plan, varlen = plan_of([60, 40], [90]), {"attention": "varlen", "together": True, "busiest": lambda longest: 5}
     found = [
         packs_a_forward(asked, written=None, plan=plan, packs_a_rank=12, **varlen) for asked in (99, 200, 599, 9999)
     ]
     assert found == [1, 2, 4, 12]
-    assert packs_a_forward(400, written=None, plan=plan, packs_a_rank=12, attention="varlen", together=False) == 1
+    assert packs_a_forward(400, written=None, plan=plan, packs_a_rank=12, **{**varlen, "together": False}) == 1
     assert packs_a_forward("auto", written=3, plan=plan, packs_a_rank=12, **varlen) == 3
-    assert packs_a_forward("auto", written=3, plan=plan, packs_a_rank=4, **varlen) == 1, "on another number of ranks"
+    assert packs_a_forward("auto", written=3, plan=plan, packs_a_rank=4, **varlen) == 4, "on another number of ranks"
+    assert packs_a_forward("auto", written=None, plan=plan, packs_a_rank=12, **varlen) == 4
     caplog.clear()
     assert packs_a_forward(200, written=4, plan=plan, packs_a_rank=12, **varlen) == 2
     assert "the same but for rounding" in caplog.text
+
+
+SMOLLM2 = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+SMOLLM3 = SMOLLM2 | {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "vocab_size": 128256}
+SMOLLM3 |= {"num_attention_heads": 16, "num_key_value_heads": 4}
+
+
+def test_auto_wants_as_many_packs_as_keep_a_gpu_busy_and_fit() -> None:
+    def of(config: dict[str, Any], longest: int, gib: float, peak: float | None = 989e12) -> int:
+        return busiest_packs(
+            longest,
+            training=Training(bf16=True, use_liger_kernel=False),
+            runtime=Runtime(),
+            shape=skeleton(path=None, revision=None, config=config, trust_remote_code=False),
+            dtype="float32",
+            attention="varlen",
+            memory=gib * 2**30,
+            peak=peak,
+        )
+
+    roomy, tight, slow = of(SMOLLM2, 4096, 1000), of(SMOLLM2, 4096, 24), of(SMOLLM2, 4096, 1000, peak=None)
+    assert 8 <= roomy <= 16 and 1 < tight < roomy and 1 <= slow < roomy
+    assert of(SMOLLM2, 4096, 1) == 1, "nothing fits, and a forward holds a pack all the same"
+    assert of(SMOLLM3, 8192, 80) == 1, "a pack of 3 B keeps it busy"
 
 
 @given(st.integers(1, 60), st.integers(-2, 70))
