@@ -163,6 +163,7 @@ def test_outcomes_of_the_gpu_tests_are_read_also_where_their_time_was_over(tmp_p
     assert failed.what == "test_b" and failed.note == "AssertionError: 0.3 > 0.1"
     (cut,) = outcome_rows(context, text.splitlines()[0], None, 3.0)
     assert cut.passed is True and "the time was over" in cut.note
+    assert [row.passed for row in outcome_rows(context, text, None, 3.0)] == [False, False]
     (broken,) = outcome_rows(context, "ImportError: no such module", 4, 3.0)
     assert broken.passed is False and "ImportError" in broken.note
 

@@ -61,7 +61,7 @@ def _work(context: Context, lora: dict[str, Any], model: dict[str, Any]) -> Work
 
 def qlora_rows(context: Context) -> Iterator[Row]:
     base = context.folder / "base"
-    model, tokenizer = _start(context, _work(context, {}, {}).job(base, base / "unused"))
+    model, tokenizer = _start(context, _work(context, {}, {}).job(base, base))
     save_checkpoint(model, tokenizer, None, base)
     del model
     of_base = {"model_name_or_path": str(base), "config": None}

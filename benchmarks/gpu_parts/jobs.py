@@ -90,7 +90,7 @@ class Work:
 
     def estimated_gib(self) -> float:
         found = estimate(self.recipe(), self._shape(), None)
-        return (found.states + found.activations) / 2**30
+        return (found.states + found.activations * (self.packs_a_forward or 1)) / 2**30
 
     def num_parameters(self) -> int:
         return self._shape().num_parameters()
@@ -106,13 +106,13 @@ class Work:
         in_pack = np.repeat(np.arange(len(packs)), len(self.lengths))
         lengths = np.tile(self.lengths, len(packs))
         write_plan(folder, in_pack, np.zeros_like(in_pack), np.arange(len(in_pack)), lengths)
+        (folder / "out" / "logs").mkdir(parents=True)
         return self.job(folder, folder / "out")
 
     def job(self, folder: Path, out: Path) -> dict[str, Any]:
-        """Of a training of the packs in `folder`."""
+        """Of a training of the packs in `folder`. Writes nothing."""
         recipe = self.recipe()
         model = recipe.model
-        (out / "logs").mkdir(parents=True, exist_ok=True)
         path = model.model_name_or_path
         return {
             "model": {

@@ -133,6 +133,8 @@ def beside(context: Context, name: str, runs: dict[str, Run]) -> Iterable[Row]:
         return
     best = max(others, key=lambda key: others[key].tokens_per_s)
     other, note = others[best], f"beside {best}"
+    if mine.checkpointed != other.checkpointed:
+        note += f"; {'ours' if mine.checkpointed else 'TRL'} alone needs gradient checkpointing"
     yield context.row(
         f"{name}: ours is x TRL packed", mine.tokens_per_s / other.tokens_per_s, "x", note, key=f"{name}.beside_trl"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from transformers import TrainerCallback
 
 from sft_core.train.speed import peak_flops_per_s, peak_memory_gib
 
+log = logging.getLogger(__name__)
 SYNC_WARNING = "synchronizing CUDA operation"  # what torch.cuda.set_sync_debug_mode warns of
 
 
@@ -68,7 +70,8 @@ class Meter:
             self._wait()
             self._seconds, self._is_timed = time.perf_counter() - self._begun, False
             if self._on_gpu:
-                self._look_inside()
+                with _told_in_the_log():
+                    self._look_inside()
         elif step == self.num_steps:
             self.close()
 
@@ -76,7 +79,8 @@ class Meter:
         """Ends the look into a step, also of a training that failed there."""
         inside, self._inside = self._inside, None
         if inside is not None:
-            inside.close()
+            with _told_in_the_log():
+                inside.close()
 
     def _wait(self) -> None:
         if self._on_gpu:
@@ -134,6 +138,15 @@ class Meter:
             sync_places=places,
             busy_s=self.busy_s,
         )
+
+
+@contextlib.contextmanager
+def _told_in_the_log() -> Iterator[None]:
+    """A profiler that a machine does not allow must not cost the times that are measured already."""
+    try:
+        yield
+    except Exception:
+        log.exception("the look into a step failed")
 
 
 class MeterSteps(TrainerCallback):

@@ -74,7 +74,7 @@ def cases(context: Context, listed: Iterable[Case]) -> Iterator[Row]:
     """The rows of one case after another. One that fails tells its error, one for which no time is left says so, and
     the next goes on."""
     for name, seconds, run in listed:
-        if context.left() < (seconds if context.on_gpu else min(seconds, CPU_CASE_S)):
+        if seconds and context.left() < (seconds if context.on_gpu else min(seconds, CPU_CASE_S)):
             yield context.row(
                 name, note=f"left out: it takes about {seconds:.0f} s, and {max(0.0, context.left()):.0f} s are left"
             )

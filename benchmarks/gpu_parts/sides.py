@@ -44,6 +44,7 @@ class Run:
     forward: dict[str, Any] = dataclasses.field(default_factory=dict)
     flops_a_step: float | None = None
     logged_tokens_per_s: float | None = None
+    checkpointed: bool = False
 
     @property
     def tokens_per_s(self) -> float:
@@ -156,6 +157,7 @@ def ours(work: Work, folder: Path, device: str, *, warm: int, timed: int, fused_
         read_events(logs / "forward.jsonl")[-1],
         event["tflops_per_s"] * 1e12 * work.tokens_a_step / event["tokens_per_s"],
         event["tokens_per_s"],
+        work.checkpointing,
     )
 
 
@@ -167,7 +169,7 @@ def _train_and_release(job: dict[str, Any]) -> None:
 
 def load(work: Work, device: str, attention: str) -> tuple[Any, Any]:
     """The model that ours trains, and the tokenizer."""
-    model = {**work.job(Path("unused"), Path("unused"))["model"], "attn_implementation": attention}
+    model = {**work.job(Path(), Path())["model"], "attn_implementation": attention}
     tokenizer = {"path": str(TOKENIZER), "revision": None, "add_special_tokens": [], "eos_token": None}
     with weights_drawn_on(device):
         return sft_core.train.model.load_model(
@@ -224,7 +226,7 @@ def trl(work: Work, folder: Path, device: str, *, warm: int, timed: int, attenti
         losses = [event["loss"] for event in trainer.state.log_history if "loss" in event]
         trainer.accelerator.free_memory()
         del trainer, model
-    return Run(meter.result(), work.tokens_a_step, losses)
+    return Run(meter.result(), work.tokens_a_step, losses, checkpointed=work.checkpointing)
 
 
 def bare(work: Work, folder: Path, device: str, *, warm: int, timed: int, attention: str = "varlen") -> Run:
@@ -251,7 +253,7 @@ def bare(work: Work, folder: Path, device: str, *, warm: int, timed: int, attent
             meter.step_done(step + 1)
         found = [float(loss) for loss in losses]
         del model, optimizer, batches, loss
-    return Run(meter.result(), work.tokens_a_step, found)
+    return Run(meter.result(), work.tokens_a_step, found, checkpointed=work.checkpointing)
 
 
 def _inputs(pack: list[Any], device: str) -> dict[str, Any]:
