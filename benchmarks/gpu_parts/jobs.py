@@ -89,8 +89,12 @@ class Work:
         )
 
     def estimated_gib(self) -> float:
+        """Of the states and a forward; its activations grow with its packs, the copies of weights do not."""
         found = estimate(self.recipe(), self._shape(), None)
-        return (found.states + found.activations * (self.packs_a_forward or 1)) / 2**30
+        assert found.activations is not None, found.why_unknown
+        copies = found.activations.weight_copies
+        of_forward = copies + (found.activations.total - copies) * (self.packs_a_forward or 1)
+        return (found.states + of_forward) / 2**30
 
     def num_parameters(self) -> int:
         return self._shape().num_parameters()
