@@ -50,7 +50,11 @@ def main() -> None:
 @click.argument("recipe")
 @_overridable
 @click.option("--json", "as_json", is_flag=True, help="A JSON list of {stage, name, key, status}.")
-@click.option("--memory", is_flag=True, help="Estimate a GPU's memory and the FLOPs of training; slower.")
+@click.option(
+    "--memory",
+    is_flag=True,
+    help="Try the model's class; estimate a GPU's memory and the FLOPs; slower.",
+)
 def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bool, memory: bool) -> None:
     """What a run would make and what is there already; builds nothing.
 
@@ -91,20 +95,20 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
     shares, problems = planned_shares(store, pinned)
     click.echo("\n" + text_table(SHARES_HEADER, shares))
     unmet = (unmet_demands(loaded), pipeline.unmet_engine(found, loaded))
-    for problem in [*problems, *filter(None, unmet), *_of_model(found, pinned)]:
+    for problem in [*problems, *filter(None, unmet), *_of_model(found, pinned, tries=memory)]:
         click.echo(problem, err=True)
     if memory and (estimate := pipeline.estimated(store, pinned, found)):
         click.echo(f"\n{estimate}")
     pipeline.check_training(found, pinned)
 
 
-def _of_model(planned: Any, pinned: Any) -> list[str]:
+def _of_model(planned: Any, pinned: Any, *, tries: bool) -> list[str]:
     """What a plan says of the model. What a run would refuse stands there as well: a plan is for other machines too."""
     from sft_core.store import Unresolved
     from steps.pipeline import model_told
 
     try:
-        return model_told(planned, pinned)
+        return model_told(planned, pinned, tries=tries)
     except Unresolved:
         return []  # told already
     except (OSError, ValueError) as error:

@@ -75,15 +75,16 @@ def trains(planned: list[Located]) -> bool:
     return any(located.stage is TRAINED and located.status != "hit" for located in planned)
 
 
-def model_told(planned: list[Located], pinned: PinnedRecipe) -> list[str]:
-    """What there is to say of the model where it is still to be trained or scored; its class is tried for that.
+def model_told(planned: list[Located], pinned: PinnedRecipe, *, tries: bool = True) -> list[str]:
+    """What there is to say of the model where it is still to be trained or scored.
 
-    Raises ValueError for what it cannot do, and OSError where its config cannot be read.
+    tries: whether a small model of its class is tried, for which torch is imported. Raises ValueError for what it
+    cannot do, and OSError where its config cannot be read.
     """
     recipe, told = pinned.recipe, []
     if trains(planned):
         told += [warning for warning in (lost_updates(recipe), slow_precision(recipe)) if warning]
-    if any(located.stage in (TRAINED, EVALUATED) and located.status != "hit" for located in planned):
+    if tries and any(located.stage in (TRAINED, EVALUATED) and located.status != "hit" for located in planned):
         from sft_core.train.preflight import try_class  # imports torch
 
         told += try_class(recipe, pinned.model_loader, here=not on_cluster())

@@ -103,6 +103,7 @@ RUNTIME = (
     "num_threads=3",
     "num_workers=1",
     "eval_batch_size=5",
+    "tokens_per_forward=4096",
     "save_steps=7",
     "logging_steps=9",
 )

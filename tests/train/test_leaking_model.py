@@ -85,7 +85,7 @@ def test_start_and_plan_tell_it_before_any_work(
     small_recipe["model"]["config"] = OPT
     prepare(parse_recipe(small_recipe))
     assert "documents of a pack see each other in this model (opt, sdpa)" in caplog.text
-    result = CliRunner().invoke(main, ["plan", save_recipe(small_recipe)])
+    result = CliRunner().invoke(main, ["plan", save_recipe(small_recipe), "--memory"])
     assert result.exit_code == 0 and "documents of a pack see each other in this model" in result.output
 
 
