@@ -23,8 +23,9 @@ from trl.trainer import utils as trl_utils
 from sft_core.data.shards import TokenRow
 from sft_core.train import fake_cuda
 from sft_core.train.activations import Activations, UnknownActivations, activation_bytes
-from sft_core.train.collate import IGNORED, collate
-from sft_core.train.loss import trained_token_nll
+from sft_core.train.collate import Batch, collate, to_device
+from sft_core.train.head import add_fused_head
+from sft_core.train.loss import Forward, trained_token_nll
 from sft_core.train.model import skeleton
 
 SIZES = {
@@ -74,7 +75,7 @@ def model_of(config: dict[str, Any], **options: Any) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), **options)
 
 
-def batch_of(*lengths: int, trained_share: float = 0.5) -> dict[str, torch.Tensor]:
+def batch_of(*lengths: int, trained_share: float = 0.5) -> Batch:
     rng, documents = np.random.default_rng(0), []
     for length in lengths:
         trained = (rng.random(length) < trained_share).astype(np.uint8)
@@ -82,19 +83,19 @@ def batch_of(*lengths: int, trained_share: float = 0.5) -> dict[str, torch.Tenso
     return collate(documents)
 
 
-def share_of(batch: dict[str, torch.Tensor]) -> float:
-    return int((batch["labels"] != IGNORED).sum()) / (batch["labels"].numel() - 1)
+def share_of(batch: Batch) -> float:
+    return int(batch["num_targets"].sum()) / (batch["input_ids"].numel() - 1)
 
 
-def train_once(model: Any, batch: dict[str, torch.Tensor], *, fused: bool = False) -> None:
-    trained_token_nll(model, batch, fused_lm_head=fused)[0].sum().backward()
+def train_once(model: Any, batch: Batch, *, fused: bool = False) -> None:
+    trained_token_nll(model, batch, Forward(fused_head=fused)).sum().backward()
 
 
 def autocast_as_accelerate(model: Any) -> None:
     model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
 
 
-def peak_of(model: Any, batch: dict[str, torch.Tensor], *, fused: bool = False) -> int:
+def peak_of(model: Any, batch: Batch, *, fused: bool = False) -> int:
     """The most bytes that a forward and backward pass holds at once beside gradients that are there before."""
     train_once(model.train(), batch, fused=fused)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
@@ -228,12 +229,14 @@ def test_dropout_on_cuda_keeps_booleans() -> None:
 @pytest.mark.parametrize("is_frozen", [False, True], ids=["trained", "frozen"])
 def test_head_on_cuda_is_that_of_trl(is_frozen: bool) -> None:
     # Few tokens and a large vocabulary: TRL's own code for a CPU copies tiles that its kernels do not.
-    config, batch = config_of("llama", vocab_size=60_000, num_hidden_layers=1, tie_word_embeddings=False), batch_of(6)
-    batch["labels"] = batch["input_ids"].where(torch.arange(6) > 0, IGNORED)
+    config, batch = (
+        config_of("llama", vocab_size=60_000, num_hidden_layers=1, tie_word_embeddings=False),
+        batch_of(6, trained_share=1.0),
+    )
     model, shape = model_of(config), shape_of(config)
     model.lm_head.weight.requires_grad_(not is_frozen)
     shape.lm_head.weight.requires_grad_(not is_frozen)
-    trl_utils.add_fused_lm_head(model)
+    add_fused_head(model)
     found = activation_bytes(shape, tokens=6, bf16=False, checkpointing=False, attention="sdpa")
     gradient = 4 * 128 * 60_000
     assert (found.head > gradient) != is_frozen
@@ -300,7 +303,7 @@ def test_count_is_what_a_gpu_holds(
         liger=liger,
     )
     model = model_of(config, attn_implementation="sdpa").to("cuda").train()
-    trl_utils.add_fused_lm_head(model)
+    add_fused_head(model)
     if checkpointing:
         model.activation_checkpointing_enable()
     if liger:
@@ -308,7 +311,7 @@ def test_count_is_what_a_gpu_holds(
             monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
         apply_liger_kernel(model, {"fused_linear_cross_entropy": False})
     autocast_as_accelerate(model)
-    batch = {name: values.to("cuda") for name, values in batch.items()}
+    batch = to_device(batch, "cuda")
     train_once(model, batch, fused=True)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
