@@ -11,7 +11,7 @@ from torch import nn
 
 from sft_core.data.packing import PackPlan
 from sft_core.data.shards import TokenShards
-from sft_core.train.collate import IGNORED, PackCollator
+from sft_core.train.collate import PackCollator
 from sft_core.train.flops import Flops, training_flops
 from sft_core.train.model import skeleton
 from tests.train.tiny import LLAMA, Run
@@ -95,7 +95,7 @@ def test_trained_tokens_of_the_plan_are_those_of_its_batches(
     )
     for one in (collator, shorter):
         batches = [one.of_documents([number]) for number in range(len(plan.row))]
-        expected = [int((batch["labels"] != IGNORED).sum()) for batch in batches]
+        expected = [int(batch["num_targets"].sum()) for batch in batches]
         assert one.num_trained.tolist() == expected
     assert 0 < shorter.num_trained.sum() < collator.num_trained.sum() < plan.num_tokens.sum()
 
