@@ -94,7 +94,7 @@ def test_trained_tokens_of_the_plan_are_those_of_its_batches(
         [TokenShards(*map(Path, folders)) for folders in job["tokens"]],
     )
     for one in (collator, shorter):
-        batches = [one.of_documents([number]) for number in range(len(plan.row))]
+        batches = [one.of_packs([[number]]) for number in range(len(plan.row))]
         expected = [int(batch["num_targets"].sum()) for batch in batches]
         assert one.num_trained.tolist() == expected
     assert 0 < shorter.num_trained.sum() < collator.num_trained.sum() < plan.num_tokens.sum()
