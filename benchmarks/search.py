@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 if TYPE_CHECKING:
     from sft_core.store import Store
-    from steps.search import Progress
+    from steps.search import Searched
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -262,67 +262,69 @@ def start_model(store: Store, recipe: dict[str, Any]) -> Path:
         return store.path(store.ensure(TRAINED, pin(parse_recipe(recipe)), round=0)) / "model"
 
 
-def searched(store: Store, data: dict[str, Any], budget: float) -> Progress:
+def searched(store: Store, data: dict[str, Any], budget: float) -> Searched:
     """The search at its end, every roll-out in the store. Trains those that are not there yet."""
     from sft_core.pins import pin
-    from sft_core.recipe import parse_recipe
+    from sft_core.recipe import ONLY, parse_recipe
     from steps.mix import MIXTURE
     from steps.search import progress
     from steps.train import TRAINED
 
     pinned = pin(parse_recipe(data))
     store.ensure(MIXTURE, pinned)
-    while not (found := progress(store, pinned)).is_over:
+    while not (found := progress(store, pinned).searches[ONLY]).is_over:
         if found.measured and data["search"]["strategy"] == "msft" and not fits(store, found, budget):
             # A cap is no part of what a roll-out is: the search ends with those that are done.
             capped = {**data, "search": {**data["search"], "max_rollouts": len(found.measured)}}
             pinned = pin(parse_recipe(capped))
             continue
         with contextlib.redirect_stdout(io.StringIO()):  # the ranks' output, which is in the store too
-            store.ensure(TRAINED, found.pinned, round=found.num_rounds - 1)
+            store.ensure(TRAINED, found.pinned, round=len(found.rounds.rollouts) - 1)
     return found
 
 
-def fits(store: Store, found: Progress, budget: float) -> bool:
+def fits(store: Store, found: Searched, budget: float) -> bool:
     """Whether the roll-out that comes next stays within the budget, should it run to its end."""
     from steps.mix import MIXTURE
 
     sources = store.manifest(store.ensure(MIXTURE, found.pinned))["counts"]["sources"]
-    rollout = found.pinned.rollouts[-1]
+    rollout = found.rounds.rollouts[-1]
     share = sum(sources[task]["tokens"] for task in rollout.active) / sum(one["tokens"] for one in sources.values())
     spent = sum(one.cost.training_flops for one in found.measured) / flops_of_an_epoch(found)
     return spent + rollout.epochs * share <= budget + 1e-6
 
 
-def flops_of_an_epoch(found: Progress) -> float:
+def flops_of_an_epoch(found: Searched) -> float:
     """Of training on the whole mixture, which is what the first roll-out of mSFT trains."""
     first = found.measured[0]
     return first.cost.training_flops / float(first.curves.epochs[-1])
 
 
-def excluded(found: Progress) -> dict[str, Any]:
+def excluded(found: Searched) -> dict[str, Any]:
     """Who left a search of the preset robust, and whom the preset paper drops on the curves of its first roll-out."""
     from sft_core.search.msft import Limits, Msft
 
     first, recipe = found.measured[0].curves, found.pinned.recipe
-    assert recipe.search is not None
-    paper = Msft(recipe.dataset_mixture.trained_sources, recipe.search.epochs_per_rollout, Limits(1))
+    assert recipe.last_phase.search is not None
+    paper = Msft(
+        recipe.last_phase.dataset_mixture.trained_sources, recipe.last_phase.search.epochs_per_rollout, Limits(1)
+    )
     dropped = [task for one in found.measured for task in one.decision.dropped]
     return {"rollouts": len(found.measured), "robust": dropped, "paper": list(paper.observe(first).dropped)}
 
 
-def measured(store: Store, found: Progress) -> dict[str, Any]:
+def measured(store: Store, found: Searched) -> dict[str, Any]:
     """Scores of the report split and what they cost, all of it from the store's outputs."""
-    from steps.deliver import DELIVERED
+
     from steps.report import REPORT
-    from steps.train import TRAINED
+    from steps.train import CHECKPOINT, TRAINED
 
     pinned = found.pinned
     scores = store.manifest(store.ensure(REPORT, pinned))["counts"]["scores"]
     exact, losses = (
         {row["task"]: row["tuned"] for row in scores if row["metric"] == metric} for metric in ("exact_match", "loss")
     )
-    refs = [store.ensure(TRAINED, pinned, round=rollout.round) for rollout in pinned.rollouts]
+    refs = [store.ensure(TRAINED, pinned, round=rollout.round) for rollout in found.rounds.rollouts]
     kept = [len(list((store.path(ref) / "evaluations").iterdir())) for ref in refs]
     at_once = [sum(kept[:round]) + one.cost.most_kept for round, one in enumerate(found.measured)]
     return {
@@ -336,12 +338,12 @@ def measured(store: Store, found: Progress) -> dict[str, Any]:
                 "dropped": list(one.decision.dropped),
                 "goes_on_from": float(one.curves.epochs[one.decision.start.evaluation]),
             }
-            for rollout, one in zip(pinned.rollouts, found.measured, strict=True)
+            for rollout, one in zip(found.rounds.rollouts, found.measured, strict=True)
         ],
-        "delivered": pinned.delivered,
+        "delivered": found.rounds.best,
         "training_flops": sum(one.cost.training_flops for one in found.measured),
         "evaluation_flops": sum(one.cost.evaluation_flops for one in found.measured),
-        "bytes": max(at_once) * store.num_bytes(store.ensure(DELIVERED, pinned)),
+        "bytes": max(at_once) * store.num_bytes(store.ensure(CHECKPOINT, pinned)),
         "seconds": sum(store.manifest(ref)["seconds"] for ref in refs),
     }
 

@@ -310,7 +310,7 @@ def trl_settings(recipe: Recipe, **own: Any) -> SFTConfig:
 
     from sft_core.train.accelerator import liger
 
-    training = recipe.training
+    training = recipe.last_phase.training
     return SFTConfig(
         assistant_only_loss=True,
         max_length=CAPACITY,
@@ -338,7 +338,7 @@ def trl_settings(recipe: Recipe, **own: Any) -> SFTConfig:
 def conversations(recipe: Recipe) -> list[dict[str, Any]]:
     """The rows that the recipe trains on, as its files hold them, with the template's kwargs that it sets."""
     rows = []
-    for dataset in recipe.dataset_mixture.datasets:
+    for dataset in recipe.last_phase.dataset_mixture.datasets:
         with Path(dataset.paths[0]).open(encoding="utf-8") as file:
             rows += [json.loads(line) for line in itertools.islice(file, recipe.limit)]
     return [

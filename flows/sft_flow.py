@@ -36,7 +36,7 @@ from metaflow import (  # noqa: E402
     step,
 )
 
-from steps.recipes import effective, parse_config  # noqa: E402
+from steps.recipes import effective, open_store, parse_config  # noqa: E402
 from steps.service import check_service  # noqa: E402
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -75,7 +75,7 @@ class SFTFlow(FlowSpec):
         from steps.download import CONVERSATIONS
 
         self.source = self.input
-        self.conversations = self.ensure(CONVERSATIONS, source=self.source)
+        self.conversations = self.ensure(CONVERSATIONS, self.pinned, source=self.source)
         self.next(self.render)
 
     @asks("data")
@@ -84,7 +84,7 @@ class SFTFlow(FlowSpec):
         """Conversations as text, with the spans that are trained."""
         from steps.render import RENDERED
 
-        self.rendered = self.ensure(RENDERED, source=self.source)
+        self.rendered = self.ensure(RENDERED, self.pinned, source=self.source)
         self.next(self.tokenize)
 
     @asks("data")
@@ -94,7 +94,7 @@ class SFTFlow(FlowSpec):
         """Text as Arrow shards of token ids and a trained mask."""
         from steps import tokenize
 
-        self.tokens = self.ensure(tokenize.TOKENS, source=self.source)
+        self.tokens = self.ensure(tokenize.TOKENS, self.pinned, source=self.source)
         current.card.extend(tokenize.card(self.store, self.ref(self.tokens)))
         self.next(self.mix)
 
@@ -103,13 +103,14 @@ class SFTFlow(FlowSpec):
     @step
     def mix(self, inputs):
         """Which rows of which source are trained on, without duplicates and report prompts where the recipe says so."""
-        from steps import evaluate, mix
+        from steps import cards, evaluate, mix
 
         self.merge_artifacts(inputs, include=["pins", "recipe_name", "sources"])
-        counts = evaluate.count_report_prompts(self.store, self.pinned)
-        evaluate.check_report_prompts(counts, self.pinned)
-        self.mixture = self.ensure(mix.MIXTURE)
-        current.card.extend(mix.card(self.store, self.ref(self.mixture)))
+        pinned = self.pinned
+        evaluate.check_report_prompts(evaluate.count_report_prompts(self.store, pinned), pinned)
+        for phase in pinned.recipe.phases:
+            self.mixture = self.ensure(mix.MIXTURE, pinned, **pinned.part_of(phase))
+            current.card.extend(cards.of_phase(pinned, phase, mix.card(self.store, self.ref(self.mixture))))
         self.next(self.pack)
 
     @asks("data")
@@ -117,23 +118,25 @@ class SFTFlow(FlowSpec):
     @step
     def pack(self):
         """Rows into packs, first-fit-decreasing."""
-        from steps import pack, search, selection
+        from steps import cards, pack, search, selection
 
-        self.packed = self.ensure(pack.PACKED)
-        if self.pinned.recipe.evaluation.during_training:
-            self.selection = self.ensure(selection.SELECTION)
-        current.card.extend(pack.card(self.store, self.ref(self.packed)))
-        self.num_rounds = 0
-        self.place = search.place(self.store, self.pinned)
+        pinned = self.pinned
+        for phase in pinned.recipe.phases:
+            self.packed = self.ensure(pack.PACKED, pinned, **pinned.part_of(phase))
+            current.card.extend(cards.of_phase(pinned, phase, pack.card(self.store, self.ref(self.packed))))
+            if pinned.recipe.selection_rows(phase) is not None:
+                self.selection = self.ensure(selection.SELECTION, pinned, **pinned.part_of(phase))
+        self.num_rounds, self.rounds_left = 0, len(self.progress.rounds)
+        self.place = search.place(self.store, pinned)
         self.next({"here": self.train, "nodes": self.gather}, condition="place")
 
     @asks("train")
     @card(type="blank", id="training", refresh_interval=2)
     @step
     def train(self):
-        """One round of training. A search asks for more of them, plain SFT for one."""
+        """The next round of training: one phase after another, each with as many as its search asks for."""
         self.train_round()
-        self.verdict = "again" if self.num_rounds < self.num_known_rounds else "done"
+        self.verdict = "again" if self.rounds_left else "done"
         self.next({"again": self.train, "done": self.fan_out}, condition="verdict")
 
     @step
@@ -146,11 +149,11 @@ class SFTFlow(FlowSpec):
     @parallel
     @step
     def train_on_nodes(self):
-        """All rounds of training, each on several nodes. The first one decides and stores, the others train along."""
+        """All rounds of training, each on several nodes. The first one decides and stores, the others join it."""
         from steps import train
 
         train.meet_other_nodes(current.parallel, f"{current.run_id}/{current.retry_count}")
-        while self.num_rounds < self.num_known_rounds:
+        while self.rounds_left:
             self.train_round()
         self.next(self.part)
 
@@ -163,13 +166,15 @@ class SFTFlow(FlowSpec):
 
     @step
     def fan_out(self):
-        """What training ends with, and the tasks in shares. A condition and a foreach cannot stand in one step."""
-        from steps.deliver import delivered
+        """The checkpoint of each phase, and the tasks in shares. A condition and a foreach cannot stand in one step."""
         from steps.task_shares import shares_of
+        from steps.train import checkpoint_of
 
-        stage, part = delivered(self.pinned)
-        self.delivered = self.ensure(stage, **part)
-        self.shares = shares_of(self.pinned.recipe)
+        pinned = self.pinned
+        for phase in pinned.recipe.phases:
+            stage, part = checkpoint_of(pinned, phase)
+            self.delivered = self.ensure(stage, pinned, **part)
+        self.shares = shares_of(pinned.recipe)
         self.next(self.evaluate, foreach="shares")
 
     @asks("evaluate")
@@ -177,7 +182,7 @@ class SFTFlow(FlowSpec):
     @card(type="blank", id="scores", refresh_interval=2)
     @step
     def evaluate(self):
-        """Base and tuned model on a share of the tasks, each loaded once. A task that fails fails alone."""
+        """The start model and each phase's on a share of the tasks, each loaded once. A task that fails fails alone."""
         from sft_core.lifetime import die_with_parent
         from steps import cards, task_shares
 
@@ -193,21 +198,22 @@ class SFTFlow(FlowSpec):
     @card(type="blank", id="report")
     @step
     def report(self, inputs):
-        """The table base → tuned, and the checkpoint with its model card; on the hub where the recipe says so."""
+        """The table of scores, and the checkpoint with its model card; on the hub where the recipe says so."""
         from steps import harness, release, report
 
         self.merge_artifacts(inputs, include=["pins", "recipe_name"])
-        self.failed = harness.not_scored(self.store, self.pinned, harness.reasons_of(inputs))
+        pinned = self.pinned
+        self.failed = harness.not_scored(self.store, pinned, harness.reasons_of(inputs))
         part = {"without": [*self.failed]} if self.failed else {}
-        self.scored = self.ensure(report.REPORT, **part)
+        self.scored = self.ensure(report.REPORT, pinned, **part)
         manifest = self.store.manifest(self.ref(self.scored))
         self.scores, self.thinking = manifest["counts"]["scores"], manifest["counts"]["thinking"]
         current.card.extend(report.card(self.store, self.ref(self.scored)))
-        self.released = self.ensure(release.RELEASED, **part)
+        self.released = self.ensure(release.RELEASED, pinned, **part)
         self.checkpoint = str(self.store.path(self.ref(self.released)) / "model")
         self.hub_url = None
-        if self.pinned.recipe.hub and not self.failed:  # what others see is whole
-            self.pushed = self.ensure(release.PUSHED)
+        if pinned.recipe.hub and not self.failed:  # what others see is whole
+            self.pushed = self.ensure(release.PUSHED, pinned)
             self.hub_url = self.store.manifest(self.ref(self.pushed))["counts"]["url"]
         self.next(self.end)
 
@@ -222,56 +228,55 @@ class SFTFlow(FlowSpec):
 
     # What the steps share; no artifacts.
 
-    @property
-    def num_known_rounds(self):
-        """Rounds of training that are done or come next."""
-        from steps.search import num_rounds
-
-        return num_rounds(self.pinned)
-
     def train_round(self):
-        """Ensures what the next round trains, with a live card; on a node that is not the first, trains along."""
+        """Ensures what the next round trains, with a live card; on a node that is not the first, joins its training."""
         from sft_core.lifetime import die_with_parent
         from steps import search, train
 
-        round = {"round": self.num_rounds}
-        train.check_machine(self.store, self.pinned, round)
+        known = self.progress
+        pinned, part = known.pinned, known.rounds[self.num_rounds]
+        train.check_machine(self.store, pinned, part)
         die_with_parent()  # a killed scheduler must not leave a trainer behind
         if current.get("parallel") and current.parallel.node_index > 0:
-            self.trained = train.along(self.store, self.pinned, round)
+            self.trained = train.along(self.store, pinned, part)
         else:
-            with train.live_card(self.store, self.pinned, round, current.card):
-                self.trained = self.ensure(train.TRAINED, **round)
+            with train.live_card(self.store, pinned, part, current.card):
+                self.trained = self.ensure(train.TRAINED, pinned, **part)
+        known = self.progress  # a search has decided what comes next
         self.num_rounds += 1
-        current.card.extend(search.card(self.store, self.pinned))
+        self.rounds_left = len(known.rounds) - self.num_rounds
+        current.card.extend(search.card(known, pinned.phase_name(part)))
         current.card.extend(train.card(self.store.path(self.ref(self.trained))))
 
     @property
-    def pinned(self):
-        from sft_core.pins import PinnedRecipe
-
-        pinned = PinnedRecipe(effective(self.recipe, self.set, self.limit), self.pins)
-        if pinned.recipe.search is None:
-            return pinned  # every step asks: nothing is looked up for it
+    def progress(self):
+        """The rounds of training that are known by now, read off the store."""
         from steps.search import progress
 
-        return progress(self.store, pinned).pinned
+        return progress(self.store, self.without_rounds)
+
+    @property
+    def pinned(self):
+        """The recipe with what its names stand for; with a search its rounds are looked up, so ask once a step."""
+        pinned = self.without_rounds
+        return self.progress.pinned if pinned.recipe.searches else pinned
+
+    @property
+    def without_rounds(self):
+        from sft_core.pins import PinnedRecipe
+
+        return PinnedRecipe(effective(self.recipe, self.set, self.limit), self.pins)
 
     @property
     def store(self):
-        import logging
+        return open_store(effective(self.recipe, self.set, self.limit).runtime.store)
 
-        from sft_core.store import Store
-
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        return Store(effective(self.recipe, self.set, self.limit).runtime.store)
-
-    def ensure(self, stage, **part):
+    def ensure(self, stage, pinned, **part):
         """The output's address as text, which the UI shows."""
         from steps.painted import faults_in_colour
 
         with faults_in_colour():
-            return str(self.store.ensure(stage, self.pinned, **part))
+            return str(self.store.ensure(stage, pinned, **part))
 
     def ref(self, address):
         from sft_core.store import Ref

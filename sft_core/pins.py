@@ -9,17 +9,16 @@ import dataclasses
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from sft_core.data.hub_token import check_token
 from sft_core.data.sources import digest_files, list_files
 from sft_core.harness_tasks import digest_task, pin_tasks
-from sft_core.recipe import Recipe
-from sft_core.store import Unresolved
-
-if TYPE_CHECKING:
-    from sft_core.search.rollouts import Point, Rollout
+from sft_core.recipe import Phase, Recipe
+from sft_core.rounds import Rounds
+from sft_core.store import Part, Unresolved
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "configs" / "templates"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -33,11 +32,26 @@ class PinnedRecipe:
     recipe: Recipe
     pins: dict[str, Any]
     unresolved: tuple[str, ...] = ()  # why pins are None, a line for each reason
-    # What a search has led to so far, as the store's outputs tell it (steps.search): each roll-out that is or will be
-    # trained, and the evaluation whose weights are delivered once the search is over.
-    rollouts: tuple[Rollout, ...] = ()
-    sizes: tuple[tuple[str, int], ...] = ()  # the rows of each task in an epoch of the whole mixture
-    delivered: Point | None = None
+    rounds: Mapping[str, Rounds] = dataclasses.field(default_factory=dict)  # of each phase with a search
+
+    def phase_name(self, part: Part) -> str:
+        """The phase of an output: its part names it, or a source or task of it, unless there is but one."""
+        names = [*self.recipe.phases]
+        if len(names) == 1:
+            return names[0]
+        return part["phase"] if "phase" in part else self.recipe.phase_of(part.get("source") or part["task"])
+
+    def phase(self, part: Part) -> Phase:
+        return self.recipe.phases[self.phase_name(part)]
+
+    def part_of(self, phase: str, **rest: Any) -> Part:
+        """The part of an output of the phase, which names it only where there are several."""
+        return rest if len(self.recipe.phases) == 1 else {"phase": phase, **rest}
+
+    def phase_before(self, phase: str) -> str | None:
+        """The phase from whose checkpoint this one starts; None: from the start model."""
+        names = [*self.recipe.phases]
+        return names[names.index(phase) - 1] if phase != names[0] else None
 
     def source_pin(self, source: str) -> str:
         """Raises Unresolved."""
@@ -109,11 +123,10 @@ class PinnedRecipe:
         _unchanged(f"evaluation.lm_eval.tasks: {task}", pinned["digest"], found)
         return {"name": task, "include_path": lm_eval.include_path, "folders": pinned["folders"]}
 
-    @property
-    def row_policy(self) -> dict[str, str]:
+    def row_policy(self, part: Part) -> dict[str, str]:
         template = self.recipe.chat_template
         choices = {name: getattr(template, name) for name in ("thinking", "empty_thinking", "served_prefix")}
-        return {"loss_scope": self.recipe.training.loss_scope, **choices}
+        return {"loss_scope": self.phase(part).training.loss_scope, **choices}
 
     @property
     def template_text(self) -> str | None:
@@ -146,7 +159,7 @@ def pin(recipe: Recipe, *, allow_unresolved: bool = False) -> PinnedRecipe:
         dataset.source: digest_files(list_files(dataset.paths))
         if dataset.paths
         else hub.resolve("dataset", str(dataset.id), dataset.revision)
-        for dataset in recipe.dataset_mixture.datasets
+        for dataset in recipe.datasets
     }
     model, name = recipe.model, recipe.model.model_name_or_path
     pins: dict[str, Any] = {"sources": sources, "tokenizer": None, "model": None, "template": None}

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -32,40 +34,18 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
-class Recipe(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    model: Model
-    chat_template: ChatTemplate = ChatTemplate()
+class Phase(Section):
+    """A link of the chain: a mixture, its packs, and how they are trained. It starts from the checkpoint before it."""
+
     dataset_mixture: DatasetMixture
     packing: Packing = Packing()
     training: Training = Training()
-    evaluation: Evaluation = Evaluation()
     search: Search | None = None
-    runtime: Runtime = Runtime()
-    hub: Hub | None = Field(None, description="where the result is pushed to; default: nowhere")
-    limit: PositiveInt | None = Field(None, description="only the first rows of each source: a smoke run")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
-        if len({*self.tasks}) < len(self.tasks):
-            raise ValueError(f"evaluation.tasks: found {', '.join(self.tasks)}; name each task once")
-        for key in ("tasks", "max_new_tokens_by_task", "metric_by_task", "json_schema_by_task"):
-            for name in getattr(self.evaluation, key) or ():
-                if name not in self.sources:
-                    raise ValueError(f"evaluation.{key}: found {name!r}; it is no source{nearest(name, self.sources)}")
-        if self.training.global_batch_size % self.runtime.num_ranks:
-            raise ValueError(
-                f"training.global_batch_size: found {self.training.global_batch_size}; it is a multiple of "
-                f"runtime.num_nodes * runtime.num_processes ({self.runtime.num_ranks}), so that every rank gets as "
-                "many packs"
-            )
+    def _consistent(self) -> Phase:
         if self.packing.over_long == "split" and self.training.loss_scope == "all":
             raise ValueError("packing.over_long: found 'split'; training.loss_scope all knows no turns to cut at")
-        if self.selection_rows is not None and self.dataset_mixture.selection_share == 0:
-            key = "search" if self.search is not None else "evaluation.during_training"
-            raise ValueError(
-                f"{key}: no prompt is in the selection split; give dataset_mixture.selection_share more than 0"
-            )
         if self.search is not None:
             self._check_search(self.search)
         if self.packing.max_length < 2:
@@ -82,30 +62,128 @@ class Recipe(Section):
                 f"training.lr_scheduler_type: found {training.lr_scheduler_type!r}; a search does not know how long it "
                 "will train: constant, or constant_with_warmup at the start of each roll-out"
             )
-        wanting = "dynamix" if search.strategy == "dynamix" else "search.score answers"
-        if (search.strategy == "dynamix" or search.score == "answers") and self.runtime.distributed != "ddp":
-            raise ValueError(
-                f"runtime.distributed: found {self.runtime.distributed!r}; {wanting} works on each rank by itself, for "
-                "which it holds all weights: ddp"
-            )
         if training.lora is not None:
             raise ValueError("training.lora: a search goes back to whole checkpoints; remove search or lora")
-        if self.evaluation.during_training is not None:
-            raise ValueError("evaluation.during_training: a search evaluates by itself; remove it")
         if self.dataset_mixture.datasets[0].trained_token_share is not None:
             raise ValueError("trained_token_share: a search trains a task's rows or does not; give weights or num_rows")
 
     @property
-    def selection_rows(self) -> int | None:
-        """Selection prompts of each source that are evaluated while training goes on; None: there are none."""
-        if self.search is not None:
-            return self.search.max_rows
-        during = self.evaluation.during_training
+    def sources(self) -> list[str]:
+        return [dataset.source for dataset in self.dataset_mixture.datasets]
+
+
+class PhaseRecipe(NamedTuple):
+    """What the training of one phase reads of a recipe."""
+
+    model: Model
+    dataset_mixture: DatasetMixture
+    packing: Packing
+    training: Training
+    search: Search | None
+    runtime: Runtime
+
+
+ONLY = "tuned"  # the phase of a recipe without `phases`, by the name that its scores have
+BASE = "base"  # the start model, where the models that are scored are named
+PHASE_KEYS = tuple(Phase.model_fields)
+# What a row of the score table holds beside a column for each model.
+RESERVED_NAMES = frozenset({BASE, "task", "metric", "n", "stderr", "difference", "low", "high", "flags"})
+PhaseName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
+class Recipe(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    model: Model
+    chat_template: ChatTemplate = ChatTemplate()
+    phases: Annotated[dict[PhaseName, Phase], Field(min_length=1)] = Field(
+        description="one after another, each from the checkpoint of the one before; a recipe of one phase may have the "
+        "phase's keys at its root instead"
+    )
+    evaluation: Evaluation = Evaluation()
+    runtime: Runtime = Runtime()
+    hub: Hub | None = Field(None, description="where the result is pushed to; default: nowhere")
+    limit: PositiveInt | None = Field(None, description="only the first rows of each source: a smoke run")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        self._check_names()
+        for key in ("tasks", "max_new_tokens_by_task", "metric_by_task", "json_schema_by_task"):
+            for name in getattr(self.evaluation, key) or ():
+                if name not in self.sources:
+                    raise ValueError(f"evaluation.{key}: found {name!r}; it is no source{nearest(name, self.sources)}")
+        for name, phase in self.phases.items():
+            self._check_phase(name, phase)
+        if self.evaluation.during_training is not None and all(phase.search for phase in self.phases.values()):
+            raise ValueError("evaluation.during_training: a search evaluates by itself; remove it")
+        return self
+
+    def _check_names(self) -> None:
+        if taken := RESERVED_NAMES.intersection(self.phases):
+            raise ValueError(f"phases.{min(taken)}: the name is taken; choose another")
+        if repeated := [source for source, count in Counter(self.sources).items() if count > 1]:
+            raise ValueError(
+                f"phases: found the source {repeated[0]!r} in several; give each a name of its own (datasets.name)"
+            )
+        if len({*self.tasks}) < len(self.tasks):
+            raise ValueError(f"evaluation.tasks: found {', '.join(self.tasks)}; name each task once")
+
+    def _check_phase(self, name: str, phase: Phase) -> None:
+        batch, ranks = phase.training.global_batch_size, self.runtime.num_ranks
+        if batch % ranks:
+            raise ValueError(
+                f"{self.key_of(name, 'training.global_batch_size')}: found {batch}; it is a multiple of "
+                f"runtime.num_nodes * runtime.num_processes ({ranks}), so that every rank gets as many packs"
+            )
+        if self.selection_rows(name) is not None and phase.dataset_mixture.selection_share == 0:
+            key = self.key_of(name, "search") if phase.search is not None else "evaluation.during_training"
+            raise ValueError(
+                f"{key}: no prompt is in the selection split; give "
+                f"{self.key_of(name, 'dataset_mixture.selection_share')} more than 0"
+            )
+        search, first = phase.search, next(iter(self.phases.values()))
+        wants_whole_model = search is not None and (search.strategy == "dynamix" or search.score == "answers")
+        if search is not None and wants_whole_model and self.runtime.distributed != "ddp":
+            reason = "dynamix" if search.strategy == "dynamix" else "search.score answers"
+            raise ValueError(
+                f"runtime.distributed: found {self.runtime.distributed!r}; {reason} works on each rank by itself, for "
+                "which it holds all weights: ddp"
+            )
+        for share in ("selection_share", "report_share"):
+            value, expected = (getattr(each.dataset_mixture, share) for each in (phase, first))
+            if value != expected:
+                raise ValueError(
+                    f"{self.key_of(name, f'dataset_mixture.{share}')}: found {value:g}, and {expected:g} in the first "
+                    "phase; the shares are the same in all phases, so that what one holds out no other trains"
+                )
+
+    def key_of(self, phase: str, key: str) -> str:
+        """A phase's key as the user wrote it: at the root where there are no `phases`."""
+        return key if [*self.phases] == [ONLY] else f"phases.{phase}.{key}"
+
+    def selection_rows(self, phase: str) -> int | None:
+        """Selection prompts of each source that are evaluated while the phase trains; None: there are none."""
+        search, during = self.phases[phase].search, self.evaluation.during_training
+        if search is not None:
+            return search.max_rows
         return None if during is None else during.max_rows
 
     @property
+    def models(self) -> list[str]:
+        """The names of all models that are scored: the start model, and the checkpoint of each phase."""
+        return [BASE, *self.phases]
+
+    @property
+    def last_phase(self) -> Phase:
+        """The phase whose checkpoint is released."""
+        return [*self.phases.values()][-1]
+
+    @property
+    def datasets(self) -> list[Dataset]:
+        return [dataset for phase in self.phases.values() for dataset in phase.dataset_mixture.datasets]
+
+    @property
     def sources(self) -> list[str]:
-        return [dataset.source for dataset in self.dataset_mixture.datasets]
+        return [dataset.source for dataset in self.datasets]
 
     @property
     def tasks(self) -> list[str]:
@@ -117,8 +195,33 @@ class Recipe(Section):
         lm_eval = self.evaluation.lm_eval
         return [*self.tasks, *(f"{LM_EVAL}{name}" for name in (lm_eval.tasks if lm_eval else ()))]
 
+    @property
+    def searches(self) -> bool:
+        """Whether a phase has a search."""
+        return any(phase.search is not None for phase in self.phases.values())
+
     def dataset(self, source: str) -> Dataset:
-        return next(dataset for dataset in self.dataset_mixture.datasets if dataset.source == source)
+        return next(dataset for dataset in self.datasets if dataset.source == source)
+
+    def for_phase(self, name: str) -> PhaseRecipe:
+        phase = self.phases[name]
+        keys = (phase.dataset_mixture, phase.packing, phase.training, phase.search)
+        return PhaseRecipe(self.model, *keys, self.runtime)
+
+    def phase_of(self, source: str) -> str:
+        """The name of the phase whose mixture has the source."""
+        return next(name for name, phase in self.phases.items() if source in phase.sources)
+
+    def as_written(self, exclude: Iterable[str] = ()) -> dict[str, Any]:
+        """Plain data with every default, and a phase's keys at the root where the recipe has no `phases`."""
+        data = self.model_dump(mode="json", exclude={*exclude})
+        if [*self.phases] != [ONLY]:
+            return data
+        return {
+            key: value
+            for name, section in data.items()
+            for key, value in (section[ONLY].items() if name == "phases" else [(name, section)])
+        }
 
 
 def read_yaml(text: str) -> dict[str, Any]:
@@ -142,12 +245,26 @@ def _plain(text: str, name: str) -> Any:
 def parse_recipe(data: dict[str, Any]) -> Recipe:
     """The typed recipe of plain data. Raises ValueError that lists every wrong key."""
     try:
-        return Recipe.model_validate_json(json.dumps(data))
+        return Recipe.model_validate_json(json.dumps(with_phases(data)))
     except ValidationError as error:
         problems = error.errors()
         # A list whose members are faulty is also called too short; that tells nobody anything.
-        told = [p for p in problems if p["type"] != "too_short" or not any(_is_inside(q, p) for q in problems)]
-        raise ValueError("\n".join(_explain(problem) for problem in told)) from None
+        shown = [p for p in problems if p["type"] != "too_short" or not any(_is_inside(q, p) for q in problems)]
+        raise ValueError("\n".join(_explain(problem, "phases" in data) for problem in shown)) from None
+
+
+def with_phases(data: dict[str, Any]) -> dict[str, Any]:
+    """The data with its phase's keys below `phases`, which is how everything after this reads them.
+
+    Raises ValueError for such a key beside `phases`.
+    """
+    at_root = [key for key in PHASE_KEYS if key in data]
+    if "phases" not in data:
+        rest = {key: value for key, value in data.items() if key not in at_root}
+        return {**rest, "phases": {ONLY: {key: data[key] for key in at_root}}}
+    if at_root:
+        raise ValueError(f"{at_root[0]}: found beside phases; each phase has its own: phases.NAME.{at_root[0]}")
+    return data
 
 
 def load_recipe(path: str | Path, *, overrides: tuple[str, ...] = (), limit: int | None = None) -> Recipe:
@@ -192,9 +309,12 @@ def override(data: dict[str, Any], overrides: tuple[str, ...], limit: int | None
 
 def _parts(key: str, data: dict[str, Any]) -> list[str]:
     """The key cut at its dots, but for those in a source's name, as in OpenHermes_2.5."""
-    mixture = data.get("dataset_mixture")
-    datasets = mixture.get("datasets") if isinstance(mixture, dict) else None
-    names = [_source_of(element) for element in datasets] if isinstance(datasets, list) else []
+    phases = data.get("phases")
+    names = []
+    for phase in [data, *(phases.values() if isinstance(phases, dict) else ())]:
+        mixture = phase.get("dataset_mixture") if isinstance(phase, dict) else None
+        datasets = mixture.get("datasets") if isinstance(mixture, dict) else None
+        names += [_source_of(element) for element in datasets] if isinstance(datasets, list) else []
     pieces, parts = key.split("."), []
     while pieces:
         size = next((n for n in range(len(pieces), 1, -1) if ".".join(pieces[:n]) in names), 1)
@@ -228,26 +348,30 @@ def _is_inside(problem: ErrorDetails, outer: ErrorDetails) -> bool:
     return len(problem["loc"]) > depth and problem["loc"][:depth] == outer["loc"]
 
 
-def _explain(problem: ErrorDetails) -> str:
-    where, fields = _locate(problem["loc"])
+def _explain(problem: ErrorDetails, has_phases: bool) -> str:
+    where, fields = _locate(problem["loc"], has_phases)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key{nearest(str(problem['loc'][-1]), fields)}"
     if problem["type"] == "missing":
         return f"{where}: missing; it has no default"
     if problem["type"] == "value_error":
-        return f"{where}: {message}" if where else message
+        is_of_phase = has_phases and len(problem["loc"]) == 2 and problem["loc"][0] == "phases"
+        return f"{where}{'.' if is_of_phase else ': '}{message}" if where else message
     return f"{where or 'the recipe'}: found {short(problem['input'])}; {message[0].lower()}{message[1:]}"
 
 
 _UNION_MEMBERS = ("str", "tuple[str, ...]")  # pydantic puts them into a place; they are no keys
 
 
-def _locate(loc: tuple[str | int, ...]) -> tuple[str, list[str]]:
+def _locate(loc: tuple[str | int, ...], has_phases: bool) -> tuple[str, list[str]]:
     """The key in a user's words, and the names that are known where its last part stands."""
     where = ""
     model: type[BaseModel] | None = Recipe
-    fields = list(Recipe.model_fields)
+    fields = [*Recipe.model_fields, *(() if has_phases else PHASE_KEYS)]
+    if loc[:1] == ("phases",) and len(loc) > 1:
+        where = f"phases.{loc[1]}" if has_phases else ""
+        model, loc = Phase, loc[2:]
     for part in loc:
         if isinstance(part, int):
             where += f"[{part}]"
@@ -255,7 +379,8 @@ def _locate(loc: tuple[str | int, ...]) -> tuple[str, list[str]]:
         if part in _UNION_MEMBERS:
             continue
         where += f".{part}" if where else str(part)
-        fields = list(model.model_fields) if model is not None else []
+        if model is not Recipe:
+            fields = list(model.model_fields) if model is not None else []
         field = model.model_fields.get(part) if model is not None else None
         model = _section_of(field.annotation) if field is not None else None
         if model is not None and part != loc[-1]:

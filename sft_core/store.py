@@ -189,6 +189,11 @@ class Store:
         ref = Ref(stage.name, sha256_of(identity)[:KEY_HEX])
         return Located(stage, part, "hit" if self.has(ref) else "build", ref, identity)
 
+    def refresh(self) -> None:
+        """What other machines have made meanwhile is there too."""
+        if self.remote:
+            self.remote.forget()
+
     def has(self, ref: Ref) -> bool:
         return ref in self.remote.outputs() if self.remote else self.is_here(ref)
 

@@ -1,4 +1,4 @@
-"""What base and tuned model answered, row by row."""
+"""What the start model and the released one answered, row by row."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ STYLES: dict[Change, str] = {"won": "bold green", "lost": "bold red", "same": "b
 
 
 def answers(run: Recorded, task: str | None, only: Change | None) -> Iterator[dict[str, Any]]:
-    """{task, row_id, change, score, asked, wanted, base, tuned} of each row of a run that was asked, task by task.
+    """{task, row_id, change, score, asked, wanted, MODEL: outputs} of each row of a run that was asked, task by task.
 
-    Rows that were won or lost come first. score, base and tuned hold a model's values: base and tuned an output a
-    sample. Raises ValueError for an unknown task, and for outputs that are not there.
+    The two models are the start model and the last phase's checkpoint (base and tuned, where there is one phase). Rows
+    that were won or lost come first. score has each model's score, MODEL its outputs, one a sample. Raises ValueError
+    for an unknown task, and for outputs that are not there.
     """
     own = [name for name in run.evaluated if not name.startswith(LM_EVAL)]
     if task is not None and task not in own:
@@ -32,7 +33,8 @@ def answers(run: Recorded, task: str | None, only: Change | None) -> Iterator[di
         raise ValueError(f"--task: found {task!r}; it is no task whose rows are kept here{hint}{nearest(task, own)}")
     store = Store(run.recipe.runtime.store)
     for name in own if task is None else [task]:
-        refs = {model: Ref(*run.evaluated[name][model].split("/")) for model in ("base", "tuned")}
+        first, *_, last = run.recipe.models
+        refs = {model: Ref(*run.evaluated[name][model].split("/")) for model in (first, last)}
         for ref in refs.values():
             if not store.has(ref):
                 raise ValueError(f"{ref} is not in the store {run.recipe.runtime.store}; run again to make it")
@@ -40,29 +42,30 @@ def answers(run: Recorded, task: str | None, only: Change | None) -> Iterator[di
         changes: tuple[Change, ...] = ("won", "lost", "same")
         for change, pairs in zip(changes, by_change(*tables), strict=True):
             if only in (None, change):
-                yield from (_plain(name, change, *pair) for pair in pairs)
+                yield from (_plain(name, change, dict(zip(refs, pair, strict=True))) for pair in pairs)
 
 
-def _plain(task: str, change: Change, base: dict[str, Any], tuned: dict[str, Any]) -> dict[str, Any]:
+def _plain(task: str, change: Change, by_model: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    *_, last = by_model.values()
     return {
         "task": task,
-        "row_id": tuned["row_id"],
+        "row_id": last["row_id"],
         "change": change,
-        "score": {"base": base["score"], "tuned": tuned["score"]},
-        "asked": tuned["prompt"],
-        "wanted": tuned["answer"],
-        "base": base["outputs"],
-        "tuned": tuned["outputs"],
+        "score": {model: row["score"] for model, row in by_model.items()},
+        "asked": last["prompt"],
+        "wanted": last["answer"],
+        **{model: row["outputs"] for model, row in by_model.items()},
     }
 
 
 def as_text(row: dict[str, Any]) -> Text:
     from rich.text import Text
 
-    title = f"{row['task']}  {row['change']}: {row['score']['base']:.4g} → {row['score']['tuned']:.4g}"
+    scores = " → ".join(f"{score:.4g}" for score in row["score"].values())
+    title = f"{row['task']}  {row['change']}: {scores}"
     text = Text.assemble((title, STYLES[row["change"]]), (f"  row {row['row_id']}\n", "dim"))
     parts = [("asked", row["asked"]), ("wanted", row["wanted"])]
-    parts += [(model, output) for model in ("base", "tuned") for output in row[model]]
+    parts += [(model, output) for model in row["score"] for output in row[model]]
     for name, said in parts:
         lines = (said or "-").strip("\n").split("\n")
         text.append(f"  {name:<7}", "dim").append("\n         ".join(lines) + "\n")

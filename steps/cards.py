@@ -8,9 +8,12 @@ import html
 import time
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft_core.data.lengths import end_of
+
+if TYPE_CHECKING:
+    from sft_core.pins import PinnedRecipe
 
 MAX_CELL = 300  # characters
 # A card is narrow, and what sticks out of it is cut off: long names are folded, and numbers are not.
@@ -22,6 +25,11 @@ def heading(text: str) -> Any:
     from metaflow.cards import Markdown
 
     return Markdown(f"{_FOLDED}<h2>{_escaped(text)}</h2>")
+
+
+def of_phase(pinned: PinnedRecipe, phase: str, components: list[Any]) -> list[Any]:
+    """The components below the phase's name, where the recipe has several."""
+    return [heading(f"Phase {phase}"), *components] if len(pinned.recipe.phases) > 1 else components
 
 
 def facts(title: str, values: dict[str, Any]) -> list[Any]:

@@ -22,7 +22,7 @@ HELP = (
 )
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 _COMMAND = re.compile(r"/(\w+)(?:\s+(.*))?\Z", re.DOTALL)
-_WITH_MODEL = ("trained", "delivered", "release")
+_WITH_MODEL = ("trained", "checkpoint", "delivered", "release")  # delivered: of older runs' searches
 
 
 class Place(NamedTuple):

@@ -92,13 +92,17 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
     known = [count for count in prompts.values() if count is not None]
     if known:
         click.echo(f"unique report prompts a task: {min(known)} to {max(known)}")
-    shares, problems = planned_shares(store, pinned)
-    click.echo("\n" + text_table(SHARES_HEADER, shares))
-    unmet = (unmet_demands(loaded), pipeline.unmet_engine(found, loaded))
+    problems: list[str] = []
+    for phase in loaded.phases:
+        shares, of_phase = planned_shares(store, pinned, phase)
+        problems += of_phase
+        click.echo(("" if len(loaded.phases) == 1 else f"\nphase {phase}") + "\n" + text_table(SHARES_HEADER, shares))
+    unmet = {unmet_demands(loaded.for_phase(phase)) for phase in loaded.phases} | {pipeline.unmet_engine(found, loaded)}
     for problem in [*problems, *filter(None, unmet), *_of_model(found, pinned, tries=memory)]:
         click.echo(problem, err=True)
-    if memory and (estimate := pipeline.estimated(store, pinned, found)):
-        click.echo(f"\n{estimate}")
+    if memory:
+        for line in pipeline.estimated(store, pinned, found):
+            click.echo(f"\n{line}")
     pipeline.check_training(found, pinned)
 
 

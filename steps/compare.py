@@ -61,11 +61,11 @@ def compared(a: Recorded, b: Recorded) -> dict[str, Any]:
 def _recipe_differences(a: Recorded, b: Recorded) -> list[tuple[str, Any, Any]]:
     sides: list[dict[str, Any]] = []
     for run in (a, b):
-        data = run.recipe.model_dump(mode="json", exclude=set(ELSEWHERE))
+        data = run.recipe.as_written(exclude=ELSEWHERE)
         # By name: one more source must not shift all that come after it.
-        mixture = data["dataset_mixture"]
-        names = [dataset.source for dataset in run.recipe.dataset_mixture.datasets]
-        mixture["datasets"] = dict(zip(names, mixture["datasets"], strict=True))
+        for name, phase in run.recipe.phases.items():
+            mixture = (data["phases"][name] if "phases" in data else data)["dataset_mixture"]
+            mixture["datasets"] = dict(zip(phase.sources, mixture["datasets"], strict=True))
         sides.append(data)
     return list(differences(sides[0], sides[1]))
 
@@ -88,7 +88,7 @@ def _counts(store: Store, run: Recorded) -> dict[tuple[str, str], Any]:
     rounds = [Ref(*address) for name, address in last["inputs"].items() if name.startswith("round:")]
     all_rounds = [*(store.manifest(ref) for ref in rounds if store.has(ref)), last]
     found["trained", "seconds"] = sum(one["seconds"] for one in all_rounds)
-    if run.recipe.search is not None and len(all_rounds) == len(rounds) + 1:
+    if run.recipe.last_phase.search is not None and len(all_rounds) == len(rounds) + 1:
         found["trained", "rollouts"] = len(all_rounds)
         found["trained", "steps"] = sum(one["counts"]["steps"] for one in all_rounds)
         found["trained", "flops"] = sum(_flops(store, Ref(*one["ref"])) for one in all_rounds)
@@ -127,20 +127,24 @@ def _differences(tables: list[pa.Table | None], asked: list[str]) -> dict[str, D
 
 
 def _task(store: Store, run: Recorded, task: str) -> dict[str, dict[str, Any]]:
-    """{metric: {n, base, tuned, stderr}}."""
+    """{metric: {n, base, tuned, stderr}}, tuned being the last phase's checkpoint."""
     found: dict[str, dict[str, Any]] = {}
+    first, *_, last = run.recipe.models
+    shown = {first: "base", last: "tuned"}
     for model, address in run.evaluated.get(task, {}).items():
+        if model not in shown:
+            continue
         ref = Ref(*address.split("/"))
         for score in store.manifest(ref)["counts"]["scores"] if store.has(ref) else ():
             one = found.setdefault(score["metric"], {"n": score["n"], "base": None, "tuned": None, "stderr": None})
-            one[model] = score["value"]
-            if model == "tuned":
+            one[shown[model]] = score["value"]
+            if model == last:
                 one["stderr"] = score["stderr"]
     return found
 
 
 def _rows(store: Store, run: Recorded, task: str) -> pa.Table | None:
-    address = run.evaluated.get(task, {}).get("tuned")
+    address = run.evaluated.get(task, {}).get(run.recipe.models[-1])
     if address is None or not store.has(ref := Ref(*address.split("/"))):
         return None
     if "rows.parquet" not in store.manifest(ref)["files"]:

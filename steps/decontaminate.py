@@ -10,24 +10,24 @@ from steps.cards import heading, table
 from steps.download import CONVERSATIONS
 
 
-def _shares(pinned: PinnedRecipe) -> dict[str, float]:
-    mixture = pinned.recipe.dataset_mixture
+def _shares(pinned: PinnedRecipe, part: Part) -> dict[str, float]:
+    mixture = pinned.phase(part).dataset_mixture
     return {"selection_share": mixture.selection_share, "report_share": mixture.report_share}
 
 
 REPORT_PROMPTS = Stage(
     "report_prompts",
     build_report_prompts,
-    section=lambda pinned, part: _shares(pinned),
+    section=_shares,
     needs=lambda pinned, part: {"conversations": (CONVERSATIONS, {"source": part["task"]})},
     libraries=("xxhash",),
 )
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
-    asked = pinned.recipe.dataset_mixture.decontamination
+    asked = pinned.phase(part).dataset_mixture.decontamination
     assert asked is not None, "the stage is needed only where the recipe has the key"
-    return {"tasks": pinned.recipe.tasks, **asked.model_dump(mode="json"), **_shares(pinned)}
+    return {"tasks": pinned.recipe.tasks, **asked.model_dump(mode="json"), **_shares(pinned, part)}
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:

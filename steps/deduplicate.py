@@ -12,14 +12,14 @@ from steps.download import CONVERSATIONS
 from steps.tokenize import TOKENS
 
 
-def _asked(pinned: PinnedRecipe) -> Deduplication:
-    asked = pinned.recipe.dataset_mixture.deduplication
+def _asked(pinned: PinnedRecipe, part: Part) -> Deduplication:
+    asked = pinned.phase(part).dataset_mixture.deduplication
     assert asked is not None, "the stage is needed only where the recipe has the key"
     return asked
 
 
 def _signature_section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
-    asked = _asked(pinned)
+    asked = _asked(pinned, part)
     return {
         "ngram": asked.ngram if asked.near else None,
         "num_permutations": asked.num_permutations if asked.near else None,
@@ -38,7 +38,7 @@ SIGNATURES = Stage(
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
-    asked, mixture = _asked(pinned), pinned.recipe.dataset_mixture
+    asked, mixture = _asked(pinned, part), pinned.phase(part).dataset_mixture
     return {
         "sources": mixture.trained_sources,
         "ngram": asked.ngram if asked.near else None,
@@ -50,7 +50,7 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
     needs: Needs = {}
-    for source in pinned.recipe.dataset_mixture.trained_sources:
+    for source in pinned.phase(part).dataset_mixture.trained_sources:
         for stage in (CONVERSATIONS, TOKENS, SIGNATURES):
             needs[f"{stage.name}:{source}"] = (stage, {"source": source})
     return needs

@@ -15,7 +15,7 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict:
         "format": dataset.format,
         "pin": pinned.source_pin(part["source"]),
         "limit": pinned.recipe.limit,
-        "max_rejected_share": pinned.recipe.dataset_mixture.max_rejected_share,
+        "max_rejected_share": pinned.phase(part).dataset_mixture.max_rejected_share,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,32 +16,31 @@ from sft_core.evaluate.comparison import by_change
 from sft_core.evaluate.rows import read_rows
 from sft_core.evaluate.summary import compare, read_answers
 from sft_core.pins import PinnedRecipe
+from sft_core.recipe import BASE
 from sft_core.report.tables import score_rows
 from sft_core.store import Needs, Part, Ref, Stage, Store
-from steps import deliver
 from steps.cards import facts, heading, table, warnings
 from steps.download import CONVERSATIONS
 from steps.scoring import asked_of_answers, wants_conversation
 from steps.tokenize import TOKENS
+from steps.train import checkpoint_of
 
-MODELS = ("base", "tuned")
 MAX_EXAMPLES = 8  # of the rows that were won, of those that were lost, and of the others
 MAX_ASKED = 200  # characters of a prompt, from its end
 MAX_SCANNED_BYTES = 256 * 2**20  # larger local sources are counted once they are downloaded
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
-    recipe = pinned.recipe
+    recipe, phase = pinned.recipe, pinned.phase(part)
     return {
-        "model": pinned.model_identity if part["model"] == "base" else None,
+        "model": pinned.model_identity if part["model"] == BASE else None,
         "tokenizer": pinned.tokenizer_identity,
         "attn_implementation": recipe.model.attn_implementation,
-        "bf16": recipe.training.bf16,
-        "seed": recipe.training.seed,
-        "selection_share": recipe.dataset_mixture.selection_share,
-        "report_share": recipe.dataset_mixture.report_share,
+        **how_loaded(pinned),
+        "selection_share": phase.dataset_mixture.selection_share,
+        "report_share": phase.dataset_mixture.report_share,
         "max_rows": recipe.evaluation.max_rows,
-        "max_length": recipe.packing.max_length,
+        "max_length": phase.packing.max_length,
         "smoke": recipe.limit is not None,
         **asked_of_answers(pinned, part["task"]),
         "sampling": recipe.evaluation.sampling and recipe.evaluation.sampling.model_dump(mode="json"),
@@ -48,11 +48,23 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     }
 
 
+def how_loaded(pinned: PinnedRecipe) -> dict[str, Any]:
+    """The same for all models, so that their scores can be compared: in the precision of the last phase, and random
+    weights by the first phase's seed, which drew them."""
+    first = next(iter(pinned.recipe.phases.values()))
+    return {"bf16": pinned.recipe.last_phase.training.bf16, "seed": first.training.seed}
+
+
+def scored_model(pinned: PinnedRecipe, part: Part) -> Needs:
+    """The checkpoint that an evaluation loads; none of the start model, which the recipe names."""
+    return {} if part["model"] == BASE else {"trained": checkpoint_of(pinned, part["model"])}
+
+
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
-    found: Needs = {"tokens": (TOKENS, {"source": part["task"]})}
+    needs: Needs = {"tokens": (TOKENS, {"source": part["task"]})}
     if wants_conversation(pinned, part["task"]):
-        found["conversations"] = (CONVERSATIONS, {"source": part["task"]})
-    return found if part["model"] == "base" else {**found, "trained": deliver.delivered(pinned)}
+        needs["conversations"] = (CONVERSATIONS, {"source": part["task"]})
+    return needs | scored_model(pinned, part)
 
 
 # The version stands for sft_core/evaluate: raise it when a change there changes a score.
@@ -61,7 +73,7 @@ EVALUATED = Stage(
     tasks.build_evaluated,
     section=_section,
     places=lambda pinned, part: {
-        "model": pinned.model_loader if part["model"] == "base" else None,
+        "model": pinned.model_loader if part["model"] == BASE else None,
         "tokenizer": pinned.tokenizer_loader,
     },
     needs=_needs,
@@ -82,51 +94,55 @@ def measure_ahead(store: Store, pinned: PinnedRecipe, part: Part) -> None:
 
 def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     """The task's scores with their differences and red flags, and the rows that were won and lost."""
-    manifests = {model: store.manifest(refs[model]) for model in MODELS}
-    folders = {model: store.path(refs[model]) for model in MODELS}
-    task, tuned = manifests["tuned"]["identity"]["part"]["task"], manifests["tuned"]["counts"]
-    scores = {model: manifests[model]["counts"]["scores"] for model in MODELS}
-    compared = compare(folders["base"], folders["tuned"])
-    counts = {model: read_answers(folders[model]) for model in MODELS}
+    manifests = {model: store.manifest(ref) for model, ref in refs.items()}
+    folders = {model: store.path(ref) for model, ref in refs.items()}
+    (first, *_, last), arrow = refs, " → ".join(refs)
+    task, released = manifests[last]["identity"]["part"]["task"], manifests[last]["counts"]
+    scores = {model: manifest["counts"]["scores"] for model, manifest in manifests.items()}
+    compared = compare(folders[first], folders[last])
+    counts = {model: read_answers(folder) for model, folder in folders.items()}
     rows = score_rows({task: scores}, {task: compared}, {task: counts})
-    shown: dict[str, Any] = {"rows": tuned["rows"]}
-    for base, after in zip(scores["base"], scores["tuned"], strict=True):
-        shown[f"{after['metric']}: base → tuned"] = told(base, after, compared.get(after["metric"]))
-    if tuned["answers"]:
-        shown["answers"] = tuned["answers"]
-        if "engine" in tuned:
-            shown["answered by"] = tuned["engine"]
+    shown: dict[str, Any] = {"rows": released["rows"]}
+    for of_models in zip(*scores.values(), strict=True):
+        metric = of_models[-1]["metric"]
+        shown[f"{metric}: {arrow}"] = with_difference(of_models, compared.get(metric))
+    if released["answers"]:
+        shown["answers"] = released["answers"]
+        if "engine" in released:
+            shown["answered by"] = released["engine"]
         for name in ("generated_tokens", "cut_off", "empty", "timeouts"):
-            before, after = (manifests[model]["counts"][name] for model in MODELS)
-            shown[f"{name.replace('_', ' ')}: base → tuned"] = f"{before} → {after}"
+            amounts = (str(manifest["counts"][name]) for manifest in manifests.values())
+            shown[f"{name.replace('_', ' ')}: {arrow}"] = " → ".join(amounts)
     flags = [f"{row['metric']}: {row['flags']}" for row in rows if row["flags"]]
     components = [*facts(f"Task {task}", shown), *warnings(flags)]
-    if not tuned["answers"]:
+    if not released["answers"]:
         return components
-    won, lost, same = by_change(*(read_rows(folders[model]) for model in MODELS))
+    won, lost, same = by_change(read_rows(folders[first]), read_rows(folders[last]))
     for name, meaning, pairs in (
-        ("Won", "the tuned model scores higher", won),
-        ("Lost", "the base model scores higher", lost),
+        ("Won", f"{last} scores higher", won),
+        ("Lost", f"{first} scores higher", lost),
         ("The same", "both score alike", same),
     ):
-        components += _examples(name, meaning, pairs)
+        components += _examples(name, meaning, pairs, (first, last))
     return components
 
 
-def told(base: dict[str, Any], tuned: dict[str, Any], difference: dict[str, Any] | None) -> str:
+def with_difference(scores: Sequence[dict[str, Any]], difference: dict[str, Any] | None) -> str:
+    """One metric's scores by each model, and how the last one differs from the first."""
+
     def value(score: dict[str, Any]) -> str:
         return f"{score['value']:.4f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.4f}")
 
-    text = f"{value(base)} → {value(tuned)} (n {tuned['n']})"
+    text = f"{' → '.join(map(value, scores))} (n {scores[-1]['n']})"
     if difference is None or difference["low"] is None:
         return text
     return f"{text}; {difference['value']:+.4f}, 95 % {difference['low']:+.4f} to {difference['high']:+.4f}"
 
 
-def _examples(name: str, meaning: str, pairs: list[Any]) -> list[Any]:
+def _examples(name: str, meaning: str, pairs: list[Any], models: tuple[str, str]) -> list[Any]:
     """How many rows changed, and what was written in the first of them."""
     title = heading(f"{name}: {len(pairs)} rows, in which {meaning}")
-    header = ("asked (its end)", "wanted", "base wrote", "score", "tuned wrote", "score")
+    header = ("asked (its end)", "wanted", *(column for model in models for column in (f"{model} wrote", "score")))
     shown = [
         (_end(base["prompt"]), base["answer"], *(each for row in (base, tuned) for each in _written(row)))
         for base, tuned in pairs[:MAX_EXAMPLES]
@@ -163,7 +179,7 @@ def check_report_prompts(counts: dict[str, int | None], pinned: PinnedRecipe) ->
 
 
 def _count(store: Store, pinned: PinnedRecipe, task: str) -> int | None:
-    mixture = pinned.recipe.dataset_mixture
+    mixture = pinned.phase({"task": task}).dataset_mixture
     hashes = _prompt_hashes(store, pinned, task)
     if hashes is None:
         return None
@@ -176,7 +192,7 @@ def _prompt_hashes(store: Store, pinned: PinnedRecipe, task: str) -> np.ndarray 
     if located.status == "hit" and located.ref is not None:
         with store.open(located.ref, "conversations.parquet") as file:
             return pq.read_table(file, columns=["prompt_hash"])["prompt_hash"].to_numpy()
-    dataset = pinned.recipe.dataset(task)
+    dataset, mixture = pinned.recipe.dataset(task), pinned.phase({"task": task}).dataset_mixture
     if not dataset.paths:
         return None
     files = list_files(dataset.paths)
@@ -190,6 +206,6 @@ def _prompt_hashes(store: Store, pinned: PinnedRecipe, task: str) -> np.ndarray 
             hashes.append(accept(raw, dataset.format).prompt_hash)
         except Rejected:
             num_rejected += 1
-    faulty = num_rejected > pinned.recipe.dataset_mixture.max_rejected_share * (len(hashes) + num_rejected)
+    faulty = num_rejected > mixture.max_rejected_share * (len(hashes) + num_rejected)
     # An empty or faulty source is told of by its download, which knows what is wrong with it.
     return None if faulty or not hashes else np.array(hashes, dtype=np.uint64)

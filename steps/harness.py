@@ -10,9 +10,10 @@ from sft_core.evaluate.harness import build_harness
 from sft_core.evaluate.summary import compare
 from sft_core.measuring import LM_EVAL, LmEval
 from sft_core.pins import PinnedRecipe
+from sft_core.recipe import BASE
 from sft_core.report.tables import score_rows
 from sft_core.store import Needs, Part, Ref, Stage, Store
-from steps import deliver, evaluate
+from steps import evaluate
 from steps.cards import facts, table, warnings
 
 MAX_SHOWN = 12  # documents on a card
@@ -37,13 +38,12 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     recipe, asked = pinned.recipe, _asked(pinned)
     limits = [limit for limit in (asked.limit, recipe.limit) if limit is not None]
     return {
-        "model": pinned.model_identity if part["model"] == "base" else None,
+        "model": pinned.model_identity if part["model"] == BASE else None,
         "tokenizer": pinned.tokenizer_identity,
         "template": _template(pinned, pinned.template_identity),
         "task": pinned.harness_identity(part["task"]),
         "attn_implementation": recipe.model.attn_implementation,
-        "bf16": recipe.training.bf16,
-        "seed": recipe.training.seed,
+        **evaluate.how_loaded(pinned),
         "num_fewshot": asked.num_fewshot,
         "limit": min(limits, default=None),
         "system_instruction": asked.system_instruction,
@@ -53,7 +53,7 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
 
 def _places(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     return {
-        "model": pinned.model_loader if part["model"] == "base" else None,
+        "model": pinned.model_loader if part["model"] == BASE else None,
         "tokenizer": pinned.tokenizer_loader,
         "template": _template(pinned, pinned.template_arguments),
         "task": pinned.harness_loader(part["task"]),
@@ -66,7 +66,7 @@ HARNESS = Stage(
     build_harness,
     section=_section,
     places=_places,
-    needs=lambda pinned, part: {"trained": deliver.delivered(pinned)} if part["model"] == "tuned" else {},
+    needs=evaluate.scored_model,
     version=2,
     verify_inputs=True,
 )
@@ -75,34 +75,34 @@ HARNESS = Stage(
 def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     """The task's scores, and some of its documents with what was wanted and what came."""
     counts = {model: store.manifest(ref)["counts"] for model, ref in refs.items()}
-    base, after = ({score["metric"]: score for score in counts[model]["scores"]} for model in evaluate.MODELS)
-    shown: dict[str, Any] = {
-        "documents": counts["tuned"]["rows"],
-        "examples before each": counts["tuned"]["num_fewshot"],
-    }
-    if counts["tuned"]["cut"]:
-        shown["prompts cut to the model's context"] = f"{counts['tuned']['cut']} of {counts['tuned']['prompts']}"
-    name = LM_EVAL + store.manifest(refs["tuned"])["identity"]["part"]["task"]
+    first, *_, last = refs
+    by_metric = [{score["metric"]: score for score in counts[model]["scores"]} for model in refs]
+    released = counts[last]
+    shown: dict[str, Any] = {"documents": released["rows"], "examples before each": released["num_fewshot"]}
+    if released["cut"]:
+        shown["prompts cut to the model's context"] = f"{released['cut']} of {released['prompts']}"
+    name = LM_EVAL + store.manifest(refs[last])["identity"]["part"]["task"]
     scores = {model: counts[model]["scores"] for model in refs}
-    compared = compare(*(store.path(refs[model]) for model in evaluate.MODELS))
+    compared = compare(store.path(refs[first]), store.path(refs[last]))
     flags = []
     for row in score_rows({name: scores}, {name: compared}, {}):
         metric = row["metric"]
-        shown[f"{metric}: base → tuned"] = evaluate.told(base[metric], after[metric], compared.get(metric))
+        of_models = [scores_of[metric] for scores_of in by_metric]
+        shown[f"{metric}: {' → '.join(refs)}"] = evaluate.with_difference(of_models, compared.get(metric))
         flags += [f"{metric}: {row['flags']}"] if row["flags"] else []
-    samples = {model: read_samples(store.path(ref), MAX_SHOWN) for model, ref in refs.items()}
+    samples = [read_samples(store.path(refs[model]), MAX_SHOWN) for model in (first, last)]
     rows = [
         (
-            str(tuned["arguments"][0][0])[-200:],
-            tuned["target"],
-            *(_came(one["filtered_resps"]) for one in (base, tuned)),
+            str(after["arguments"][0][0])[-200:],
+            after["target"],
+            *(_came(sample["filtered_resps"]) for sample in (before, after)),
         )
-        for base, tuned in zip(samples["base"], samples["tuned"], strict=True)
+        for before, after in zip(*samples, strict=True)
     ]
     return [
         *facts(f"Task {name}", shown),
         *warnings(flags),
-        table(("asked (its end)", "wanted", "base", "tuned"), rows),
+        table(("asked (its end)", "wanted", first, last), rows),
     ]
 
 
@@ -129,7 +129,7 @@ def scored_tasks(pinned: PinnedRecipe, part: Part) -> list[str]:
 def scorings(pinned: PinnedRecipe, part: Part) -> Needs:
     """What a report or a release reads."""
     tasks = scored_tasks(pinned, part)
-    return {f"{model}.{task}": scoring(model, task) for task in tasks for model in evaluate.MODELS}
+    return {f"{model}.{task}": scoring(model, task) for task in tasks for model in pinned.recipe.models}
 
 
 def task_card(store: Store, task: str, refs: dict[str, Ref]) -> list[Any]:
@@ -139,7 +139,7 @@ def task_card(store: Store, task: str, refs: dict[str, Ref]) -> list[Any]:
 def not_scored(store: Store, pinned: PinnedRecipe, reasons: dict[str, str]) -> dict[str, str]:
     """{task: why} of those that lack a score of a model. reasons: what is known of why; see reasons_of."""
     seen: dict[Any, Any] = {}
-    by_task = {task: [scoring(model, task) for model in evaluate.MODELS] for task in pinned.recipe.scored}
+    by_task = {task: [scoring(model, task) for model in pinned.recipe.models] for task in pinned.recipe.scored}
     missing = [
         task
         for task, scorings in by_task.items()

@@ -19,7 +19,7 @@ SHARES_HEADER = ("source", "asked", "available", "kept", "trained tokens: reques
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
-    mixture = pinned.recipe.dataset_mixture
+    mixture = pinned.phase(part).dataset_mixture
     by_token = mixture.datasets[0].trained_token_share is not None
     sources = [
         {
@@ -41,21 +41,22 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
 
 
 def _in_rollout(source: dict[str, Any], part: Part) -> dict[str, Any]:
-    """How much of a source a roll-out trains. part: `active` names those that it does, with their rows if it says."""
-    if "active" not in part:
+    """How much of a source a roll-out trains. part: `rows` has the sources that it does, with the number of rows of
+    each; null: as many as the recipe says."""
+    if "rows" not in part:
         return source
-    active = dict(one.partition(":")[::2] for one in part["active"].split(","))
-    if source["name"] not in active:
+    if source["name"] not in part["rows"]:
         return {**source, "weight": 0.0, "num_rows": None}
-    rows = active[source["name"]]
-    return {**source, "weight": None, "num_rows": int(rows)} if rows else source
+    num_rows = part["rows"][source["name"]]
+    return source if num_rows is None else {**source, "weight": None, "num_rows": num_rows}
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
-    mixture = pinned.recipe.dataset_mixture
-    needs: Needs = {source: (TOKENS, {"source": source}) for source in pinned.recipe.sources}
+    phase = pinned.phase(part)
+    mixture = phase.dataset_mixture
+    needs: Needs = {source: (TOKENS, {"source": source}) for source in phase.sources}
     if mixture.deduplication and mixture.trained_sources:
-        needs["duplicates"] = (deduplicate.DUPLICATES, {})
+        needs["duplicates"] = (deduplicate.DUPLICATES, pinned.part_of(pinned.phase_name(part)))
     if mixture.decontamination:
         for source in mixture.trained_sources:
             needs[f"contaminated:{source}"] = (decontaminate.CONTAMINATION, {"source": source})
@@ -174,19 +175,21 @@ def _asked(sources: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def planned_shares(store: Store, pinned: PinnedRecipe) -> tuple[list[tuple[Any, ...]], list[str]]:
-    """Rows under SHARES_HEADER, and what will not be as asked. Nothing is built; None stands for what is not known yet.
+def planned_shares(store: Store, pinned: PinnedRecipe, phase: str) -> tuple[list[tuple[Any, ...]], list[str]]:
+    """Of a phase: rows under SHARES_HEADER, and what will not be as asked.
 
+    Nothing is built; None stands for what is not known yet.
     Of a mixture that is there, its own counts; else those of the rows that will be chosen, once what they are chosen
     from is there.
     """
-    section = _section(pinned, {})
+    part = pinned.part_of(phase)
+    section = _section(pinned, part)
     seen: dict[Any, Any] = {}
-    located = store.locate(MIXTURE, pinned, {}, seen)
+    located = store.locate(MIXTURE, pinned, part, seen)
     if located.status == "hit" and located.ref is not None:
         counts = store.manifest(located.ref)["counts"]
     else:
-        available = _known_available(store, pinned, section, seen)
+        available = _known_available(store, pinned, part, section, seen)
         if None in available.values():
             rows = zip(available.items(), _asked(section["sources"]), strict=True)
             return [(name, want, one and one.counts["available"], None, None) for (name, one), want in rows], []
@@ -200,13 +203,13 @@ def planned_shares(store: Store, pinned: PinnedRecipe) -> tuple[list[tuple[Any, 
 
 
 def _known_available(
-    store: Store, pinned: PinnedRecipe, section: dict[str, Any], seen: dict[Any, Any]
+    store: Store, pinned: PinnedRecipe, part: Part, section: dict[str, Any], seen: dict[Any, Any]
 ) -> dict[str, Available | None]:
     """What each source has to draw from; None where a stage that says so is not built, or not on this machine."""
     inputs: dict[str, Path] = {}
     missing = set()
-    for name, (stage, part) in _needs(pinned, {}).items():
-        located = store.locate(stage, pinned, part, seen)
+    for name, (stage, needed) in _needs(pinned, part).items():
+        located = store.locate(stage, pinned, needed, seen)
         if located.status == "hit" and located.ref is not None and store.is_here(located.ref):
             inputs[name] = store.path(located.ref)
         else:
@@ -216,5 +219,5 @@ def _known_available(
         source: None
         if missing & {source, "duplicates", f"contaminated:{source}"}
         else read_available(inputs, source, **shares)
-        for source in pinned.recipe.sources
+        for source in pinned.phase(part).sources
     }

@@ -14,28 +14,30 @@ from steps.windows import WINDOWS
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict:
-    packing, search = pinned.recipe.packing, pinned.recipe.search
+    phase = pinned.phase(part)
+    packing, search = phase.packing, phase.search
     # A task is drawn by the pack there.
     by_source = {"by_source": True} if search is not None and search.strategy == "dynamix" else {}
     return by_source | {
-        "sources": pinned.recipe.sources,
+        "sources": phase.sources,
         "packing_strategy": packing.packing_strategy,
         "max_length": packing.max_length,
         "over_long": packing.over_long,
-        "loss_scope": pinned.recipe.training.loss_scope,
+        "loss_scope": phase.training.loss_scope,
     }
 
 
-def rows_to_pack(pinned: PinnedRecipe) -> Needs:
+def rows_to_pack(pinned: PinnedRecipe, part: Part) -> Needs:
     """The outputs that hold the rows of a plan: each source's tokens, and its windows where rows are split."""
-    needs: Needs = {source: (TOKENS, {"source": source}) for source in pinned.recipe.sources}
-    if pinned.recipe.packing.over_long == "split":
-        needs |= {windows_of(source): (WINDOWS, {"source": source}) for source in pinned.recipe.sources}
+    phase = pinned.phase(part)
+    needs: Needs = {source: (TOKENS, {"source": source}) for source in phase.sources}
+    if phase.packing.over_long == "split":
+        needs |= {windows_of(source): (WINDOWS, {"source": source}) for source in phase.sources}
     return needs
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
-    return {"mixture": (MIXTURE, part), **rows_to_pack(pinned)}
+    return {"mixture": (MIXTURE, part), **rows_to_pack(pinned, part)}
 
 
 PACKED = Stage("packed", build_packs, section=_section, needs=_needs)

@@ -13,7 +13,7 @@ from sft_core.evaluate.with_vllm import unmet_vllm
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import Recipe
 from sft_core.release.push import check_push
-from sft_core.store import Located, Stage, Store, Unresolved
+from sft_core.store import Located, Stage, Store, Unresolved, part_name
 from sft_core.train.accelerator import check_machine, has_gpu, lost_updates, slow_precision
 from sft_core.train.arguments import check_extra, check_report_to
 from steps.evaluate import EVALUATED, check_report_prompts, count_report_prompts
@@ -29,7 +29,12 @@ log = logging.getLogger(__name__)
 def prepare(recipe: Recipe) -> PinnedRecipe:
     """The recipe with its names resolved. Raises ValueError or OSError for what would fail later and cost more."""
     check_place(recipe)
-    searched = recipe.dataset_mixture.trained_sources if recipe.search and recipe.search.score == "answers" else []
+    searched = [
+        source
+        for phase in recipe.phases.values()
+        if phase.search and phase.search.score == "answers"
+        for source in phase.dataset_mixture.trained_sources
+    ]
     check_metrics(recipe.evaluation, list(dict.fromkeys([*recipe.tasks, *searched])))
     pinned = pin(recipe)
     store = Store(recipe.runtime.store)
@@ -42,9 +47,9 @@ def prepare(recipe: Recipe) -> PinnedRecipe:
     check_training(planned, pinned)
     if not on_cluster() and (unmet := unmet_engine(planned, recipe)):
         raise ValueError(unmet)
-    if trains(planned):
+    for phase in phases_to_train(planned, pinned):
         if not on_cluster():
-            check_machine(recipe)
+            check_machine(recipe.for_phase(phase))
         check_report_to(recipe.runtime.report_to)
     for warning in model_told(planned, pinned):
         log.warning(warning)
@@ -71,8 +76,9 @@ def check_place(recipe: Recipe) -> None:
         )
 
 
-def trains(planned: list[Located]) -> bool:
-    return any(located.stage is TRAINED and located.status != "hit" for located in planned)
+def phases_to_train(planned: list[Located], pinned: PinnedRecipe) -> list[str]:
+    open_rounds = [located for located in planned if located.stage is TRAINED and located.status != "hit"]
+    return list(dict.fromkeys(pinned.phase_name(located.part) for located in open_rounds))
 
 
 def model_told(planned: list[Located], pinned: PinnedRecipe, *, tries: bool = True) -> list[str]:
@@ -81,14 +87,17 @@ def model_told(planned: list[Located], pinned: PinnedRecipe, *, tries: bool = Tr
     tries: whether a small model of its class is tried, for which torch is imported. Raises ValueError for what it
     cannot do, and OSError where its config cannot be read.
     """
-    recipe, told = pinned.recipe, []
-    if trains(planned):
-        told += [warning for warning in (lost_updates(recipe), slow_precision(recipe)) if warning]
+    recipe, warnings = pinned.recipe, []
+    phases = phases_to_train(planned, pinned)
+    for phase in phases:
+        keys = recipe.for_phase(phase)
+        warnings += [warning for warning in (lost_updates(keys), slow_precision(keys)) if warning]
     if tries and any(located.stage in (TRAINED, EVALUATED) and located.status != "hit" for located in planned):
         from sft_core.train.preflight import try_class  # imports torch
 
-        told += try_class(recipe, pinned.model_loader, here=not on_cluster())
-    return told
+        for phase in phases or [*recipe.phases][-1:]:
+            warnings += try_class(recipe.for_phase(phase), pinned.model_loader, here=not on_cluster())
+    return list(dict.fromkeys(warnings))
 
 
 def unmet_engine(planned: list[Located], recipe: Recipe) -> str | None:
@@ -100,18 +109,19 @@ def unmet_engine(planned: list[Located], recipe: Recipe) -> str | None:
 
 def check_training(planned: list[Located], pinned: PinnedRecipe) -> None:
     """Raises ValueError for a wrong `training.extra`, if there is something to train: TRL takes seconds to import."""
-    if trains(planned):
-        check_extra(pinned.recipe.training.extra)
+    for phase in phases_to_train(planned, pinned):
+        check_extra(pinned.recipe.phases[phase].training.extra)
 
 
-def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> str | None:
-    """What training takes of a GPU, in a line; None when there is nothing to train. Imports torch and transformers."""
-    if not trains(planned):
-        return None
+def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> list[str]:
+    """What the training of each open phase takes of a GPU, a line each. Imports torch and transformers."""
+    phases = phases_to_train(planned, pinned)
+    if not phases:
+        return []
     try:
         _ = pinned.model_identity
     except Unresolved:
-        return None  # the plan names it
+        return []  # the plan names it
     from sft_core.data.packing import PackPlan
     from sft_core.train.estimate import estimate, told
     from sft_core.train.model import skeleton
@@ -120,29 +130,38 @@ def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> str
     try:
         shape = skeleton(**{name: loader[name] for name in ("path", "revision", "config", "trust_remote_code")})
     except (OSError, ValueError) as error:
-        return f"no estimate of memory: the model's config cannot be read ({str(error).splitlines()[0]})"
-    plan, trained_share = None, 1.0
-    packed, mixture = (next(located for located in planned if located.stage is stage) for stage in (PACKED, MIXTURE))
-    if packed.status == mixture.status == "hit" and packed.ref and mixture.ref:
-        plan, counts = PackPlan.read(store.path(packed.ref)), store.manifest(mixture.ref)["counts"]
-        trained_share = counts["trained_tokens"] / counts["tokens"]
-    return told(estimate(pinned.recipe, shape, plan, trained_share=trained_share), pinned.recipe)
+        return [f"no estimate of memory: the model's config cannot be read ({str(error).splitlines()[0]})"]
+    lines = []
+    for phase in phases:
+        plan, trained_share = None, 1.0
+        packed, mixture = (
+            next(each for each in planned if each.stage is stage and pinned.phase_name(each.part) == phase)
+            for stage in (PACKED, MIXTURE)
+        )
+        if packed.status == mixture.status == "hit" and packed.ref and mixture.ref:
+            plan, counts = PackPlan.read(store.path(packed.ref)), store.manifest(mixture.ref)["counts"]
+            trained_share = counts["trained_tokens"] / counts["tokens"]
+        keys = pinned.recipe.for_phase(phase)
+        line = told(estimate(keys, shape, plan, trained_share=trained_share), keys)
+        lines.append(line if len(pinned.recipe.phases) == 1 else f"{phase}: {line}")
+    return lines
 
 
 def plan(store: Store, pinned: PinnedRecipe) -> list[Located]:
     """Every output of the recipe, inputs before what reads them; of a search those that are known by now."""
     pinned = progress(store, pinned).pinned
-    found: dict[tuple[str, str], Located] = {}
+    planned: dict[tuple[str, str], Located] = {}
     seen: dict[Any, Any] = {}
 
     def visit(stage: Stage, part: dict[str, Any]) -> None:
+        if (name := (stage.name, part_name(part))) in planned:
+            return  # a graph has far more paths than outputs
         for needed, needed_part in stage.inputs(pinned, part).values():
             visit(needed, needed_part)
-        located = store.locate(stage, pinned, part, seen)
-        found.setdefault((stage.name, located.name), located)
+        planned[name] = store.locate(stage, pinned, part, seen)
 
     visit(PUSHED if pinned.recipe.hub else RELEASED, {})
-    return sorted(found.values(), key=lambda located: ORDER.index(located.stage.name))
+    return sorted(planned.values(), key=lambda located: ORDER.index(located.stage.name))
 
 
 ORDER = [
@@ -154,7 +173,7 @@ ORDER = [
         "packed",
         "selection",
         "trained",
-        "delivered",
+        "checkpoint",
         "evaluated",
         "harness",
         "report",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sft_core.recipe import Recipe
+    from sft_core.store import Store
 
 
 def parse_config(text: str) -> dict[str, Any]:
@@ -32,3 +35,11 @@ def effective(data: Mapping[str, Any], overrides: Iterable[str] | None, limit: i
     from sft_core.recipe import override, parse_recipe
 
     return parse_recipe(override(dict(data), tuple(overrides or ()), limit))
+
+
+@functools.cache  # behind a URL a store lists its bucket once in a process
+def open_store(address: str) -> Store:
+    from sft_core.store import Store
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return Store(address)

@@ -10,19 +10,20 @@ from sft_core.pins import PinnedRecipe, is_local
 from sft_core.release.folder import build_release
 from sft_core.release.push import build_pushed
 from sft_core.store import Needs, Part, Stage
-from steps.deliver import delivered, round_of
 from steps.download import CONVERSATIONS
 from steps.harness import scored_tasks, scorings
 from steps.mix import MIXTURE
 from steps.report import REPORT
 from steps.tokenize import TOKENS
-from steps.train import TRAINED
+from steps.train import TRAINED, checkpoint_of, last_round
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     return {
         "recipe": shown_recipe(pinned),
         "base": _base(pinned),
+        "models": pinned.recipe.models,
+        "phases": {name: _label(pinned, name) for name in pinned.recipe.phases},
         "sources": [_source(pinned, name) for name in pinned.recipe.sources],
         "tasks": scored_tasks(pinned, part),
         "not_scored": list(part.get("without", ())),
@@ -31,7 +32,7 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
 
 def shown_recipe(pinned: PinnedRecipe) -> dict[str, Any]:
     """The recipe as its card shows it: what shapes the result, with the names of local files but not their folders."""
-    recipe = copy.deepcopy(pinned.recipe.model_dump(mode="json", exclude={"runtime", "hub"}))
+    recipe = copy.deepcopy(pinned.recipe.as_written(exclude=("runtime", "hub")))
     for key in ("model_name_or_path", "tokenizer_name_or_path"):
         if (name := recipe["model"][key]) is not None and is_local(name):
             recipe["model"][key] = Path(name).name
@@ -41,11 +42,16 @@ def shown_recipe(pinned: PinnedRecipe) -> dict[str, Any]:
     schemas.update({task: Path(schema).name for task, schema in schemas.items() if isinstance(schema, str)})
     if (lm_eval := recipe["evaluation"]["lm_eval"]) is not None and lm_eval["include_path"] is not None:
         lm_eval["include_path"] = Path(lm_eval["include_path"]).name
-    for shown, dataset in zip(
-        recipe["dataset_mixture"]["datasets"], pinned.recipe.dataset_mixture.datasets, strict=True
-    ):
-        shown["path"] = [Path(path).name for path in dataset.paths] or None
+    for name, phase in pinned.recipe.phases.items():
+        keys = recipe["phases"][name] if "phases" in recipe else recipe
+        for shown, dataset in zip(keys["dataset_mixture"]["datasets"], phase.dataset_mixture.datasets, strict=True):
+            shown["path"] = [Path(path).name for path in dataset.paths] or None
     return recipe
+
+
+def _label(pinned: PinnedRecipe, phase: str) -> str:
+    """What follows the names of a phase's outputs; nothing where there is one phase."""
+    return f" of {phase}" if len(pinned.recipe.phases) > 1 else ""
 
 
 def _base(pinned: PinnedRecipe) -> dict[str, Any]:
@@ -68,6 +74,7 @@ def _source(pinned: PinnedRecipe, name: str) -> dict[str, Any]:
     dataset = pinned.recipe.dataset(name)
     return {
         "name": name,
+        "phase": pinned.recipe.phase_of(name),
         "hub_id": dataset.id,
         "config": dataset.config,
         "split": dataset.split if dataset.id else None,
@@ -82,18 +89,21 @@ def _licences(pinned: PinnedRecipe) -> dict[str, str]:
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
-    return {"trained": delivered(pinned), **scorings(pinned, part)}
+    return {"trained": checkpoint_of(pinned, [*pinned.recipe.phases][-1]), **scorings(pinned, part)}
 
 
 def _mentions(pinned: PinnedRecipe, part: Part) -> Needs:
     """Counts and addresses stand in manifests: behind a URL no data comes with them."""
-    training = (TRAINED, round_of(pinned))
-    packs = TRAINED.needs(pinned, round_of(pinned))["packs"]
-    found: Needs = {"report": (REPORT, part), "training": training, "packs": packs, "mixture": (MIXTURE, {})}
+    mentions: Needs = {"report": (REPORT, part)}
+    for phase in pinned.recipe.phases:
+        label, trained = _label(pinned, phase), last_round(pinned, phase)
+        mentions[f"training{label}"] = (TRAINED, trained)
+        mentions[f"packs{label}"] = TRAINED.needs(pinned, trained)["packs"]
+        mentions[f"mixture{label}"] = (MIXTURE, pinned.part_of(phase))
     for source in pinned.recipe.sources:
-        found[f"tokens:{source}"] = (TOKENS, {"source": source})
-        found[f"conversations:{source}"] = (CONVERSATIONS, {"source": source})
-    return found
+        mentions[f"tokens:{source}"] = (TOKENS, {"source": source})
+        mentions[f"conversations:{source}"] = (CONVERSATIONS, {"source": source})
+    return mentions
 
 
 RELEASED = Stage(

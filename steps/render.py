@@ -12,7 +12,7 @@ def how_rendered(pinned: PinnedRecipe, part: Part) -> dict:
         "tokenizer": pinned.tokenizer_identity,
         "template": pinned.template_identity,
         "stop_tokens": list(pinned.recipe.model.stop_tokens),
-        "policy": pinned.row_policy,
+        "policy": pinned.row_policy(part),
     }
 
 
@@ -23,7 +23,7 @@ def loaders(pinned: PinnedRecipe, part: Part) -> dict:
 def _section(pinned: PinnedRecipe, part: Part) -> dict:
     return {
         **how_rendered(pinned, part),
-        "max_rejected_share": pinned.recipe.dataset_mixture.max_rejected_share,
+        "max_rejected_share": pinned.phase(part).dataset_mixture.max_rejected_share,
     }
 
 

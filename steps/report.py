@@ -1,12 +1,12 @@
-"""report: base → tuned for each task, and what thinking gains."""
+"""report: each task's scores from the start model to the last phase's checkpoint, and what thinking gains."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from sft_core.evaluate.summary import GAIN_HEADER, build_report
-from sft_core.report.plots import base_to_tuned
-from sft_core.report.tables import HEADER, LOSSES, OVERVIEW, overview_rows, text_table
+from sft_core.report.plots import first_to_last
+from sft_core.report.tables import LOSSES, models_of, overview_rows, text_table
 from sft_core.store import Ref, Stage, Store
 from steps.cards import chart, heading, table, warnings
 from steps.harness import scored_tasks, scorings
@@ -15,7 +15,11 @@ from steps.painted import last_column_red
 REPORT = Stage(
     "report",
     build_report,
-    section=lambda pinned, part: {"recipe": pinned.recipe.name, "tasks": scored_tasks(pinned, part)},
+    section=lambda pinned, part: {
+        "recipe": pinned.recipe.name,
+        "tasks": scored_tasks(pinned, part),
+        "models": pinned.recipe.models,
+    },
     needs=scorings,
 )
 
@@ -23,32 +27,52 @@ REPORT = Stage(
 def card(store: Store, ref: Ref) -> list[Any]:
     manifest = store.manifest(ref)
     scores, gains = manifest["counts"]["scores"], manifest["counts"]["thinking"]
+    models = models_of(scores[0]) if scores else []
     components = [heading(f"Scores of {manifest['identity']['section']['recipe']}"), *warnings(flagged(scores))]
-    components.append(table(FIRST, [_first_row(row) for row in overview_rows(scores)]))
+    components.append(table(FIRST, [_first_row(row, models) for row in overview_rows(scores)]))
+    if phases := manifest["counts"].get("phases"):
+        components += [heading("What each phase changes"), table(PHASES, [_phase_row(row) for row in phases])]
     if gains:
         components += [heading("What thinking gains"), table(GAINS, [_gain_row(row) for row in gains])]
     metrics = dict.fromkeys(row["metric"] for row in scores)
     # A perplexity is a loss told otherwise, and one task's can be a thousand times another's.
     drawn = [*(name for name in metrics if name not in LOSSES), *(name for name in ("loss", "token_accuracy"))]
-    components += [heading("Base to tuned"), *(chart(base_to_tuned(scores, name)) for name in drawn if name in metrics)]
-    return [*components, heading("Every score"), table(SCORES, [_score_row(row) for row in scores])]
+    components += [
+        heading("From model to model"),
+        *(chart(first_to_last(scores, name, models)) for name in drawn if name in metrics),
+    ]
+    return [
+        *components,
+        heading("Every score"),
+        table((*SCORES[:3], " → ".join(models), SCORES[3]), [_score_row(row, models) for row in scores]),
+    ]
 
 
 # Of a card, which is narrow: fewer columns than the table in the terminal, with the same numbers.
 FIRST = ("task", "n", "loss", "score of answers", "difference, 95 % interval")
-SCORES = ("task", "metric", "n", "base → tuned", "difference, 95 % interval")
+SCORES = ("task", "metric", "n", "difference, 95 % interval")
+PHASES = ("task", "metric", "phase", "difference to the model before it, 95 % interval")
 GAINS = ("task", "n", "no_think → think", "gain, 95 % interval", "generated tokens", "share cut off")
 
 
-def _first_row(row: dict[str, Any]) -> tuple[Any, ...]:
+def _first_row(row: dict[str, Any], models: list[str]) -> tuple[Any, ...]:
     """A row of the overview."""
-    loss = "-" if row["tuned loss"] is None else f"{_number(row['base loss'])} → {_number(row['tuned loss'])}"
-    score = f"{row['metric']} {_number(row['base'])} → {_number(row['tuned'])}" if row["metric"] else "-"
+    losses = [row[f"{model} loss"] for model in models]
+    loss = "-" if None in losses else _arrow(losses)
+    score = f"{row['metric']} {_arrow([row[model] for model in models])}" if row["metric"] else "-"
     return row["task"], row["n"], loss, score, _interval(row)
 
 
-def _score_row(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["task"], row["metric"], row["n"], f"{_number(row['base'])} → {_number(row['tuned'])}", _interval(row)
+def _score_row(row: dict[str, Any], models: list[str]) -> tuple[Any, ...]:
+    return row["task"], row["metric"], row["n"], _arrow([row[model] for model in models]), _interval(row)
+
+
+def _phase_row(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["task"], row["metric"], row["phase"], _interval({**row, "difference": row["value"]})
+
+
+def _arrow(values: list[float]) -> str:
+    return " → ".join(map(_number, values))
 
 
 def _gain_row(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -105,11 +129,15 @@ def summary(
     whole: bool = False,
 ) -> str:
     """What the run prints last. pushed: the checkpoint's address on the hub, if it is there. whole: every score."""
-    header, rows = (HEADER, scores) if whole else (OVERVIEW, overview_rows(scores))
-    parts = [
-        "tuned - base is the difference, of losses where there are no answers, with its paired 95 % interval:",
-        last_column_red(text_table(header, [tuple(row.values()) for row in rows]), header[-1]),
-    ]
+    rows = scores if whole else overview_rows(scores)
+    parts = []
+    if rows:
+        first, *_, last = models_of(scores[0])
+        header = tuple(rows[0])
+        parts = [
+            f"{last} - {first} is the difference, of losses where there are no answers, with its paired 95 % interval:",
+            last_column_red(text_table(header, [tuple(row.values()) for row in rows]), header[-1]),
+        ]
     if gains:
         parts.append("What thinking gains (mean score, paired 95 % interval; generated tokens; share cut off):")
         parts.append(text_table(GAIN_HEADER, [tuple(row.values()) for row in gains]))

@@ -23,7 +23,7 @@ from sft_core.lifetime import STARTED_BY, die_with_parent
 from sft_core.measuring import LM_EVAL
 from sft_core.pins import PinnedRecipe
 from sft_core.store import Store
-from steps.evaluate import EVALUATED, MODELS, measure_ahead
+from steps.evaluate import EVALUATED, measure_ahead
 from steps.harness import KILLED, scoring
 from steps.painted import faults_in_colour
 
@@ -92,7 +92,7 @@ def orders(pinned: PinnedRecipe, scorings: list[Scoring]) -> list[Order]:
     """Model after model, so that each is loaded once. With vLLM all that the network does comes first: the engine takes
     its place, and is started once then."""
     found: list[Order] = []
-    for model in MODELS:
+    for model in pinned.recipe.models:
         of_model = [one for one in scorings if one.model == model]
         by_engine = [one for one in of_model if _is_by_engine(pinned, one)]
         found += [Order(one, is_ahead=False) for one in of_model if one not in by_engine]

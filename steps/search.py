@@ -13,10 +13,11 @@ import numpy as np
 
 from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import rollouts
+from sft_core.rounds import Point, Rollout, Rounds
 from sft_core.search.journal import CURVES, Cost, Drawn, read_journal
-from sft_core.search.rollouts import Curves, Decision, Point, Rollout
+from sft_core.search.rollouts import Curves, Decision
 from sft_core.search.strategies import make_search
-from sft_core.store import Store
+from sft_core.store import Part, Store
 from steps.cards import chart, facts, heading, table
 from steps.mix import MIXTURE
 from steps.train import TRAINED
@@ -32,105 +33,152 @@ class Measured(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
-    """pinned: the recipe with the roll-outs so far, the last of which is to be trained while it is not over."""
+class Searched:
+    """How far a phase's search is: its rounds, of which the last is to be trained while the search is not over.
+
+    pinned: the recipe with these rounds.
+    """
 
     pinned: PinnedRecipe
-    is_over: bool
+    rounds: Rounds
+    is_over: bool = False
     measured: list[Measured] = dataclasses.field(default_factory=list)
     ended_by: str | None = None
 
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """pinned: the recipe with the rounds of its searches so far. searches: of each phase that has one."""
+
+    pinned: PinnedRecipe
+    searches: dict[str, Searched]
+
     @property
-    def num_rounds(self) -> int:
-        return num_rounds(self.pinned)
+    def rounds(self) -> list[Part]:
+        """The parts of all rounds that are done or can come next, in order; the checkpoints between them follow.
+
+        They end with those of the first search that is not over: nobody knows yet how many it makes.
+        """
+        parts: list[Part] = []
+        for name in self.pinned.recipe.phases:
+            search = self.searches.get(name)
+            num_rounds = 1 if search is None else len(search.rounds.rollouts)
+            parts += [self.pinned.part_of(name, round=number) for number in range(num_rounds)]
+            if search is not None and not search.is_over:
+                break
+        return parts
 
 
 def progress(store: Store, pinned: PinnedRecipe) -> Progress:
-    """How far the recipe's training is; without a search it is one round over everything."""
-    if pinned.recipe.search is None:
-        return Progress(pinned, store.locate(TRAINED, pinned, {"round": 0}).status == "hit")
-    settings: dict[str, Any] = pinned.recipe.search.model_dump(mode="json")
-    pinned = dataclasses.replace(pinned, sizes=_sizes(store, pinned))
-    search = make_search(settings, pinned.recipe.dataset_mixture.trained_sources, dict(pinned.sizes))
+    """How far the searches of the recipe are; of a phase without one nothing is looked up."""
+    searches: dict[str, Searched] = {}
+    for name, phase in pinned.recipe.phases.items():
+        if phase.search is not None:
+            comes_later = any(not search.is_over for search in searches.values())
+            searches[name] = _searched(store, pinned, name, comes_later=comes_later)
+            pinned = searches[name].pinned
+    return Progress(pinned, searches)
+
+
+def _searched(store: Store, pinned: PinnedRecipe, phase: str, *, comes_later: bool) -> Searched:
+    """comes_later: an earlier phase is not over, so that this one's first round has no key yet."""
+    keys = pinned.recipe.phases[phase]
+    assert keys.search is not None
+    settings: dict[str, Any] = keys.search.model_dump(mode="json")
+    sizes = _sizes(store, pinned, phase)
+    search = make_search(settings, keys.dataset_mixture.trained_sources, sizes)
     measured: list[Measured] = []
-    proposed: list[Rollout] = []
+    rounds = Rounds(sizes=sizes)
+    seen: dict[Any, Any] = {}  # the rounds before are the same for each of them
     while (rollout := search.propose()) is not None:
-        proposed.append(rollout)
-        pinned = dataclasses.replace(pinned, rollouts=tuple(proposed))
-        located = store.locate(TRAINED, pinned, {"round": rollout.round})
+        rounds = dataclasses.replace(rounds, rollouts=(*rounds.rollouts, rollout))
+        pinned = _with_rounds(pinned, phase, rounds)
+        if comes_later:
+            return Searched(pinned, rounds)
+        located = store.locate(TRAINED, pinned, pinned.part_of(phase, round=rollout.round), seen)
         if located.status != "hit" or located.ref is None:
-            return Progress(pinned, False, measured)
+            return Searched(pinned, rounds, False, measured)
         with store.open(located.ref, CURVES) as file:
             journal = read_journal(file)
         measured.append(Measured(journal.curves, search.observe(journal.curves), journal.cost, journal.drawn))
-    over = dataclasses.replace(pinned, delivered=search.best)
-    return Progress(over, True, measured, search.ended_by)
+    rounds = dataclasses.replace(rounds, best=search.best)
+    return Searched(_with_rounds(pinned, phase, rounds), rounds, True, measured, search.ended_by)
 
 
-def num_rounds(pinned: PinnedRecipe) -> int:
-    """Rounds of training that are done or come next. pinned: as progress has it."""
-    return max(1, len(pinned.rollouts))
+def _with_rounds(pinned: PinnedRecipe, phase: str, rounds: Rounds) -> PinnedRecipe:
+    return dataclasses.replace(pinned, rounds={**pinned.rounds, phase: rounds})
+
+
+def is_trained(store: Store, pinned: PinnedRecipe) -> bool:
+    """Whether every round of every phase is there."""
+    known = progress(store, pinned)
+    seen: dict[Any, Any] = {}
+    return all(search.is_over for search in known.searches.values()) and all(
+        store.locate(TRAINED, known.pinned, part, seen).status == "hit" for part in known.rounds
+    )
 
 
 def place(store: Store, pinned: PinnedRecipe) -> str:
     """Where it is trained: `here`, in this task or because it is all there already, or on several `nodes`."""
-    on_nodes = pinned.recipe.runtime.num_nodes > 1 and not progress(store, pinned).is_over
+    on_nodes = pinned.recipe.runtime.num_nodes > 1 and not is_trained(store, pinned)
     return "nodes" if on_nodes else "here"
 
 
-def _sizes(store: Store, pinned: PinnedRecipe) -> tuple[tuple[str, int], ...]:
-    located = store.locate(MIXTURE, pinned, {})
+def _sizes(store: Store, pinned: PinnedRecipe, phase: str) -> dict[str, int]:
+    located = store.locate(MIXTURE, pinned, pinned.part_of(phase))
     if located.status != "hit" or located.ref is None:
-        return ()
+        return {}
     sources = store.manifest(located.ref)["counts"]["sources"]
-    return tuple((name, one["kept"]) for name, one in sources.items())
+    return {name: counts["kept"] for name, counts in sources.items()}
 
 
 HEADER = ("roll-out", "trained", "dropped", "goes on from", "why")  # a card is narrow: what is wider is cut off
 
 
-def card(store: Store, pinned: PinnedRecipe) -> list[Any]:
-    """The roll-outs so far: their curves, who was dropped and where it went back to, and what that took.
+def card(known: Progress, phase: str) -> list[Any]:
+    """A phase's roll-outs so far: their curves, who was dropped and where it went back to, and what that took.
 
     Nothing without a search.
     """
-    if pinned.recipe.search is None or not (found := progress(store, pinned)).measured:
+    search, keys = known.searches.get(phase), known.pinned.recipe.phases[phase]
+    if search is None or keys.search is None or not search.measured:
         return []
+    everything = keys.dataset_mixture.trained_sources
+    settings = keys.search
     shown: dict[str, Any] = {
-        "strategy": _strategy(found.pinned),
-        "roll-outs": len(found.measured),
-        "epochs kept": f"{found.measured[-1].decision.epochs:g}",
-        **_costs(found),
+        "strategy": f"{settings.strategy} ({settings.preset})" if settings.strategy == "msft" else settings.strategy,
+        "roll-outs": len(search.measured),
+        "epochs kept": f"{search.measured[-1].decision.epochs:g}",
+        **_costs(search, everything),
     }
-    if found.is_over and (best := found.pinned.delivered) is not None:
-        score = found.measured[best.round].curves.pooled()[best.evaluation]
-        shown |= {"over": found.ended_by, "delivered": f"{_place(best)}, pooled score {score:.4f}"}
-    everything = found.pinned.recipe.dataset_mixture.trained_sources
-    rows = [_told(*pair, everything) for pair in zip(found.pinned.rollouts, found.measured, strict=False)]
-    shared, header, evidence = _evidence(found.measured[-1].decision)
+    if search.is_over and (best := search.rounds.best) is not None:
+        score = search.measured[best.round].curves.pooled()[best.evaluation]
+        shown |= {"over": search.ended_by, "delivered": f"{_place(best)}, pooled score {score:.4f}"}
+    rows = [_told(*pair, everything) for pair in zip(search.rounds.rollouts, search.measured, strict=False)]
+    shared, header, evidence = _evidence(search.measured[-1].decision)
     return [
         *facts("Search", shown),
-        chart(rollouts(_points(found))),
+        chart(rollouts(_points(search))),
         heading("Decisions"),
         table(HEADER, rows),
         heading(f"What the last one rests on{shared}"),
         table(header, evidence),
-        *_what_was_drawn(found.measured[-1].drawn),
+        *_what_was_drawn(search.measured[-1].drawn),
     ]
 
 
-def _costs(found: Progress) -> dict[str, str]:
+def _costs(search: Searched, tasks: Sequence[str]) -> dict[str, str]:
     """What the roll-outs took, beside what plain SFT takes for as many epochs over everything."""
-    costs = [one.cost for one in found.measured]
+    costs = [measured.cost for measured in search.measured]
     training, evaluation = (sum(getattr(one, f"{what}_flops") for one in costs) for what in ("training", "evaluation"))
     per_epoch: dict[tuple[str, ...], float] = {}  # of the tasks that a roll-out trained
-    for rollout, one in zip(found.pinned.rollouts, found.measured, strict=False):
+    for rollout, one in zip(search.rounds.rollouts, search.measured, strict=False):
         if rollout.rows is None and one.curves.epochs[-1]:
             per_epoch.setdefault(rollout.active, one.cost.training_flops / one.curves.epochs[-1])
-    everything = tuple(found.pinned.recipe.dataset_mixture.trained_sources)
+    everything = tuple(tasks)
     alone = [per_epoch.get((task,)) for task in everything]
     plain = per_epoch.get(everything) or (sum(filter(None, alone)) if None not in alone else None)
-    kept = found.measured[-1].decision.epochs
+    kept = search.measured[-1].decision.epochs
     against = f"; {training / (plain * kept):.2f} x plain SFT of {kept:g} epochs" if plain and kept else ""
     most = max(costs, key=lambda one: one.most_kept * one.checkpoint_bytes)
     return {
@@ -149,12 +197,6 @@ def _what_was_drawn(drawn: list[Drawn]) -> list[Any]:
     moments = [drawn[round(place)] for place in np.linspace(0, len(drawn) - 1, min(len(drawn), 12))]
     rows = [(f"{one.epochs:.3g}", *(f"{share:.1%}" for share in one.shares.values())) for one in moments]
     return [heading("Share of each task, by epoch"), table(("epoch", *moments[0].shares), rows)]
-
-
-def _strategy(pinned: PinnedRecipe) -> str:
-    search = pinned.recipe.search
-    assert search is not None
-    return f"{search.strategy} ({search.preset})" if search.strategy == "msft" else search.strategy
 
 
 def _place(point: Point | None) -> str:
@@ -200,9 +242,9 @@ def _evidence(decision: Decision) -> tuple[str, tuple[str, ...], list[tuple[Any,
     return f" ({told})" if told else "", ("task", *names), rows
 
 
-def _points(found: Progress) -> list[dict[str, Any]]:
+def _points(search: Searched) -> list[dict[str, Any]]:
     points = []
-    for rollout, one in zip(found.pinned.rollouts, found.measured, strict=False):
+    for rollout, one in zip(search.rounds.rollouts, search.measured, strict=False):
         for task in one.curves.rows:
             peak = one.decision.evidence.get(task, {}).get("peak")
             points += [

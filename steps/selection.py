@@ -9,19 +9,19 @@ from steps.tokenize import TOKENS
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
-    recipe = pinned.recipe
+    phase = pinned.phase(part)
     return {
-        "sources": recipe.sources,
-        "selection_share": recipe.dataset_mixture.selection_share,
-        "report_share": recipe.dataset_mixture.report_share,
-        "max_rows": recipe.selection_rows,
-        "max_length": recipe.packing.max_length,
-        "smoke": recipe.limit is not None,
+        "sources": phase.sources,
+        "selection_share": phase.dataset_mixture.selection_share,
+        "report_share": phase.dataset_mixture.report_share,
+        "max_rows": pinned.recipe.selection_rows(pinned.phase_name(part)),
+        "max_length": phase.packing.max_length,
+        "smoke": pinned.recipe.limit is not None,
     }
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
-    return {source: (TOKENS, {"source": source}) for source in pinned.recipe.sources}
+    return {source: (TOKENS, {"source": source}) for source in pinned.phase(part).sources}
 
 
 SELECTION = Stage("selection", build_selection, section=_section, needs=_needs)

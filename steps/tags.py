@@ -20,9 +20,11 @@ MAX_CHARS = 500  # Metaflow refuses longer tags
 def tags_of(recipe: Recipe, source: SourceCode) -> list[str]:
     """`kind:value` each. Without a git checkout there is no commit tag, without a search no strategy tag."""
     tags = {"recipe": recipe.name, "model": _model(recipe), **_commit(source)}
-    if recipe.search is not None:
-        tags["strategy"] = recipe.search.strategy
-    return [f"{kind}:{value}"[:MAX_CHARS] for kind, value in tags.items()]
+    strategies = dict.fromkeys(phase.search.strategy for phase in recipe.phases.values() if phase.search is not None)
+    return [
+        f"{kind}:{value}"[:MAX_CHARS]
+        for kind, value in [*tags.items(), *(("strategy", strategy) for strategy in strategies)]
+    ]
 
 
 def resumed_tags(tags: Iterable[str], source: SourceCode) -> list[str]:

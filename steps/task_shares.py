@@ -14,7 +14,6 @@ from sft_core.recipe import Recipe
 from sft_core.store import Ref, Store
 from steps import harness
 from steps.cards import failure, heading, progress_bar, redraw
-from steps.evaluate import MODELS
 from steps.pipeline import on_cluster
 from steps.score_worker import Scoring, outcomes
 
@@ -64,6 +63,7 @@ class Share:
     """What has become of a share's tasks so far."""
 
     tasks: list[str]
+    models: list[str]
     scored: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)  # {task: {model: stage/key}}
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)  # {task: why it is not scored}
 
@@ -72,7 +72,7 @@ class Share:
     @property
     def evaluated(self) -> dict[str, dict[str, str]]:
         """Of the tasks that are scored on all models."""
-        return {task: self.scored[task] for task in self.tasks if len(self.scored.get(task, ())) == len(MODELS)}
+        return {task: self.scored[task] for task in self.tasks if len(self.scored.get(task, ())) == len(self.models)}
 
     @property
     def failures(self) -> dict[str, str]:
@@ -94,7 +94,7 @@ class Drawing:
         """num_open: scores that are to come; while there are some, the card is shown as it is by now."""
         for task, addresses in self._share.evaluated.items():
             if task not in self._sections:
-                refs = {model: Ref(*address.split("/")) for model, address in addresses.items()}
+                refs = {model: Ref(*addresses[model].split("/")) for model in self._share.models}
                 try:
                     self._sections[task] = harness.task_card(self._store, task, refs)
                 except Exception as error:
@@ -102,8 +102,8 @@ class Drawing:
                     self.failed(task, str(error), traceback.format_exc())
         sections = [one for task in self._share.tasks for one in self._sections.get(task, ())]
         if num_open:
-            num_scores = len(MODELS) * len(self._share.tasks)
-            bar = progress_bar(num_scores - num_open, num_scores, label="scores of base and tuned model")
+            num_scores = len(self._share.models) * len(self._share.tasks)
+            bar = progress_bar(num_scores - num_open, num_scores, label="scores of all models")
             redraw(self._live, [heading("Scoring"), bar, *sections])
         else:
             self._live.clear()
@@ -120,11 +120,11 @@ def score(store: Store, pinned: PinnedRecipe, tasks: list[str], number: int, liv
 
     number: of the share, which tells its GPUs. live: Metaflow's current.card, which ends with a section a task.
     """
-    share = Share(tasks)
+    share = Share(tasks, pinned.recipe.models)
     seen: dict[Any, Any] = {}
     drawing = Drawing(store, share, live)
     missing: list[Scoring] = []
-    for scoring in (Scoring(model, task) for model in MODELS for task in tasks):
+    for scoring in (Scoring(model, task) for model in share.models for task in tasks):
         try:
             stage, part = harness.scoring(*scoring)
             if store.locate(stage, pinned, part, seen).status == "hit":

@@ -12,10 +12,12 @@ from typing import Any
 
 from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import by_step, loss_by_source, loss_curve
+from sft_core.rounds import Rounds
+from sft_core.search.deliver import build_delivered
 from sft_core.search.strategies import CAPS
-from sft_core.store import Needs, Part, Stage, Store
+from sft_core.store import Located, Needs, Part, Stage, Store, Unresolved
 from sft_core.train import accelerator
-from sft_core.train.launch import among_nodes, build_trained, train_along
+from sft_core.train.launch import START, among_nodes, build_trained, comes_true, train_along
 from sft_core.train.log_file import read_events
 from steps.cards import chart, facts, heading, progress_bar, redraw, table
 from steps.download import CONVERSATIONS
@@ -24,6 +26,7 @@ from steps.scoring import asked_of_answers, wants_conversation
 from steps.selection import SELECTION
 
 REFRESH_S = 3.0
+STARTED_WITHIN_S = 7200.0  # the first node may have to upload the checkpoint that a phase starts from
 # Of each logged event: title, key and how it is written.
 LOGGED = (
     ("learning rate", "learning_rate", ".3g"),
@@ -40,64 +43,77 @@ MEASURED = (("TFLOP/s a rank", "tflops_per_s", 3), ("MFU", "mfu", 3), ("memory, 
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
-    training = pinned.recipe.training.model_dump(mode="json")
+    phase, name = pinned.phase(part), pinned.phase_name(part)
+    training = phase.training.model_dump(mode="json")
     del training["loss_scope"]  # in the tokens already
     if training["router_aux_loss_coef"] is None:
         del training["router_aux_loss_coef"]  # what was trained before there was this key stays what it is
     job = {
-        "model": pinned.model_identity,
+        "model": _of_start(pinned, name, pinned.model_identity),
         "tokenizer": pinned.tokenizer_identity,
         "chat_template": pinned.pins["template"],
         "training": training,
-        "sources": pinned.recipe.sources,
+        "sources": phase.sources,
     }
     if (during := pinned.recipe.evaluation.during_training) is not None:
         job["selection"] = {"every_epochs": during.every_epochs, "keep_best": during.keep_best}
-    if (search := pinned.recipe.search) is not None:
-        rollout = pinned.rollouts[part["round"]]
+    if (search := phase.search) is not None:
+        rollout = pinned.rounds[name].rollouts[part["round"]]
         training["num_train_epochs"] = rollout.epochs
         job["selection"] = {"every_epochs": 1 / search.evaluations_per_epoch, "keep_best": False}
         job["rollout"] = {
             "search": {name: value for name, value in search.model_dump(mode="json").items() if name not in CAPS},
-            "tasks": pinned.recipe.dataset_mixture.trained_sources,
-            "sizes": dict(pinned.sizes) if search.strategy == "soft_sro" else {},
+            "tasks": phase.dataset_mixture.trained_sources,
+            "sizes": dict(pinned.rounds[name].sizes) if search.strategy == "soft_sro" else {},
             "active": list(rollout.active),
             "start": None if rollout.start is None else rollout.start._asdict(),
         }
         if search.score == "answers":
             job["rollout"]["answers"] = {task: asked_of_answers(pinned, task) for task in job["rollout"]["tasks"]}
         if search.strategy == "ies":
-            packing = pinned.recipe.packing  # its rows are packed anew
+            packing = phase.packing  # its rows are packed anew
             job["rollout"]["max_length"] = packing.max_length if packing.packing_strategy == "ffd" else None
     return {"job": job, "round": part["round"]}
 
 
+def _of_start(pinned: PinnedRecipe, phase: str, model: dict[str, Any]) -> dict[str, Any]:
+    """How the phase loads the model that it starts from: of a later phase without its weights, which are an input."""
+    if pinned.phase_before(phase) is None:
+        return model
+    return {name: None if name in ("pin", "path", "revision", "config") else value for name, value in model.items()}
+
+
 def _places(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     job = _section(pinned, part)["job"]
-    loaders = {"model": pinned.model_loader, "tokenizer": pinned.tokenizer_loader}
+    model = _of_start(pinned, pinned.phase_name(part), pinned.model_loader)
+    loaders = {"model": model, "tokenizer": pinned.tokenizer_loader}
     return {"job": {**job, **loaders, "chat_template": pinned.template_text}}
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
-    needs: Needs = {"packs": (PACKED, _packs_of(pinned, part)), **rows_to_pack(pinned)}
-    if pinned.recipe.selection_rows is not None:
-        needs["selection"] = (SELECTION, {})
-    if (search := pinned.recipe.search) is not None and search.score == "answers":
-        for task in pinned.recipe.dataset_mixture.trained_sources:
+    phase, name = pinned.phase(part), pinned.phase_name(part)
+    needs: Needs = {"packs": (PACKED, _packs_of(pinned, part)), **rows_to_pack(pinned, part)}
+    if (before := pinned.phase_before(name)) is not None:
+        needs[START] = checkpoint_of(pinned, before)
+    if pinned.recipe.selection_rows(name) is not None:
+        needs["selection"] = (SELECTION, pinned.part_of(name))
+    if (search := phase.search) is not None and search.score == "answers":
+        for task in phase.dataset_mixture.trained_sources:
             if wants_conversation(pinned, task):
                 needs[f"conversations:{task}"] = (CONVERSATIONS, {"source": task})
     # Decisions rest on all that was measured before.
-    return needs | {f"round:{number}": (TRAINED, {"round": number}) for number in range(part["round"])}
+    return needs | {f"round:{number}": (TRAINED, {**part, "round": number}) for number in range(part["round"])}
 
 
 def _packs_of(pinned: PinnedRecipe, part: Part) -> Part:
     """The part of PACKED that a round trains on."""
-    if pinned.recipe.search is None:
-        return {}
-    rollout = pinned.rollouts[part["round"]]
-    if rollout.rows is not None:
-        return {"active": ",".join(f"{task}:{num_rows}" for task, num_rows in rollout.rows.items())}
-    return {} if list(rollout.active) == pinned.recipe.sources else {"active": ",".join(rollout.active)}
+    phase, name = pinned.phase(part), pinned.phase_name(part)
+    if phase.search is None:
+        return pinned.part_of(name)
+    rollout = pinned.rounds[name].rollouts[part["round"]]
+    if rollout.rows is None and list(rollout.active) == phase.sources:
+        return pinned.part_of(name)
+    return pinned.part_of(name, rows=dict(rollout.rows or dict.fromkeys(rollout.active)))
 
 
 # The version stands for sft_core/train: raise it when a change there changes what is trained.
@@ -111,6 +127,34 @@ TRAINED = Stage(
     resumable=True,
     verify_inputs=True,
 )
+
+
+def _weights(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
+    best = pinned.rounds[pinned.phase_name(part)].best
+    if best is None:
+        raise Unresolved("the search is not over")
+    return {"evaluation": best.evaluation}
+
+
+CHECKPOINT = Stage(
+    "checkpoint",
+    build_delivered,
+    section=_weights,
+    needs=lambda pinned, part: {"trained": (TRAINED, last_round(pinned, pinned.phase_name(part)))},
+)
+
+
+def checkpoint_of(pinned: PinnedRecipe, phase: str) -> tuple[Stage, Part]:
+    """The output whose model/ a phase ends with: without a search that of its one round."""
+    if pinned.recipe.phases[phase].search is None:
+        return TRAINED, last_round(pinned, phase)
+    return CHECKPOINT, pinned.part_of(phase)
+
+
+def last_round(pinned: PinnedRecipe, phase: str) -> Part:
+    """The round whose weights a phase ends with; while its search is not over, the last that is known."""
+    rounds = pinned.rounds.get(phase, Rounds())
+    return pinned.part_of(phase, round=rounds.best.round if rounds.best else max(0, len(rounds.rollouts) - 1))
 
 
 def events(folder: Path, name: str = "log.jsonl") -> list[dict[str, Any]]:
@@ -221,7 +265,7 @@ def _duration(seconds: float) -> str:
 def check_machine(store: Store, pinned: PinnedRecipe, part: Part) -> None:
     """Raises ValueError for what this machine cannot train. On a cluster only the task itself knows its machine."""
     if store.locate(TRAINED, pinned, part).status != "hit":
-        accelerator.check_machine(pinned.recipe)
+        accelerator.check_machine(pinned.recipe.for_phase(pinned.phase_name(part)))
 
 
 def meet_other_nodes(parallel: Any, attempt: str) -> None:
@@ -236,14 +280,22 @@ def meet_other_nodes(parallel: Any, attempt: str) -> None:
 
 def along(store: Store, pinned: PinnedRecipe, part: Part) -> str:
     """Trains along with the gang's first task; the address of what that one stores."""
-    located = store.locate(TRAINED, pinned, part)
-    assert located.ref is not None, "the packs were made before"
+    # The first node makes the checkpoint that a phase starts from; without it the round has no key.
+    if not comes_true(lambda: _located(store, pinned, part).ref is not None, STARTED_WITHIN_S):
+        raise FileNotFoundError(f"{part}: the first node did not make the checkpoint that it starts from")
+    located = _located(store, pinned, part)
+    assert located.ref is not None
     train_along(
         store.scratch(located.ref),
         pinned.recipe.runtime,
-        lambda: store.locate(TRAINED, pinned, part).status == "hit",
+        lambda: _located(store, pinned, part).status == "hit",
     )
     return str(located.ref)
+
+
+def _located(store: Store, pinned: PinnedRecipe, part: Part) -> Located:
+    store.refresh()
+    return store.locate(TRAINED, pinned, part)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from steps.tokenize import TOKENS
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict:
-    return {**how_rendered(pinned, part), "max_length": pinned.recipe.packing.max_length}
+    return {**how_rendered(pinned, part), "max_length": pinned.phase(part).packing.max_length}
 
 
 WINDOWS = Stage(

@@ -100,7 +100,7 @@ def test_row_without_a_known_answer_is_left_out(make_data: ModuleType, task: str
 
 def test_recipe_trains_on_the_files_that_the_script_writes(make_data: ModuleType):
     recipe = load_recipe(ROOT / "configs" / "msft-paper.yaml")
-    paths = [path for dataset in recipe.dataset_mixture.datasets for path in dataset.paths]
+    paths = [path for dataset in recipe.last_phase.dataset_mixture.datasets for path in dataset.paths]
     assert paths == [f"data/msft/{task}.jsonl" for task in make_data.TASKS] and len({*paths}) == 10
 
 

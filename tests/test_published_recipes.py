@@ -32,7 +32,7 @@ def tulu3() -> Recipe:
 
 
 def test_smollm3_mixture_is_25_splits_with_their_weights(smollm3: Recipe):
-    datasets = smollm3.dataset_mixture.datasets
+    datasets = smollm3.last_phase.dataset_mixture.datasets
     assert len(datasets) == 25 and smollm3.sources == [dataset.split for dataset in datasets]
     assert {(one.id, one.config, one.columns) for one in datasets} == {
         ("HuggingFaceTB/smoltalk2", "SFT", ("messages", "chat_template_kwargs"))
@@ -41,20 +41,20 @@ def test_smollm3_mixture_is_25_splits_with_their_weights(smollm3: Recipe):
     modes = [dataset.split.endswith("_no_think") for dataset in datasets]
     assert modes.count(True) == 15
     assert all(one.endswith("_think") for one in smollm3.sources)
-    assert smollm3.dataset_mixture.seed == 0
-    assert smollm3.dataset_mixture.deduplication and smollm3.dataset_mixture.deduplication.near
-    assert smollm3.dataset_mixture.decontamination
+    assert smollm3.last_phase.dataset_mixture.seed == 0
+    assert smollm3.last_phase.dataset_mixture.deduplication and smollm3.last_phase.dataset_mixture.deduplication.near
+    assert smollm3.last_phase.dataset_mixture.decontamination
 
 
 def test_smollm3_settings_are_the_handbooks(smollm3: Recipe):
-    model, training = smollm3.model, smollm3.training
+    model, training = smollm3.model, smollm3.last_phase.training
     assert (model.model_name_or_path, model.model_revision) == (
         "HuggingFaceTB/SmolLM3-3B-checkpoints",
         "it-mid-training",
     )
     assert (model.dtype, model.attn_implementation) == ("bfloat16", "flash_attention_2")
     assert model.trust_remote_code and model.eos_token == "<|im_end|>"
-    assert (smollm3.packing.packing_strategy, smollm3.packing.max_length) == ("ffd", 65536)
+    assert (smollm3.last_phase.packing.packing_strategy, smollm3.last_phase.packing.max_length) == ("ffd", 65536)
     assert (training.loss_scope, training.learning_rate, training.warmup_ratio) == ("assistant", 2e-5, 0.03)
     assert (training.lr_scheduler_type, training.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr_rate": 0.1})
     assert (training.max_grad_norm, training.num_train_epochs, training.global_batch_size) == (0.2, 5, 128)
@@ -65,13 +65,17 @@ def test_smollm3_settings_are_the_handbooks(smollm3: Recipe):
 
 
 def test_tulu3_settings_are_the_published_ones(tulu3: Recipe):
-    training = tulu3.training
+    training = tulu3.last_phase.training
     assert tulu3.model.model_name_or_path == "meta-llama/Llama-3.1-8B"
-    assert [dataset.id for dataset in tulu3.dataset_mixture.datasets] == ["allenai/tulu-3-sft-mixture"]
+    assert [dataset.id for dataset in tulu3.last_phase.dataset_mixture.datasets] == ["allenai/tulu-3-sft-mixture"]
     assert (training.learning_rate, training.lr_scheduler_type, training.warmup_ratio) == (5e-6, "linear", 0.03)
     assert (training.weight_decay, training.num_train_epochs) == (0.0, 2)
     # 128 sequences: a pack is one row.
-    assert (training.global_batch_size, tulu3.packing.packing_strategy, tulu3.packing.max_length) == (128, "none", 4096)
+    assert (
+        training.global_batch_size,
+        tulu3.last_phase.packing.packing_strategy,
+        tulu3.last_phase.packing.max_length,
+    ) == (128, "none", 4096)
     assert tulu3.chat_template.template == "tulu"
 
 
@@ -81,18 +85,21 @@ def msft_paper() -> Recipe:
 
 
 def test_msft_paper_settings_are_the_published_ones(msft_paper: Recipe):
-    training, search = msft_paper.training, msft_paper.search
-    datasets = msft_paper.dataset_mixture.datasets
+    training, search = msft_paper.last_phase.training, msft_paper.last_phase.search
+    datasets = msft_paper.last_phase.dataset_mixture.datasets
     assert len(datasets) == 10 and {dataset.num_rows for dataset in datasets} == {1800}
     assert (training.learning_rate, training.lr_scheduler_type, training.warmup_ratio) == (1e-5, "constant", 0.0)
     assert (training.weight_decay, training.max_grad_norm, training.extra) == (0.0, 0.0, {})
     # 64 rows: a pack is one row. Small updates at this rate want fp32 weights.
-    assert (training.global_batch_size, msft_paper.packing.packing_strategy) == (64, "none")
+    assert (training.global_batch_size, msft_paper.last_phase.packing.packing_strategy) == (64, "none")
     assert (msft_paper.model.dtype, training.bf16) == ("float32", True)
     assert search is not None
     assert (search.strategy, search.preset, search.evaluations_per_epoch) == ("msft", "paper", 4)
     assert (search.max_rollouts, search.max_epochs, search.max_idle) == (10, None, None)
-    assert msft_paper.dataset_mixture.selection_share > 0 and msft_paper.dataset_mixture.report_share > 0
+    assert (
+        msft_paper.last_phase.dataset_mixture.selection_share > 0
+        and msft_paper.last_phase.dataset_mixture.report_share > 0
+    )
 
 
 PLAN = """

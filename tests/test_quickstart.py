@@ -21,7 +21,7 @@ FOLDER = ROOT / "configs" / "quickstart"
 def prompts_by_split() -> dict[str, dict[str, set[int]]]:
     """{source: {split: prompt hashes}}"""
     recipe = load_recipe(ROOT / "configs" / "quickstart.yaml")
-    mixture = recipe.dataset_mixture
+    mixture = recipe.last_phase.dataset_mixture
     found = {}
     for dataset in mixture.datasets:
         lines = (ROOT / dataset.paths[0]).read_text().splitlines()

@@ -151,8 +151,8 @@ def test_read_yaml_a_key_that_stands_twice_is_named():
 @pytest.mark.parametrize(
     ("text", "where", "value"),
     [
-        ("training.learning_rate=1e-5", lambda recipe: recipe.training.learning_rate, 1e-5),
-        ("training.lora.r=4", lambda recipe: recipe.training.lora.r, 4),
+        ("training.learning_rate=1e-5", lambda recipe: recipe.last_phase.training.learning_rate, 1e-5),
+        ("training.lora.r=4", lambda recipe: recipe.last_phase.training.lora.r, 4),
         ("dataset_mixture.datasets.1.weight=0.5", lambda recipe: recipe.dataset("checksum_think").weight, 0.5),
         ("dataset_mixture.datasets.checksum_think.weight=2", lambda recipe: recipe.dataset("checksum_think").weight, 2),
         ("model.config.hidden_size=16", lambda recipe: recipe.model.config["hidden_size"], 16),
@@ -220,7 +220,7 @@ def test_load_recipe_limit_and_overrides_are_applied(small_recipe, save_recipe):
     assert load_recipe(path).limit == 60
     assert load_recipe(path, limit=7).limit == 7
     recipe = load_recipe(path, overrides=("training.seed=1", "training.seed=2"), limit=7)
-    assert (recipe.training.seed, recipe.limit) == (2, 7)
+    assert (recipe.last_phase.training.seed, recipe.limit) == (2, 7)
 
 
 @pytest.mark.parametrize(

@@ -96,18 +96,21 @@ def small(folder: Path, store: Path, sources: list[str] | None = None, limit: in
 def test_sources_columns_and_weights_are_smollm3s(recipe: Recipe) -> None:
     smollm3 = load_recipe(ROOT / "configs" / "smollm3.yaml")
     assert len(recipe.sources) == 25
-    assert [(one.source, one.weight, one.columns) for one in recipe.dataset_mixture.datasets] == [
-        (one.source, one.weight, one.columns) for one in smollm3.dataset_mixture.datasets
+    assert [(one.source, one.weight, one.columns) for one in recipe.datasets] == [
+        (one.source, one.weight, one.columns) for one in smollm3.datasets
     ]
-    assert all(Path(one.paths[0]).parent == Path("data/rehearsal") for one in recipe.dataset_mixture.datasets)
+    assert all(Path(one.paths[0]).parent == Path("data/rehearsal") for one in recipe.datasets)
 
 
 def test_settings_differ_from_smollm3_where_the_header_says_so_only(recipe: Recipe) -> None:
     smollm3 = load_recipe(ROOT / "configs" / "smollm3.yaml")
-    exclude = {"dataset_mixture": {"datasets"}, "runtime": {"resources"}}
-    ours, theirs = (one.model_dump(mode="json", exclude=exclude) for one in (recipe, smollm3))
+    ours, theirs = (one.as_written() for one in (recipe, smollm3))
+    for data in (ours, theirs):
+        del data["dataset_mixture"]["datasets"], data["runtime"]["resources"]
     assert {key for key, _, _ in differences(ours, theirs)} == OTHERWISE
-    assert recipe.training.global_batch_size // recipe.runtime.num_processes == 2, "as smollm3's ranks accumulate"
+    assert recipe.last_phase.training.global_batch_size // recipe.runtime.num_processes == 2, (
+        "as smollm3's ranks accumulate"
+    )
 
 
 def test_script_writes_the_same_bytes_again(folder: Path, tmp_path: Path) -> None:
@@ -119,7 +122,7 @@ def test_script_writes_the_same_bytes_again(folder: Path, tmp_path: Path) -> Non
 
 
 def test_files_and_vocabulary_are_the_recipes(recipe: Recipe, folder: Path) -> None:
-    names = {Path(one.paths[0]).name for one in recipe.dataset_mixture.datasets}
+    names = {Path(one.paths[0]).name for one in recipe.datasets}
     assert {path.name for path in folder.glob("*.jsonl")} == names
     from sft_core.data.tokenizer import load_tokenizer
 
@@ -195,7 +198,7 @@ def test_mask_proof_holds_for_rows_of_every_source(folder: Path, tmp_path: Path)
 
 def test_long_rows_stand_near_max_length_and_over_it(recipe: Recipe, folder: Path, tmp_path: Path) -> None:
     pinned, store = small(folder, tmp_path / "store", LONG), Store(tmp_path / "store")
-    max_length = recipe.packing.max_length
+    max_length = recipe.last_phase.packing.max_length
     counts = store.manifest(store.ensure(PACKED, pinned))["counts"]
     for source in LONG:
         index = read_index(store.path(store.ensure(TOKENS, pinned, source=source)), ["num_tokens"])

@@ -45,7 +45,9 @@ def build_sum(build: Build) -> dict[str, Any]:
     return {}
 
 
-NUMBERS = Stage("numbers", build_numbers, lambda pinned, part: {"seed": pinned.recipe.training.seed}, version=1)
+NUMBERS = Stage(
+    "numbers", build_numbers, lambda pinned, part: {"seed": pinned.recipe.last_phase.training.seed}, version=1
+)
 SUM = Stage("sum", build_sum, lambda pinned, part: {}, needs=lambda pinned, part: {"numbers": (NUMBERS, {})}, version=1)
 
 

@@ -136,7 +136,7 @@ class Work:
                 "trust_remote_code": False,
             },
             "chat_template": None,
-            "training": recipe.training.model_dump(mode="json"),
+            "training": recipe.last_phase.training.model_dump(mode="json"),
             "sources": [SOURCE],
             "round": 0,
             "out": str(out),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from sft_core.evaluate.comparison import differences, mean_difference
 from sft_core.evaluate.documents import SAMPLES, document_differences
 from sft_core.evaluate.rows import ROWS, answer_counts, of_samples, read_rows
 from sft_core.measuring import LM_EVAL
-from sft_core.report.tables import HEADER, LOSSES, markdown_table, score_rows
+from sft_core.report.tables import LOSSES, markdown_table, score_rows
 
 if TYPE_CHECKING:
     from sft_core.store import Build
@@ -26,37 +27,60 @@ GAIN_HEADER = (
 )
 
 
-def build_report(build: Build, *, recipe: str, tasks: list[str]) -> dict[str, Any]:
-    """Writes scores.json and report.md, and gives the same rows as counts."""
-    found = {
-        task: {
-            model: json.loads((build.inputs[f"{model}.{task}"] / "scores.json").read_text())
-            for model in ("base", "tuned")
-        }
-        for task in tasks
+def build_report(build: Build, *, recipe: str, tasks: list[str], models: list[str]) -> dict[str, Any]:
+    """Writes scores.json and report.md, and gives the same rows as counts.
+
+    models: the start model first, then the checkpoint of each phase; the last one is released.
+    """
+    folders = {task: {model: build.inputs[f"{model}.{task}"] for model in models} for task in tasks}
+    by_model = {
+        task: {model: json.loads((folder / "scores.json").read_text()) for model, folder in of_task.items()}
+        for task, of_task in folders.items()
     }
-    paired = [task for task in tasks if not task.startswith(LM_EVAL)]
-    compared = {task: compare(build.inputs[f"base.{task}"], build.inputs[f"tuned.{task}"]) for task in tasks}
-    counts = {
-        task: {model: read_answers(build.inputs[f"{model}.{task}"]) for model in ("base", "tuned")} for task in paired
-    }
-    scores = score_rows(found, compared, counts)
-    gains = thinking_gains({task: build.inputs[f"tuned.{task}"] for task in paired})
+    own = [task for task in tasks if not task.startswith(LM_EVAL)]
+    first, last = models[0], models[-1]
+    compared = {task: compare(of_task[first], of_task[last]) for task, of_task in folders.items()}
+    counts = {task: {model: read_answers(folder) for model, folder in folders[task].items()} for task in own}
+    scores = score_rows(by_model, compared, counts)
+    gains = thinking_gains({task: folders[task][last] for task in own})
+    phases = phase_changes(folders, models) if len(models) > 2 else []
     (build.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
-    sections = [f"# {recipe}", markdown_table(HEADER, [tuple(row.values()) for row in scores])]
-    if gains:
-        sections += ["## What thinking gains", markdown_table(GAIN_HEADER, [tuple(row.values()) for row in gains])]
+    sections = [f"# {recipe}", *_table(scores)]
+    for title, rows in (("What each phase changes", phases), ("What thinking gains", gains)):
+        sections += [f"## {title}", *_table(rows)] if rows else []
     (build.out / "report.md").write_text("\n\n".join(sections) + "\n")
-    return {"scores": scores, "thinking": gains}
+    return {"scores": scores, "thinking": gains, **({"phases": phases} if phases else {})}
 
 
-def compare(base: Path, tuned: Path) -> dict[str, dict[str, Any]]:
-    """{metric: {n, value, low, high}} of two evaluations of a task: tuned - base, with its 95 % interval."""
-    if (tuned / SAMPLES).is_file():
-        found = document_differences(base, tuned)  # of the harness, which keeps rows of its own
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    return [markdown_table(tuple(rows[0]), [tuple(row.values()) for row in rows])] if rows else []
+
+
+def phase_changes(folders: dict[str, dict[str, Path]], models: list[str]) -> list[dict[str, Any]]:
+    """How each model differs from the one before it: a row for each task, metric and phase.
+
+    folders: {task: {model: an evaluation's folder}}.
+    """
+    rows = []
+    for task, of_task in folders.items():
+        for before, model in itertools.pairwise(models):
+            for metric, difference in compare(of_task[before], of_task[model]).items():
+                change = {name: _rounded(difference[name]) for name in ("value", "low", "high")}
+                rows.append({"task": task, "metric": metric, "phase": model, "before": before, **change})
+    return rows
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def compare(before: Path, after: Path) -> dict[str, dict[str, Any]]:
+    """{metric: {n, value, low, high}} of two evaluations of a task: after - before, with its 95 % interval."""
+    if (after / SAMPLES).is_file():
+        by_metric = document_differences(before, after)  # of the harness, which keeps rows of its own
     else:
-        found = differences(read_rows(base), read_rows(tuned), read_answers(tuned)["metric"])
-    return {metric: dataclasses.asdict(difference) for metric, difference in found.items()}
+        by_metric = differences(read_rows(before), read_rows(after), read_answers(after)["metric"])
+    return {metric: dataclasses.asdict(difference) for metric, difference in by_metric.items()}
 
 
 def read_answers(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.evaluate.summary import GAIN_HEADER
 from sft_core.links import link_files
 from sft_core.measuring import LM_EVAL
-from sft_core.report.model_card import Base, Card, CutOff, Score, Source, model_card
+from sft_core.recipe import BASE
+from sft_core.report.model_card import Base, Card, CutOff, Score, Source, Value, model_card
 
 if TYPE_CHECKING:
     from sft_core.store import Build
@@ -28,6 +29,8 @@ def build_release(
     *,
     recipe: dict[str, Any],
     base: dict[str, Any],
+    models: list[str],
+    phases: dict[str, str],
     sources: list[dict[str, Any]],
     tasks: list[str],
     not_scored: list[str],
@@ -35,24 +38,26 @@ def build_release(
     """Writes model/: what was trained, and README.md, its card.
 
     recipe: plain data without where it runs. base and sources: the fields of the card's Base and Source that a recipe
-    and its pins know. not_scored: the tasks whose evaluation failed.
+    and its pins know. models: those that are scored, the start model first. phases: by name, what follows the names of
+    the inputs that are of the phase (`packs of mid`). not_scored: the tasks whose evaluation failed.
     """
     model = build.out / "model"
     num_linked, num_files = link_files(build.inputs["trained"] / "model", model, without=README)
     card = Card(
         name=recipe["name"],
         base=Base(**base),
-        sources=_sources(sources, build),
-        scores=_scores(tasks, build),
+        sources=_sources(sources, phases, build),
+        scores=_scores(tasks, models, build),
         not_scored=not_scored,
         harness_version=_harness_version(tasks, build),
-        cut_offs=_cut_offs(tasks, build),
+        cut_offs=_cut_offs(tasks, models, build),
+        phase_changes=build.manifests["report"]["counts"].get("phases", []),
         gains=(GAIN_HEADER, [tuple(row.values()) for row in build.manifests["report"]["counts"]["thinking"]]),
-        training=_training(recipe, build),
+        training={name: _training(recipe, name, label, build) for name, label in phases.items()},
         recipe=recipe,
         template_kwargs=recipe["chat_template"]["kwargs"],
         has_thinking_switch="enable_thinking" in _template_of(model),
-        lineage=_lineage(tasks, sources, build),
+        lineage=_lineage(tasks, models, phases, sources, build),
     )
     (model / README).write_text(model_card(card), encoding="utf-8")
     log.info("files=%d hard_links=%d", num_files, num_linked)
@@ -61,7 +66,7 @@ def build_release(
 
 def _harness_version(tasks: list[str], build: Build) -> str | None:
     """Of lm-eval, when the base was scored: the tuned model was by the same, or its task would have another key."""
-    scored = (build.manifests[f"base.{task}"] for task in tasks if task.startswith(LM_EVAL))
+    scored = (build.manifests[f"{BASE}.{task}"] for task in tasks if task.startswith(LM_EVAL))
     return next((manifest["identity"]["section"]["task"]["lm_eval"] for manifest in scored), None)
 
 
@@ -71,10 +76,10 @@ def _template_of(model: Path) -> str:
     return "".join(path.read_text(encoding="utf-8") for path in files if path.is_file())
 
 
-def _sources(sources: list[dict[str, Any]], build: Build) -> list[Source]:
-    mixture = build.manifests["mixture"]["counts"]
+def _sources(sources: list[dict[str, Any]], phases: dict[str, str], build: Build) -> list[Source]:
     found = []
     for source in sources:
+        mixture = build.manifests[f"mixture{phases[source['phase']]}"]["counts"]
         kept = mixture["sources"][source["name"]]
         conversations = build.manifests[f"conversations:{source['name']}"]["counts"]["conversations"]
         found.append(
@@ -90,40 +95,45 @@ def _sources(sources: list[dict[str, Any]], build: Build) -> list[Source]:
     return found
 
 
-def _scores(tasks: list[str], build: Build) -> list[Score]:
+def _scores(tasks: list[str], models: list[str], build: Build) -> list[Score]:
     reported = {(row["task"], row["metric"]): row for row in build.manifests["report"]["counts"]["scores"]}
-    found = []
+    scores = []
     for task in tasks:
-        base, tuned = (
-            {one["metric"]: one for one in build.manifests[f"{model}.{task}"]["counts"]["scores"]}
-            for model in ("base", "tuned")
-        )
-        for metric, score in tuned.items():
-            before, after = (
-                (round(one["value"], 6), None if one["stderr"] is None else round(one["stderr"], 6))
-                for one in (base[metric], score)
-            )
+        by_model = {
+            model: {score["metric"]: score for score in build.manifests[f"{model}.{task}"]["counts"]["scores"]}
+            for model in models
+        }
+        for metric, score in by_model[models[-1]].items():
+            values = {
+                model: Value(_rounded(of_model[metric]["value"]), _rounded(of_model[metric]["stderr"]))
+                for model, of_model in by_model.items()
+            }
             row = reported[task, metric]
             difference = None if row["difference"] is None else (row["difference"], row["low"], row["high"])
-            found.append(Score(task, metric, score["n"], *before, *after, difference))
-    return found
+            scores.append(Score(task, metric, score["n"], values, difference))
+    return scores
 
 
-def _cut_offs(tasks: list[str], build: Build) -> list[CutOff]:
+def _rounded(value: float | None) -> Any:
+    return None if value is None else round(value, 6)
+
+
+def _cut_offs(tasks: list[str], models: list[str], build: Build) -> list[CutOff]:
     """Of the tasks whose rows have an answer to generate."""
     found = []
     for task in tasks:
         if task.startswith(LM_EVAL):
             continue  # lm-eval does not say which answers it cut
-        base, tuned = (of_samples(read_rows(build.inputs[f"{model}.{task}"]), "cut_off") for model in ("base", "tuned"))
-        if tuned:
-            found.append(CutOff(task, len(tuned), sum(base), sum(tuned)))
+        by_model = {model: of_samples(read_rows(build.inputs[f"{model}.{task}"]), "cut_off") for model in models}
+        if num_answers := len(by_model[models[-1]]):
+            found.append(CutOff(task, num_answers, {model: sum(cut_off) for model, cut_off in by_model.items()}))
     return found
 
 
-def _training(recipe: dict[str, Any], build: Build) -> dict[str, Any]:
-    training, packs = recipe["training"], build.manifests["packs"]["counts"]
-    trained, search = build.manifests["training"]["counts"], recipe["search"]
+def _training(recipe: dict[str, Any], phase: str, label: str, build: Build) -> dict[str, Any]:
+    keys = recipe["phases"][phase] if "phases" in recipe else recipe
+    training, packs = keys["training"], build.manifests[f"packs{label}"]["counts"]
+    trained, search = build.manifests[f"training{label}"]["counts"], keys["search"]
     lora, dropped = training["lora"], sum(packs["dropped"].values())
     searched = {"search": f"{search['strategy']}; what follows is its roll-out {trained['round']}"} if search else {}
     return {
@@ -141,15 +151,18 @@ def _training(recipe: dict[str, Any], build: Build) -> dict[str, Any]:
     }
 
 
-def _lineage(tasks: list[str], sources: list[dict[str, Any]], build: Build) -> list[tuple[str, str]]:
+def _lineage(
+    tasks: list[str], models: list[str], phases: dict[str, str], sources: list[dict[str, Any]], build: Build
+) -> list[tuple[str, str]]:
     def address(name: str) -> str:
         return "/".join(build.manifests[name]["ref"])
 
     found = [("report", address("report"))]
-    found += [
-        (f"{model} scores of {task}", address(f"{model}.{task}")) for task in tasks for model in ("tuned", "base")
-    ]
-    found += [("checkpoint", address("trained")), ("packs", address("packs")), ("mixture", address("mixture"))]
+    found += [(f"{model} scores of {task}", address(f"{model}.{task}")) for task in tasks for model in reversed(models)]
+    found.append(("checkpoint", address("trained")))
+    for label in phases.values():
+        kinds = ("training", "packs", "mixture") if label else ("packs", "mixture")
+        found += [(f"{kind}{label}", address(f"{kind}{label}")) for kind in kinds]
     for source in sources:
         name = source["name"]
         found += [(f"{kind} of {name}", address(f"{kind}:{name}")) for kind in ("tokens", "conversations")]

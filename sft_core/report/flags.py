@@ -10,20 +10,22 @@ LOWER_IS_BETTER = ("loss", "perplexity")
 HIGHER_IS_BETTER = ("acc", "acc_norm", "acc_mutual_info", "exact_match", "f1", "mcc")
 
 
-def red_flags(score: dict[str, Any], answers: dict[str, dict[str, Any]] | None = None) -> list[str]:
-    """score: a row of the score table. answers: each model's counts, where the score is that of answers."""
-    flags = [f"{model} is exactly 0" for model in ("tuned", "base") if score[model] == 0]
+def red_flags(score: dict[str, Any], models: list[str], answers: dict[str, dict[str, Any]] | None = None) -> list[str]:
+    """score: a row of the score table. models: whose scores it has, the start model first and the released one last.
+    answers: each model's counts, where the score is that of answers."""
+    first, last = models[0], models[-1]
+    flags = [f"{model} is exactly 0" for model in reversed(models) if score[model] == 0]
     if is_worse(score):
-        flags.append("worse than base")
+        flags.append(f"worse than {first}")
     if answers is None:
         return flags
-    tuned = answers["tuned"]
-    if tuned["empty"]:
-        flags.append(f"{tuned['empty']} of {tuned['answers']} answers empty")
-    if cut_off(tuned) > MAX_CUT_OFF:
-        flags.append(f"{cut_off(tuned):.0%} cut off")
-    if cut_off(answers["base"]) > MAX_CUT_OFF:
-        flags.append("answers of base cut off")  # its score may be the limit's doing, and with it the difference
+    released = answers[last]
+    if released["empty"]:
+        flags.append(f"{released['empty']} of {released['answers']} answers empty")
+    if cut_off(released) > MAX_CUT_OFF:
+        flags.append(f"{cut_off(released):.0%} cut off")
+    if cut_off(answers[first]) > MAX_CUT_OFF:
+        flags.append(f"answers of {first} cut off")  # its score may be the limit's doing, and with it the difference
     return flags
 
 

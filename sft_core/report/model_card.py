@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from sft_core.report.tables import markdown_table
 
@@ -48,9 +48,10 @@ class Base:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A dataset, and what of it one epoch holds."""
+    """A dataset, and what of it one epoch of its phase holds."""
 
     name: str
+    phase: str
     hub_id: str | None
     config: str | None
     split: str | None
@@ -61,29 +62,36 @@ class Source:
     rows: int
     tokens: int
     trained_tokens: int
-    share: float  # of the mixture's trained tokens
+    share: float  # of the trained tokens of the phase's mixture
+
+
+class Value(NamedTuple):
+    value: float
+    stderr: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
+    """by_model: the start model first, the released one last. difference: last - first, and its 95 % interval."""
+
     task: str
     metric: str
     n: int
-    base: float
-    base_stderr: float | None
-    tuned: float
-    tuned_stderr: float | None
-    difference: tuple[float, float | None, float | None] | None = None  # tuned - base, and its 95 % interval
+    by_model: dict[str, Value]
+    difference: tuple[float, float | None, float | None] | None = None
+
+    @property
+    def released(self) -> Value:
+        return [*self.by_model.values()][-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class CutOff:
-    """Of `n` answers, how many ended at the limit of new tokens."""
+    """Of `n` answers, how many ended at the limit of new tokens, by model."""
 
     task: str
     n: int
-    base: int
-    tuned: int
+    by_model: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +102,12 @@ class Card:
     scores: list[Score]
     cut_offs: list[CutOff]
     gains: tuple[tuple[str, ...], list[tuple[Any, ...]]]  # header and rows; no rows where nothing was compared
-    training: dict[str, Any]
+    training: dict[str, dict[str, Any]]  # facts of each phase
     recipe: dict[str, Any]  # plain data
     template_kwargs: dict[str, Any]
     has_thinking_switch: bool
     lineage: list[tuple[str, str]]  # (what, its address in the store or its commit), from scores back to sources
+    phase_changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # summary.phase_changes
     not_scored: list[str] = dataclasses.field(default_factory=list)  # tasks whose evaluation failed
     harness_version: str | None = None  # of lm-eval, where tasks of its are scored
 
@@ -113,7 +122,7 @@ def model_card(card: Card) -> str:
         *_scores(card),
         *_data(card.sources),
         "## Training",
-        _bullets(card.training),
+        *_training(card.training),
         *_use(card),
         "## Recipe",
         "Without `runtime` and `hub`, which change nothing of the result; local paths are file names.",
@@ -131,9 +140,9 @@ def _metadata(card: Card) -> str:
     by_name = {source.name: source for source in card.sources}
     results = []
     for score in card.scores:
-        if not math.isfinite(score.tuned):
+        if not math.isfinite(score.released.value):
             continue  # the table has it; the hub takes numbers alone
-        low, high = interval(score.metric, score.tuned, score.tuned_stderr, score.n)
+        low, high = interval(score.metric, *score.released, score.n)
         of_source = by_name.get(score.task)
         results.append(
             EvalResult(
@@ -141,7 +150,7 @@ def _metadata(card: Card) -> str:
                 **(_dataset(of_source) if of_source else {"dataset_type": _line(score.task)}),
                 dataset_name=_line(score.task),
                 metric_type=score.metric,
-                metric_value=score.tuned,
+                metric_value=score.released.value,
                 metric_name=f"{_words(score.metric)} ({_line(score.task)}{', held-out prompts' if of_source else ''})",
                 metric_args={"n": score.n, "low_95": low, "high_95": high},
             )
@@ -194,34 +203,54 @@ def _origin(base: Base) -> str:
     return " ".join([*lines, "This card states no licence of its own: it follows from those of the base and the data."])
 
 
+def _training(by_phase: dict[str, dict[str, Any]]) -> list[str]:
+    if len(by_phase) == 1:
+        return [_bullets(facts) for facts in by_phase.values()]
+    return [text for phase, facts in by_phase.items() for text in (f"### Phase {_text(phase)}", _bullets(facts))]
+
+
+def _models(models: list[str]) -> str:
+    if len(models) <= 2:
+        return "Base and tuned model"
+    return f"The base model, and the checkpoints of the phases {', '.join(_text(model) for model in models[1:])},"
+
+
 def _scores(card: Card) -> list[str]:
+    models = [*card.scores[0].by_model] if card.scores else []
     rows = [
         (
             score.task,
             _words(score.metric),
             score.n,
-            _with_interval(score.metric, score.base, score.base_stderr, score.n),
-            _with_interval(score.metric, score.tuned, score.tuned_stderr, score.n),
+            *(_with_interval(score.metric, *value, score.n) for value in score.by_model.values()),
             _difference(score.difference),
         )
         for score in card.scores
     ]
     sections = [
         "## Scores",
-        f"Base and tuned model on the same held-out prompts, with 95 % intervals, that of the difference over pairs of "
+        f"{_models(models)} on the same held-out prompts, with 95 % intervals, that of the difference over pairs of "
         f"rows; {_generated(card.recipe)}",
         *([_HARNESS.format(version=_text(card.harness_version))] if card.harness_version else []),
         *([_SMOKE.format(limit=card.recipe["limit"])] if card.recipe.get("limit") else []),
         *([_NOT_SCORED.format(tasks=_text(", ".join(card.not_scored)))] if card.not_scored else []),
-        *([_table(("task", "metric", "n", "base", "tuned", "difference"), rows)] if rows else []),
+        *([_table(("task", "metric", "n", *models, "difference"), rows)] if rows else []),
     ]
+    if card.phase_changes:
+        changes = [
+            (row["task"], _words(row["metric"]), row["phase"], _difference((row["value"], row["low"], row["high"])))
+            for row in card.phase_changes
+        ]
+        columns = ("task", "metric", "phase", "difference to the model before it")
+        sections += ["What each phase changes, over pairs of rows:", _table(columns, changes)]
     if card.cut_offs:
         shares = [
-            (one.task, one.n, *(f"{count / one.n:.1%}" for count in (one.base, one.tuned))) for one in card.cut_offs
+            (cut_off.task, cut_off.n, *(f"{count / cut_off.n:.1%}" for count in cut_off.by_model.values()))
+            for cut_off in card.cut_offs
         ]
         sections += [
             "Answers that were cut off at the limit of new tokens:",
-            _table(("task", "answers", "base", "tuned"), shares),
+            _table(("task", "answers", *models), shares),
         ]
     header, gains = card.gains
     if gains:
@@ -238,9 +267,11 @@ def _generated(recipe: dict[str, Any]) -> str:
 
 
 def _data(sources: list[Source]) -> list[str]:
+    has_phases = len({source.phase for source in sources}) > 1
     rows = [
         (
             source.name,
+            *([source.phase] if has_phases else []),
             ", ".join(filter(None, [source.hub_id, source.config, source.split])) or ", ".join(source.files),
             source.revision,
             source.licence or UNKNOWN,
@@ -252,7 +283,10 @@ def _data(sources: list[Source]) -> list[str]:
         )
         for source in sources
     ]
-    header = ("source", "from", "revision", "licence", "conversations", "rows", "tokens", "trained tokens", "share")
+    header = (
+        *("source", *(["phase"] if has_phases else []), "from", "revision", "licence"),
+        *("conversations", "rows", "tokens", "trained tokens", "share"),
+    )
     return [
         "## Data",
         "What an epoch holds of each source, before rows that are too long are left out; the share is of trained "

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 _SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
-BASE_COLOUR, TUNED_COLOUR = "#9aa5b1", "#1f6feb"
+BASE_COLOUR, BETWEEN_COLOUR, TUNED_COLOUR = "#9aa5b1", "#9ecbff", "#1f6feb"
 _COUNTS = {"tickCount": 4, "tickMinStep": 1, "format": ",d"}
 _LOSS = "loss per trained token"
 _STEP = {"field": "step", "type": "quantitative", "title": "optimizer step", "axis": {"tickMinStep": 1}}
@@ -269,8 +269,13 @@ def rollouts(points: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def base_to_tuned(rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """A line a task from the base score to the tuned one. rows: as the score table has them."""
+def first_to_last(rows: list[dict[str, Any]], metric: str, models: list[str]) -> dict[str, Any]:
+    """A line a task from the first model's score to the last one's, with a dot for each model.
+
+    rows: as the score table has them. models: the start model first.
+    """
+    first, last = models[0], models[-1]
+    between = f", {', '.join(models[1:-1])} (light blue)" if models[1:-1] else ""
     values = [row for row in rows if row["metric"] == metric]
     task = {"field": "task", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 300}}
 
@@ -291,15 +296,16 @@ def base_to_tuned(rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
                 "encoding": {
                     "y": task,
                     "x": {
-                        "field": "base",
+                        "field": first,
                         "type": "quantitative",
-                        "title": f"{metric.replace('_', ' ')}: base (grey) to tuned (blue)",
+                        "title": f"{metric.replace('_', ' ')}: {first} (grey){between} to {last} (blue)",
                     },
-                    "x2": {"field": "tuned"},
+                    "x2": {"field": last},
                 },
             },
-            dots("base", BASE_COLOUR),
-            dots("tuned", TUNED_COLOUR),
+            dots(first, BASE_COLOUR),
+            *(dots(model, BETWEEN_COLOUR) for model in models[1:-1]),
+            dots(last, TUNED_COLOUR),
         ],
     }
 

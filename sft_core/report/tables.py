@@ -6,11 +6,8 @@ from typing import Any
 
 from sft_core.report.flags import red_flags
 
-HEADER = ("task", "metric", "n", "base", "tuned", "stderr", "difference", "low", "high", "flags")
-
-
-# A line of the overview: the losses of a task, and one score of its answers.
-OVERVIEW = ("task", "n", "base loss", "tuned loss", "metric", "base", "tuned", "difference", "low", "high", "flags")
+# What a row of the score table holds besides a score for each model, which stand between the two.
+BEFORE_SCORES, AFTER_SCORES = ("task", "metric", "n"), ("stderr", "difference", "low", "high", "flags")
 LOSSES = ("loss", "perplexity", "token_accuracy")  # of every row; any other score is of answers
 
 
@@ -19,56 +16,67 @@ def score_rows(
     differences: dict[str, dict[str, dict[str, Any]]],
     answers: dict[str, dict[str, dict[str, Any]]],
 ) -> list[dict[str, Any]]:
-    """A row of HEADER for each score of {task: {"base"|"tuned": [{metric, value, stderr, n}]}}.
+    """A row for each task and metric: its score by each model, and how the last model differs from the first.
 
-    stderr is the tuned score's standard error. differences: {task: {metric: {value, low, high}}}, tuned - base with a
-    95 % interval; where there is none, None. answers: {task: {"base"|"tuned": counts of its answers, and their
-    metric}}. flags: what a reader must not overlook, in words, or None.
+    scores: {task: {model: [{metric, value, stderr, n}]}}, the start model first, then the checkpoint of each phase.
+    stderr is the last model's standard error. differences: {task: {metric: {value, low, high}}}, last - first with a
+    95 % interval; where there is none, None. answers: {task: {model: counts of its answers, and their metric}}.
+    flags: what a reader must not overlook, in words, or None.
     """
     rows = []
-    for task, models in scores.items():
-        base = {score["metric"]: score for score in models["base"]}
-        for tuned in models["tuned"]:
-            metric = tuned["metric"]
-            found = differences.get(task, {}).get(metric, {})
+    for task, by_model in scores.items():
+        *_, last = by_model
+        values = {model: {score["metric"]: score["value"] for score in by_model[model]} for model in by_model}
+        for score in by_model[last]:
+            metric = score["metric"]
+            difference = differences.get(task, {}).get(metric, {})
             row = {
                 "task": task,
                 "metric": metric,
-                "n": tuned["n"],
-                "base": _rounded(base[metric]["value"]),
-                "tuned": _rounded(tuned["value"]),
-                "stderr": _rounded(tuned["stderr"]),
-                "difference": _rounded(found.get("value")),
-                "low": _rounded(found.get("low")),
-                "high": _rounded(found.get("high")),
+                "n": score["n"],
+                **{model: _rounded(values[model][metric]) for model in by_model},
+                "stderr": _rounded(score["stderr"]),
+                "difference": _rounded(difference.get("value")),
+                "low": _rounded(difference.get("low")),
+                "high": _rounded(difference.get("high")),
             }
             counts = answers.get(task)
-            flags = red_flags(row, counts if counts and counts["tuned"]["metric"] == metric else None)
+            flags = red_flags(row, [*by_model], counts if counts and counts[last]["metric"] == metric else None)
             rows.append({**row, "flags": "; ".join(flags) or None})
     return rows
 
 
+def models_of(row: dict[str, Any]) -> list[str]:
+    """The models of a row of the score table, the start model first."""
+    return [name for name in row if name not in (*BEFORE_SCORES, *AFTER_SCORES)]
+
+
 def overview_rows(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What to read first of the score table: a row of OVERVIEW a task, or more where its answers have several scores.
+    """What to read first of the score table: a row a task, or more where its answers have several scores.
+
+    It has the task's losses by each model (`MODEL loss`), one score of its answers by each, and the difference.
 
     Without one, the difference is that of the losses. Every flag is there, with its metric where that has no column.
     """
     by_task: dict[str, dict[str, dict[str, Any]]] = {}
     for row in scores:
         by_task.setdefault(row["task"], {})[row["metric"]] = row
-    found = []
+    overview = []
     for task, rows in by_task.items():
-        loss = rows.get("loss", {"base": None, "tuned": None})
-        told = [f"{name}: {rows[name]['flags']}" for name in LOSSES if name in rows and rows[name]["flags"]]
+        models = models_of(next(iter(rows.values())))
+        loss = rows.get("loss", dict.fromkeys(models))
+        of_losses = [f"{name}: {rows[name]['flags']}" for name in LOSSES if name in rows and rows[name]["flags"]]
         for metric in [name for name in rows if name not in LOSSES] or ["loss"]:
             row, is_loss = rows[metric], metric == "loss"
-            flags = [*told, *([] if is_loss or not row["flags"] else [row["flags"]])]
-            told = []
-            shown = {name: None if is_loss else row[name] for name in ("metric", "base", "tuned")}
-            losses = {"base loss": loss["base"], "tuned loss": loss["tuned"]}
+            flags = [*of_losses, *([] if is_loss or not row["flags"] else [row["flags"]])]
+            of_losses = []
+            shown = {name: None if is_loss else row[name] for name in ("metric", *models)}
+            losses = {f"{model} loss": loss[model] for model in models}
             change = {name: row[name] for name in ("difference", "low", "high")}
-            found.append({"task": task, "n": row["n"], **losses, **shown, **change, "flags": "; ".join(flags) or None})
-    return found
+            overview.append(
+                {"task": task, "n": row["n"], **losses, **shown, **change, "flags": "; ".join(flags) or None}
+            )
+    return overview
 
 
 def _rounded(value: float | None) -> float | None:

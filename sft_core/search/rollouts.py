@@ -8,27 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-
-class Point(NamedTuple):
-    """Weights that a roll-out went through: those of its evaluation number `evaluation`, 0 being its start."""
-
-    round: int
-    evaluation: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Rollout:
-    """What to train next, with a new optimizer, from the weights at `start` (None: the start model)."""
-
-    round: int
-    start: Point | None
-    active: tuple[str, ...]  # the tasks whose rows are trained
-    epochs: float  # passes over the active rows
-    rows: Mapping[str, int] | None = None  # of each active task in an epoch; None: all of its rows, once
+from sft_core.rounds import Point, Rollout
 
 
 @dataclasses.dataclass(frozen=True)

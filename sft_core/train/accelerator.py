@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sft_core.recipe import Recipe
+    from sft_core.recipe import PhaseRecipe
 
 log = logging.getLogger(__name__)
 HALF_ONLY = ("varlen", "flash_attention_2")  # attention whose kernels take half precision alone
@@ -31,7 +31,7 @@ def liger(asked: bool | str) -> bool:
     return chosen
 
 
-def unmet_demands(recipe: Recipe, *, on_gpu: bool | None = None) -> str | None:
+def unmet_demands(recipe: PhaseRecipe, *, on_gpu: bool | None = None) -> str | None:
     """What this machine, which trains, cannot do. on_gpu: whether it has a GPU; None: as has_gpu sees it."""
     lora, attention = recipe.training.lora, recipe.model.attn_implementation
     if has_gpu() if on_gpu is None else on_gpu:
@@ -63,18 +63,18 @@ def unmet_demands(recipe: Recipe, *, on_gpu: bool | None = None) -> str | None:
     return f"{'; '.join(asked)}: needs a GPU, and this machine has none; to train here set it otherwise"
 
 
-def check_machine(recipe: Recipe) -> None:
+def check_machine(recipe: PhaseRecipe) -> None:
     """Raises ValueError for what this machine, which trains, cannot do."""
     if unmet := unmet_demands(recipe):
         raise ValueError(unmet)
 
 
-def computes_in_half(recipe: Recipe) -> bool:
+def computes_in_half(recipe: PhaseRecipe) -> bool:
     """Whether the model computes in half precision: by autocast, or by its weights."""
     return recipe.training.bf16 or recipe.model.dtype == "bfloat16"
 
 
-def slow_precision(recipe: Recipe) -> str | None:
+def slow_precision(recipe: PhaseRecipe) -> str | None:
     """A warning where a GPU would compute in fp32."""
     if not has_gpu() or computes_in_half(recipe):
         return None
@@ -85,7 +85,7 @@ def slow_precision(recipe: Recipe) -> str | None:
     )
 
 
-def lost_updates(recipe: Recipe) -> str | None:
+def lost_updates(recipe: PhaseRecipe) -> str | None:
     """A warning where weights are in bfloat16 alone: an update under 1/256 of a weight is rounded away."""
     sharded_by_deepspeed = recipe.runtime.distributed in ("zero2", "zero3")  # which keeps fp32 masters by itself
     if recipe.model.dtype != "bfloat16" or recipe.training.lora is not None or sharded_by_deepspeed:

@@ -11,7 +11,7 @@ from sft_core.train.flops import training_flops
 from sft_core.train.schedule import num_steps_of
 
 if TYPE_CHECKING:
-    from sft_core.recipe import Recipe
+    from sft_core.recipe import PhaseRecipe
     from sft_core.sections import Runtime, Training
     from sft_core.train.activations import Activations
 
@@ -44,7 +44,7 @@ _COMPUTES_IN_BF16 = ("fsdp2", "zero2", "zero3")  # with weights that are in bf16
 _WITHOUT_AUTOCAST = ("zero2", "zero3")
 
 
-def estimate(recipe: Recipe, shape: Any, plan: Any | None, *, trained_share: float = 1.0) -> Estimate:
+def estimate(recipe: PhaseRecipe, shape: Any, plan: Any | None, *, trained_share: float = 1.0) -> Estimate:
     """shape: the model without weights (model.skeleton). plan: the packs, where there are any.
 
     trained_share: of the plan's tokens, for the FLOPs. A pack may be trained whole, so the activations are of one that
@@ -77,7 +77,7 @@ def bytes_a_parameter(training: Training, runtime: Runtime) -> float:
     return whole + shared / runtime.num_processes
 
 
-def _activations(recipe: Recipe, shape: Any) -> Activations:
+def _activations(recipe: PhaseRecipe, shape: Any) -> Activations:
     """Of a full pack on a GPU, with the attention that it takes there."""
     from sft_core.train.attention import VARLEN, allows_varlen
 
@@ -116,7 +116,7 @@ def activations_of(
     )
 
 
-def told(found: Estimate, recipe: Recipe) -> str:
+def told(found: Estimate, recipe: PhaseRecipe) -> str:
     """The estimate in a line."""
     flops = "" if found.flops is None else f"; {found.flops:.3g} FLOPs in all"
     begin = (

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sft_core.store import Build
 
 log = logging.getLogger(__name__)
+START = "start model"  # among a build's inputs: the checkpoint of the phase before
 KEEP_S = 2.0  # between looks for a new checkpoint
 LOOK_S = 1.0  # between looks for what another node does
 SEEN_WITHIN_S = 1800.0  # the first node may have to download its inputs
@@ -57,6 +58,10 @@ def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str,
         ),
         "runtime": {**runtime.model_dump(mode="json"), "num_threads": num_threads(runtime)},
     }
+    if START in build.inputs:
+        weights = {"path": str((build.inputs[START] / "model").resolve())}
+        job = {**job, "model": job["model"] | weights}
+        settings["model"] = job["model"]
     if "rollout" in job:
         settings |= _rollout(build, job, round)
     path, output = build.out / "logs" / "job.json", build.out / "logs" / "train.log"
@@ -116,7 +121,7 @@ def train_along(out: Path, runtime: Runtime, is_done: Callable[[], bool]) -> Non
     Raises FileNotFoundError when nothing is seen of the first node, and RuntimeError with a failing rank's error.
     """
     job = out / "logs" / "job.json"
-    if not _comes_true(lambda: job.exists() or is_done(), SEEN_WITHIN_S):
+    if not comes_true(lambda: job.exists() or is_done(), SEEN_WITHIN_S):
         raise FileNotFoundError(
             f"{job}: not there after {SEEN_WITHIN_S:.0f} s; the first node writes it, so the folder is not the same "
             "on all nodes: runtime.store (of a URL: SFT_CACHE) has to be on a file system that they share"
@@ -127,11 +132,12 @@ def train_along(out: Path, runtime: Runtime, is_done: Callable[[], bool]) -> Non
     with sigterm_asks_to_stop(out):
         module = rank_module(json.loads(job.read_text()))
         run(job, [*torchrun(runtime), "-m", module], settings, out, log=None)
-    if not _comes_true(is_done, STORED_WITHIN_S):
+    if not comes_true(is_done, STORED_WITHIN_S):
         raise RuntimeError(f"{out}: the ranks ended, and the first node did not store what came out")
 
 
-def _comes_true(condition: Callable[[], bool], within_s: float) -> bool:
+def comes_true(condition: Callable[[], bool], within_s: float) -> bool:
+    """Waits for the condition; False where it does not hold in time."""
     end = time.monotonic() + within_s
     while not condition():
         if time.monotonic() > end:

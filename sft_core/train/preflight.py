@@ -15,13 +15,13 @@ from sft_core.train.router import router_loss
 from sft_core.train.small import small_model
 
 if TYPE_CHECKING:
-    from sft_core.recipe import Recipe
+    from sft_core.recipe import PhaseRecipe
 
 log = logging.getLogger(__name__)
 LONG = 16_384  # tokens of a pack, from which a mask of all pairs takes 256 MiB and more
 
 
-def try_class(recipe: Recipe, loader: dict[str, Any], *, here: bool = True) -> list[str]:
+def try_class(recipe: PhaseRecipe, loader: dict[str, Any], *, here: bool = True) -> list[str]:
     """What there is to say of the model that the recipe trains and scores; nothing where all is as one expects.
 
     loader: PinnedRecipe.model_loader. here: this machine is the one that trains. Raises ValueError for what the class
@@ -79,7 +79,7 @@ def _check_attention(asked: str, config: Any, kind: str, trust: bool) -> None:
         )
 
 
-def _of_device(recipe: Recipe) -> list[str]:
+def _of_device(recipe: PhaseRecipe) -> list[str]:
     """Raises ValueError where the recipe demands a GPU and torch sees none."""
     sees_gpu = torch.cuda.is_available()
     if unmet := unmet_demands(recipe, on_gpu=sees_gpu):

@@ -135,8 +135,8 @@ def test_stage_without_over_long_rows_windows_are_none(long_source, pinned, ensu
 
 
 def test_windows_are_made_only_where_the_recipe_splits(long_source, pinned):
-    assert list(rows_to_pack(pinned(long_source))) == ["s"]
-    assert list(rows_to_pack(pinned(long_source, packing={"over_long": "split"}))) == ["s", "windows of s"]
+    assert list(rows_to_pack(pinned(long_source), {})) == ["s"]
+    assert list(rows_to_pack(pinned(long_source, packing={"over_long": "split"}), {})) == ["s", "windows of s"]
 
 
 def test_split_with_loss_scope_all_is_refused(long_source):

@@ -46,7 +46,9 @@ def tokens(store: Store, pinned: PinnedRecipe) -> Path:
 
 
 def start_model(pinned: PinnedRecipe) -> Any:
-    return load_model(**pinned.model_loader, tokenizer=pinned.tokenizer_loader, seed=pinned.recipe.training.seed)
+    return load_model(
+        **pinned.model_loader, tokenizer=pinned.tokenizer_loader, seed=pinned.recipe.last_phase.training.seed
+    )
 
 
 def test_evaluated_rows_are_report_rows_with_their_loss(scored: Path, tokens: Path, pinned: PinnedRecipe) -> None:

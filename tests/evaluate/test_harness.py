@@ -98,7 +98,9 @@ def prompt_of(pinned: PinnedRecipe, word: str) -> str:
 
 
 def start_model(pinned: PinnedRecipe) -> tuple[Any, Any]:
-    return load_model(**pinned.model_loader, tokenizer=pinned.tokenizer_loader, seed=pinned.recipe.training.seed)
+    return load_model(
+        **pinned.model_loader, tokenizer=pinned.tokenizer_loader, seed=pinned.recipe.last_phase.training.seed
+    )
 
 
 @torch.inference_mode()

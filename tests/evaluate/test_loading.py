@@ -91,7 +91,9 @@ def test_scored_in_bfloat16_the_start_model_and_its_checkpoint_are_the_same(stor
     pinned = pinned_with(training={"bf16": True}, evaluation={"max_rows": 12, "max_new_tokens_by_task": {TASK: 5}})
     ref = store.ensure(EVALUATED, pinned, model="base", task=TASK)
     start = {**pinned.model_loader, "dtype": "float32"}
-    model, tokenizer = load_model(**start, tokenizer=pinned.tokenizer_loader, seed=pinned.recipe.training.seed)
+    model, tokenizer = load_model(
+        **start, tokenizer=pinned.tokenizer_loader, seed=pinned.recipe.last_phase.training.seed
+    )
     save_checkpoint(model, tokenizer, pinned.template_text, tmp_path / "trained" / "model")
     tokens = store.path(store.ensure(TOKENS, pinned, source=TASK))
     rows = evaluate_checkpoint(pinned, tokens, tmp_path / "trained", tmp_path / "out")

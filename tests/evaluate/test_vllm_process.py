@@ -188,7 +188,7 @@ def test_kept_model_is_loaded_once_and_its_engine_started_once_for_all_tasks(wor
         assert world.log == ["loaded", "started"]
         assert len(engines(os.getpid())) == 1
     (start,) = world.stand_in.starts
-    longest = world.pinned.recipe.packing.max_length + 9
+    longest = world.pinned.recipe.last_phase.packing.max_length + 9
     assert start["settings"]["max_model_len"] == longest
     assert "model.safetensors" in start["files"], "the start model's weights are there while it starts"
     assert not Path(start["settings"]["model"]).exists(), "and no longer"
@@ -225,7 +225,7 @@ def test_engine_with_too_little_room_is_started_anew(world: World) -> None:
         for task in SOURCES:
             world.score(task)
     rooms = [start["settings"]["max_model_len"] for start in world.stand_in.starts]
-    assert rooms == [world.pinned.recipe.packing.max_length + tokens for tokens in (5, 9)]
+    assert rooms == [world.pinned.recipe.last_phase.packing.max_length + tokens for tokens in (5, 9)]
 
 
 def test_engine_that_fails_at_a_task_is_started_anew_for_the_next(world: World) -> None:

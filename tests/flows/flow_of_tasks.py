@@ -13,23 +13,26 @@ from flows.sft_flow import card, catch, current, step
 class SFTFlow(sft_flow.SFTFlow):
     @step
     def fan_out(self):
-        from steps.deliver import delivered
+        from steps.train import checkpoint_of
 
-        stage, part = delivered(self.pinned)
-        self.delivered = self.ensure(stage, **part)
-        self.tasks = self.pinned.recipe.scored
+        pinned = self.pinned
+        stage, part = checkpoint_of(pinned, "tuned")
+        self.delivered = self.ensure(stage, pinned, **part)
+        self.tasks = pinned.recipe.scored
         self.next(self.evaluate, foreach="tasks")
 
     @catch(var="failure")
     @card(type="blank", id="scores")
     @step
     def evaluate(self):
-        from steps import cards, evaluate, harness
+        from steps import cards, harness
 
         self.task = self.input
         with cards.traceback_on(current.card):
-            scorings = {model: harness.scoring(model, self.task) for model in evaluate.MODELS}
-            self.evaluated = {model: self.ensure(stage, **part) for model, (stage, part) in scorings.items()}
+            scorings = {model: harness.scoring(model, self.task) for model in self.pinned.recipe.models}
+            self.evaluated = {
+                model: self.ensure(stage, self.pinned, **part) for model, (stage, part) in scorings.items()
+            }
             refs = {model: self.ref(address) for model, address in self.evaluated.items()}
             current.card.extend(harness.task_card(self.store, self.task, refs))
         self.next(self.report)

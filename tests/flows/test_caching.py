@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sft_core.report.tables import HEADER
 from sft_core.source_code import source_code, told
 from tests.flows.conftest import DATA, RECIPE, ROOT, Project, names
+from tests.report.columns import HEADER
 
 BRANCH = ("conversations", "rendered", "tokens")
 TRAINED_ON = {

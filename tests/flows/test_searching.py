@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sft_core.pins import pin
-from sft_core.recipe import parse_recipe
+from sft_core.recipe import ONLY, parse_recipe
 from sft_core.store import Ref, Store
-from steps.deliver import DELIVERED
-from steps.search import Progress, progress
+from steps.search import Searched, progress
+from steps.train import CHECKPOINT
 from tests.flows.conftest import RECIPE, TIMEOUT_S, Project, names
 from tests.flows.test_resuming import processes, wait_until
 
@@ -33,13 +33,13 @@ def search_recipe() -> dict:
     return recipe
 
 
-def found_in(project: Project) -> tuple[Progress, list[Path], bytes]:
+def found_in(project: Project) -> tuple[Searched, list[Path], bytes]:
     """The search as the project's store tells it, the folder of each roll-out, and the weights that are delivered."""
     store = Store(project.store)
-    found = progress(store, pin(parse_recipe(search_recipe())))
+    found = progress(store, pin(parse_recipe(search_recipe()))).searches[ONLY]
     trained = [build for build in project.builds() if build["stage"] == "trained"]
     built = {build["part"]["round"]: Ref(*build["ref"].split("/")) for build in trained}
-    located = store.locate(DELIVERED, found.pinned, {})
+    located = store.locate(CHECKPOINT, found.pinned, {})
     assert located.status == "hit" and located.ref is not None
     weights = store.path(located.ref) / "model" / "model.safetensors"
     return found, [store.path(built[round]) for round in sorted(built)], weights.read_bytes()
@@ -88,7 +88,7 @@ def test_search_killed_at_its_transitions_decides_and_delivers_the_same(tmp_path
     decisions = [one.decision for one in expected.measured]
     assert len(decisions) == 2 and any(decision.dropped for decision in decisions), "nothing was decided"
     assert [one.decision for one in found.measured] == decisions
-    assert found.pinned.delivered == expected.pinned.delivered
+    assert found.rounds.best == expected.rounds.best
     assert weights == expected_weights
     for folder, expected_folder in zip(folders, expected_folders, strict=True):
         assert (folder / "curves.json").read_bytes() == (expected_folder / "curves.json").read_bytes()

@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 
 from sft_core.report.flags import red_flags
-from sft_core.report.tables import HEADER, score_rows
+from sft_core.report.tables import score_rows
+from tests.report.columns import HEADER
 
 
 def score(**changes: Any) -> dict[str, Any]:
@@ -36,12 +37,14 @@ def answers(**changes: int) -> dict[str, Any]:
     ],
 )
 def test_red_flags_are_said_in_words(row: dict[str, Any], counts: dict[str, Any] | None, flags: list[str]) -> None:
-    assert red_flags(row, counts and {"tuned": counts, "base": answers()}) == flags
+    assert red_flags(row, ["base", "tuned"], counts and {"tuned": counts, "base": answers()}) == flags
 
 
 def test_base_whose_answers_are_cut_off_is_told() -> None:
-    assert red_flags(score(), {"tuned": answers(), "base": answers(cut_off=6)}) == ["answers of base cut off"]
-    assert red_flags(score(), {"tuned": answers(), "base": answers(cut_off=5, empty=9)}) == []
+    assert red_flags(score(), ["base", "tuned"], {"tuned": answers(), "base": answers(cut_off=6)}) == [
+        "answers of base cut off"
+    ]
+    assert red_flags(score(), ["base", "tuned"], {"tuned": answers(), "base": answers(cut_off=5, empty=9)}) == []
 
 
 def test_score_rows_have_differences_and_flags_of_the_answers_metric_alone() -> None:

@@ -11,26 +11,32 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sft_core.recipe import read_yaml
-from sft_core.report.model_card import Base, Card, CutOff, Score, Source, interval, model_card
+from sft_core.report.model_card import Base, Card, CutOff, Score, Source, Value, interval, model_card
 
 EVIL = "a|b\n---\n# `x` <script>&amp; [l](http://x) *b* _i_ \\ \u2028 ``` : {#"
+
+
+def scored(
+    task: str, metric: str, n: int, base: float, base_stderr: float, tuned: float, stderr: float, difference: Any = None
+) -> Score:
+    return Score(task, metric, n, {"base": Value(base, base_stderr), "tuned": Value(tuned, stderr)}, difference)
 
 
 def card(**changes: Any) -> Card:
     source = {"config": "SFT", "split": "train", "files": (), "revision": "c" * 40, "licence": "mit"}
     counts = {"conversations": 70, "rows": 50, "tokens": 900, "trained_tokens": 300, "share": 0.75}
     scores = [
-        Score("one", "exact_match", 100, 0.0, 0.0, 0.5, 0.05, (0.5, 0.4, 0.6)),
-        Score("one", "loss", 100, 2.5, 0.1, 1.25, 0.05, (-1.25, None, None)),
+        scored("one", "exact_match", 100, 0.0, 0.0, 0.5, 0.05, (0.5, 0.4, 0.6)),
+        scored("one", "loss", 100, 2.5, 0.1, 1.25, 0.05, (-1.25, None, None)),
     ]
     values: dict[str, Any] = {
         "name": "mine",
         "base": Base("org/base", "org/base", "b" * 40, "apache-2.0"),
-        "sources": [Source("one", "org/one", **source, **counts)],
+        "sources": [Source("one", "tuned", "org/one", **source, **counts)],
         "scores": scores,
-        "cut_offs": [CutOff("one", 50, 40, 1)],
+        "cut_offs": [CutOff("one", 50, {"base": 40, "tuned": 1})],
         "gains": (("task", "gain"), [("one", 0.25)]),
-        "training": {"optimizer steps": 9},
+        "training": {"tuned": {"optimizer steps": 9}},
         "recipe": {"name": "mine", "training": {"learning_rate": 1e-5}},
         "template_kwargs": {"header": False},
         "has_thinking_switch": True,
@@ -64,7 +70,7 @@ def test_metadata_is_what_the_hub_reads():
 
 def test_metadata_of_local_files_and_folders_names_no_hub_id():
     local = Base("folder", None, "d" * 64, None)
-    source = Source("one", None, None, None, ("a.jsonl",), "e" * 64, None, 1, 1, 1, 1, 1.0)
+    source = Source("one", "tuned", None, None, None, ("a.jsonl",), "e" * 64, None, 1, 1, 1, 1, 1.0)
     text = model_card(card(base=local, sources=[source]))
     data = ModelCard(text).data
     assert data.base_model is None and data.datasets is None
@@ -98,7 +104,7 @@ def test_interval_of_a_share_has_a_width_where_every_answer_is_right():
 
 
 def test_score_that_is_no_number_is_in_the_table_and_not_in_the_metadata():
-    text = model_card(card(scores=[Score("one", "loss", 3, 1.0, 0.1, float("nan"), float("nan"))]))
+    text = model_card(card(scores=[scored("one", "loss", 3, 1.0, 0.1, float("nan"), float("nan"))]))
     assert ModelCard(text).data.eval_results is None
     assert rows(text, "task | metric")[0][-2:] == ["nan", "-"]
 
@@ -123,12 +129,22 @@ def test_use_passes_the_templates_kwargs_and_the_thinking_switch():
 @example(name="---", licence="- x", value="1e-5")
 @example(name="\x85", licence="\xa0", value="\x85")
 def test_any_text_leaves_markdown_and_yaml_whole(name: str, licence: str, value: str):
-    source = Source(name, None, None, None, (name,), "e" * 64, licence, 1, 1, 1, 1, 1.0)
+    source = Source(name, "tuned", None, None, None, (name,), "e" * 64, licence, 1, 1, 1, 1, 1.0)
     recipe = {"name": "mine", "chat_template": {"kwargs": {"system": value}}}
-    changes = {"base": Base(name, None, "d" * 64, licence), "sources": [source], "training": {"kind": licence}}
-    scores = [Score(name, "loss", 3, 1.0, 0.1, 0.5, 0.1)]
+    changes = {
+        "base": Base(name, None, "d" * 64, licence),
+        "sources": [source],
+        "training": {"tuned": {"kind": licence}},
+    }
+    scores = [scored(name, "loss", 3, 1.0, 0.1, 0.5, 0.1)]
     text = model_card(
-        card(**changes, scores=scores, cut_offs=[CutOff(name, 2, 1, 1)], recipe=recipe, lineage=[(name, "a/b")])
+        card(
+            **changes,
+            scores=scores,
+            cut_offs=[CutOff(name, 2, {"base": 1, "tuned": 1})],
+            recipe=recipe,
+            lineage=[(name, "a/b")],
+        )
     )
     read = ModelCard(text)
     assert str(read) == text and read.data.eval_results[0].dataset_name == shown(name)
@@ -169,7 +185,7 @@ def test_tasks_that_are_not_scored_are_named_and_nothing_is_said_of_them_in_the_
 
 
 def test_scores_of_the_harness_name_it_and_no_source():
-    found = Score("lm_eval:gsm8k", "exact_match,strict-match", 40, 0.25, 0.07, 0.5, 0.08)
+    found = scored("lm_eval:gsm8k", "exact_match,strict-match", 40, 0.25, 0.07, 0.5, 0.08)
     text = model_card(card(scores=[found], harness_version="0.4.13"))
     (result,) = ModelCard(text).data.eval_results
     assert (result.dataset_type, result.dataset_name, result.metric_value) == ("lm_eval:gsm8k", "lm_eval:gsm8k", 0.5)
@@ -181,3 +197,23 @@ def test_scores_of_the_harness_name_it_and_no_source():
 
 def test_interval_of_the_harness_share_has_a_width_where_every_answer_is_right():
     assert interval("acc", 1.0, 0.0, 228) == interval("exact_match", 1.0, 0.0, 228)
+
+
+def test_phases_have_a_column_each_their_changes_and_their_own_training():
+    by_model = {"base": Value(0.1, 0.01), "mid": Value(0.2, 0.02), "sft": Value(0.5, 0.03)}
+    change = {"task": "one", "metric": "exact_match", "phase": "sft", "before": "mid", "value": 0.3, "low": 0.2}
+    text = model_card(
+        card(
+            scores=[Score("one", "exact_match", 100, by_model, (0.4, 0.3, 0.5))],
+            phase_changes=[{**change, "high": 0.4}],
+            cut_offs=[CutOff("one", 50, {"base": 40, "mid": 5, "sft": 1})],
+            training={"mid": {"optimizer steps": 9}, "sft": {"optimizer steps": 7}},
+        )
+    )
+    (row,) = rows(text, "task | metric | n | base | mid | sft | difference")
+    assert [cell.split(" ")[0] for cell in row] == ["one", "exact", "100", "0.1000", "0.2000", "0.5000", "+0.4000"]
+    assert rows(text, "task | metric | phase") == [["one", "exact match", "sft", "+0.3000 (+0.2000 to +0.4000)"]]
+    assert rows(text, "task | answers | base | mid | sft") == [["one", "50", "80.0%", "10.0%", "2.0%"]]
+    assert re.search(r"### Phase mid\n\n- optimizer steps: 9\n\n### Phase sft\n\n- optimizer steps: 7", text)
+    (result,) = ModelCard(text).data.eval_results
+    assert result.metric_value == 0.5, "of the model that is released"

@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from sft_core.report.tables import HEADER, OVERVIEW, overview_rows
+from sft_core.report.tables import overview_rows
+from tests.report.columns import HEADER, OVERVIEW
 
 
 def row(task: str, metric: str, base: float, tuned: float, flags: str | None = None) -> dict[str, Any]:

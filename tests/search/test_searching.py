@@ -17,20 +17,19 @@ from safetensors.torch import load_file
 
 from sft_core.data.packing import PackPlan
 from sft_core.pins import PinnedRecipe, pin
-from sft_core.recipe import parse_recipe
+from sft_core.recipe import ONLY, parse_recipe
 from sft_core.search.journal import CURVES, read_journal
 from sft_core.search.rollouts import Curves, Decision
 from sft_core.store import Store, Unresolved
 from sft_core.train.checkpoints import numbered
 from sft_core.train.launch import evaluation_folder
 from sft_core.wording import counted
-from steps.deliver import DELIVERED
 from steps.mix import MIXTURE
 from steps.pack import PACKED
 from steps.pipeline import plan
-from steps.search import Progress, card, progress
+from steps.search import Searched, card, progress
 from steps.selection import SELECTION
-from steps.train import TRAINED
+from steps.train import CHECKPOINT, TRAINED
 from tests.browser import Browser
 from tests.train.tiny import ROOT, SOURCES, tiny_recipe
 
@@ -53,19 +52,19 @@ def recipe(**search: Any) -> dict[str, Any]:
     return data
 
 
-def run(store: Store, data: dict[str, Any]) -> Progress:
+def run(store: Store, data: dict[str, Any]) -> Searched:
     """What the flow's train step does until the search is over."""
     pinned = pin(parse_recipe(data))
     store.ensure(MIXTURE, pinned)
     for _ in range(12):
-        found = progress(store, pinned)
+        found = progress(store, pinned).searches[ONLY]
         if found.is_over:
             return found
-        store.ensure(TRAINED, found.pinned, round=found.num_rounds - 1)
+        store.ensure(TRAINED, found.pinned, round=len(found.rounds.rollouts) - 1)
     raise AssertionError("it does not end")
 
 
-def decisions(found: Progress) -> list[Decision]:
+def decisions(found: Searched) -> list[Decision]:
     return [one.decision for one in found.measured]
 
 
@@ -86,15 +85,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.fixture(scope="module")
-def searched(store: Store) -> Progress:
+def searched(store: Store) -> Searched:
     return run(store, recipe())
 
 
-def test_search_drops_a_task_and_rolls_back(searched: Progress):
+def test_search_drops_a_task_and_rolls_back(searched: Searched):
     dropped = [task for decision in decisions(searched) for task in decision.dropped]
     assert len(dropped) >= 1, decisions(searched)
     assert searched.ended_by == "max_rollouts: 3 roll-outs done"
-    rollouts = searched.pinned.rollouts
+    rollouts = searched.rounds.rollouts
     for rollout, decision in zip(rollouts[1:], decisions(searched), strict=False):
         assert rollout.start == decision.start
         assert not set(decision.dropped) & set(rollout.active)
@@ -102,26 +101,26 @@ def test_search_drops_a_task_and_rolls_back(searched: Progress):
     assert last.start.evaluation < 4, "it went back"
 
 
-def test_search_round_starts_with_the_weights_that_it_rolled_back_to(store: Store, searched: Progress):
-    for rollout in searched.pinned.rollouts[1:]:
+def test_search_round_starts_with_the_weights_that_it_rolled_back_to(store: Store, searched: Searched):
+    for rollout in searched.rounds.rollouts[1:]:
         assert rollout.start is not None
         before, after = (curves_of(store, searched.pinned, n) for n in (rollout.start.round, rollout.round))
         for task in SOURCES:
             assert np.array_equal(after.rows[task][0], before.rows[task][rollout.start.evaluation])
 
 
-def test_search_round_trains_the_active_tasks_and_measures_all(store: Store, searched: Progress):
-    for rollout in searched.pinned.rollouts:
+def test_search_round_trains_the_active_tasks_and_measures_all(store: Store, searched: Searched):
+    for rollout in searched.rounds.rollouts:
         part = TRAINED.needs(searched.pinned, {"round": rollout.round})["packs"][1]
         packs = PackPlan.read(store.path(store.ensure(PACKED, searched.pinned, **part)))
         assert {SOURCES[number] for number in packs.source} == set(rollout.active)
         assert set(curves_of(store, searched.pinned, rollout.round).rows) == set(SOURCES)
-    assert min(len(rollout.active) for rollout in searched.pinned.rollouts) == 1
+    assert min(len(rollout.active) for rollout in searched.rounds.rollouts) == 1
 
 
-def test_search_keeps_no_weights_but_those_that_are_asked_for(store: Store, searched: Progress):
-    asked = {searched.pinned.delivered, *(decision.start for decision in decisions(searched))}
-    for rollout in searched.pinned.rollouts:
+def test_search_keeps_no_weights_but_those_that_are_asked_for(store: Store, searched: Searched):
+    asked = {searched.rounds.best, *(decision.start for decision in decisions(searched))}
+    for rollout in searched.rounds.rollouts:
         folder = folder_of(store, searched.pinned, rollout.round)
         kept = {int(path.name) for path in (folder / "evaluations").iterdir()}
         assert {point.evaluation for point in asked if point.round == rollout.round} <= kept
@@ -129,22 +128,22 @@ def test_search_keeps_no_weights_but_those_that_are_asked_for(store: Store, sear
         assert sorted(path.name for path in folder.iterdir()) == [CURVES, "evaluations", "logs", "manifest.json"]
 
 
-def test_search_delivers_the_best_pooled_evaluation(store: Store, searched: Progress):
+def test_search_delivers_the_best_pooled_evaluation(store: Store, searched: Searched):
     best = max(
         (curves_of(store, searched.pinned, rollout.round).pooled().max(), -rollout.round)
-        for rollout in searched.pinned.rollouts
+        for rollout in searched.rounds.rollouts
     )
-    point = searched.pinned.delivered
+    point = searched.rounds.best
     assert point is not None and point.round == -best[1]
     assert curves_of(store, searched.pinned, point.round).pooled()[point.evaluation] == best[0]
-    model = store.path(store.ensure(DELIVERED, searched.pinned)) / "model"
+    model = store.path(store.ensure(CHECKPOINT, searched.pinned)) / "model"
     kept = evaluation_folder(folder_of(store, searched.pinned, point.round), point.evaluation)
     assert {path.name for path in model.iterdir()} == {path.name for path in kept.iterdir()}
     assert (model / "model.safetensors").samefile(kept / "model.safetensors")
 
 
-def test_search_counts_what_it_cost(store: Store, searched: Progress):
-    for rollout, measured in zip(searched.pinned.rollouts, searched.measured, strict=True):
+def test_search_counts_what_it_cost(store: Store, searched: Searched):
+    for rollout, measured in zip(searched.rounds.rollouts, searched.measured, strict=True):
         cost, folder = measured.cost, folder_of(store, searched.pinned, rollout.round)
         events = [json.loads(line) for line in (folder / "logs" / "selection.jsonl").read_text().splitlines()]
         assert cost.most_kept == max(len(event["kept"]) for event in events) <= 4
@@ -161,36 +160,36 @@ def test_search_counts_what_it_cost(store: Store, searched: Progress):
         assert cost.training_flops == pytest.approx(rollout.epochs * an_epoch)
 
 
-def test_search_with_a_larger_cap_goes_on(store: Store, searched: Progress):
+def test_search_with_a_larger_cap_goes_on(store: Store, searched: Searched):
     before = store.locate(TRAINED, searched.pinned, {"round": 2}).ref
-    larger = progress(store, pin(parse_recipe(recipe(max_rollouts=4))))
-    assert (larger.num_rounds, larger.is_over) == (4, False)
+    larger = progress(store, pin(parse_recipe(recipe(max_rollouts=4)))).searches[ONLY]
+    assert (len(larger.rounds.rollouts), larger.is_over) == (4, False)
     assert store.locate(TRAINED, larger.pinned, {"round": 2}).ref == before
     assert decisions(larger) == decisions(searched)
-    smaller = progress(store, pin(parse_recipe(recipe(max_rollouts=1))))
-    assert (smaller.num_rounds, smaller.is_over) == (1, True)
+    smaller = progress(store, pin(parse_recipe(recipe(max_rollouts=1)))).searches[ONLY]
+    assert (len(smaller.rounds.rollouts), smaller.is_over) == (1, True)
 
 
-def test_search_plan_shows_what_is_known(store: Store, searched: Progress, tmp_path: Path):
+def test_search_plan_shows_what_is_known(store: Store, searched: Searched, tmp_path: Path):
     def shown(store: Store, **search: Any) -> dict[tuple[str, str], str]:
         found = plan(store, pin(parse_recipe(recipe(**search))))
         names = ("trained", "delivered", "report")
         return {(one.stage.name, one.name): one.status for one in found if one.stage.name in names}
 
     finished = shown(store)
-    point = searched.pinned.delivered
+    point = searched.rounds.best
     assert point is not None
     assert all(finished["trained", str(number)] == "hit" for number in range(point.round + 1))
     assert finished["report", "-"] == "depends"
     nothing = shown(Store(tmp_path))
-    assert nothing["trained", "0"] == "depends" and nothing["delivered", "-"] == "depends"
-    undecided = progress(Store(tmp_path), pin(parse_recipe(recipe()))).pinned
+    assert nothing["trained", "0"] == "depends" and nothing["checkpoint", "-"] == "depends"
+    undecided = progress(Store(tmp_path), pin(parse_recipe(recipe()))).searches[ONLY].pinned
     with pytest.raises(Unresolved):
-        DELIVERED.section(undecided, {})
+        CHECKPOINT.section(undecided, {})
 
 
-def test_search_card_shows_the_rollouts_peaks_and_decisions(store: Store, searched: Progress, browser: Browser):
-    page = browser.card(card(store, pin(parse_recipe(recipe()))))
+def test_search_card_shows_the_rollouts_peaks_and_decisions(store: Store, searched: Searched, browser: Browser):
+    page = browser.card(card(progress(store, pin(parse_recipe(recipe()))), ONLY))
     assert page.errors == []
     facts, told, evidence = page.tables
     shown = {name.replace("\n", " "): value.replace("\n", " ") for name, value in facts}
@@ -204,7 +203,7 @@ def test_search_card_shows_the_rollouts_peaks_and_decisions(store: Store, search
     first = searched.measured[0]
     plain = first.cost.training_flops / first.curves.epochs[-1] * kept
     assert f"; {training / plain:.2f} x plain SFT of {kept:g} epochs" in shown["training, PFLOPs"]
-    for row, rollout, one in zip(told[1:], searched.pinned.rollouts, searched.measured, strict=True):
+    for row, rollout, one in zip(told[1:], searched.rounds.rollouts, searched.measured, strict=True):
         row = [cell.replace("\n", " ") for cell in row]
         assert row[0].startswith(f"{rollout.round}, from ") and row[1].endswith(f" of {rollout.epochs:g} epochs")
         out = [task for task in searched.pinned.recipe.sources if task not in rollout.active]
@@ -263,7 +262,7 @@ def test_search_killed_in_a_rollout_measures_the_same(
         launcher.wait()
     (partial,) = tmp_path.glob(".partial/trained-*")
     assert any((partial / "evaluations").iterdir())
-    pinned = progress(other, pin(parse_recipe(data))).pinned
+    pinned = progress(other, pin(parse_recipe(data))).searches[ONLY].pinned
     other.ensure(TRAINED, pinned, round=0)
     mine, expected = folder_of(other, pinned, 0), folder_of(store, run(store, recipe(strategy=strategy)).pinned, 0)
     assert "resume checkpoint=" in (mine / "logs" / "train.log").read_text()
@@ -299,7 +298,7 @@ def test_rollout_that_ended_early_ends_there_again_when_it_goes_on_from_its_last
     assert ends[1] == ends[0]
 
 
-def measured_online(store: Store, found: Progress) -> list[dict[str, Any]]:
+def measured_online(store: Store, found: Searched) -> list[dict[str, Any]]:
     log = folder_of(store, found.pinned, 0) / "logs" / "online.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()]
 
@@ -360,9 +359,9 @@ def test_ies_trains_no_row_whose_loss_hardly_bends(store: Store):
 @pytest.mark.parametrize("strategy", ["sft", "continual", "sro", "soft_sro"])
 def test_baselines_run_to_their_end(store: Store, strategy: str):
     found = run(store, recipe(strategy=strategy))
-    assert found.pinned.delivered is not None
-    assert found.ended_by == f"{counted(len(found.pinned.rollouts), 'roll-out')} done, as planned"
-    assert store.ensure(DELIVERED, found.pinned)
+    assert found.rounds.best is not None
+    assert found.ended_by == f"{counted(len(found.rounds.rollouts), 'roll-out')} done, as planned"
+    assert store.ensure(CHECKPOINT, found.pinned)
 
 
 def test_search_refuses_a_key_that_its_strategy_does_not_know():

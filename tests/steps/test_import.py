@@ -339,7 +339,10 @@ def test_import_command_writes_recipe_and_template_and_tells_each_key(sft, tmp_p
     Path("sft.yaml").write_text(HANDBOOK)
     told = sft("import", "sft.yaml", "--output", "mine.yaml", "--num-processes", 64).stdout
     recipe = load_recipe("mine.yaml")
-    assert recipe.training.global_batch_size == 128 and recipe.sources == ["everyday_no_think", "puzzles_think"]
+    assert recipe.last_phase.training.global_batch_size == 128 and recipe.sources == [
+        "everyday_no_think",
+        "puzzles_think",
+    ]
     assert recipe.chat_template.template == "mine.jinja"
     assert Path("mine.jinja").read_text() == read_yaml(HANDBOOK)["chat_template"]
     lines = told.splitlines()

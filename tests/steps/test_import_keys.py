@@ -311,5 +311,5 @@ def test_accelerate_config_s_ranks_count_for_the_batch_unless_given(given: list[
     arguments = ["import", str(tmp_path / "sft.yaml"), "--output", str(output)]
     done = sft(*arguments, "--accelerate-config", tmp_path / "zero3.yaml", *given)
     recipe = parse_recipe(read_yaml(output.read_text()))
-    assert (recipe.training.global_batch_size, recipe.runtime.distributed) == (batch, "zero3")
+    assert (recipe.last_phase.training.global_batch_size, recipe.runtime.distributed) == (batch, "zero3")
     assert "accelerate config: distributed_type" in done.output

@@ -10,12 +10,13 @@ import pytest
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import override, parse_recipe
 from sft_core.store import Store
-from steps.evaluate import MODELS, count_report_prompts
+from steps.evaluate import count_report_prompts
 from steps.mix import MIXTURE, SHARES_HEADER
 from steps.pipeline import ORDER, differences, plan, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("copy_no_think", "checksum_think")
+MODELS = ("base", "tuned")
 DATA = ("conversations", "rendered", "tokens")
 DEPEND_ON_SPLITS = ("duplicates", "report_prompts", "contamination")
 
@@ -410,7 +411,7 @@ def test_quickstart_extra_is_accepted():
     from sft_core.recipe import load_recipe
     from sft_core.train.arguments import check_extra
 
-    extra = load_recipe(ROOT / "configs" / "quickstart.yaml").training.extra
+    extra = load_recipe(ROOT / "configs" / "quickstart.yaml").last_phase.training.extra
     assert extra
     check_extra(extra)
 

@@ -14,6 +14,8 @@ from steps import evaluate, report
 from tests.browser import Browser
 from tests.train.tiny import SOURCES, tiny_recipe
 
+MODELS = ("base", "tuned")
+
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, PinnedRecipe]:
@@ -70,7 +72,7 @@ def test_evaluation_card_shows_the_scores_of_its_manifests(
     scored: tuple[Store, PinnedRecipe], browser: Browser, task: str
 ) -> None:
     store, pinned = scored
-    refs = {model: store.ensure(evaluate.EVALUATED, pinned, model=model, task=task) for model in evaluate.MODELS}
+    refs = {model: store.ensure(evaluate.EVALUATED, pinned, model=model, task=task) for model in MODELS}
     counts = {model: store.manifest(ref)["counts"] for model, ref in refs.items()}
     page = browser.card(evaluate.card(store, refs))
     assert page.errors == []

@@ -19,7 +19,6 @@ from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
 from steps import score_worker, task_shares
-from steps.evaluate import MODELS
 from steps.harness import MAX_REASON, reasons_of, shortened
 from steps.score_worker import Order, Scoring, orders, outcomes
 from steps.task_shares import dealt, score, shares_of
@@ -270,6 +269,8 @@ from steps.score_worker import Scoring, outcomes
 pinned = pickle.load(open(sys.argv[1], "rb"))
 list(outcomes(pinned, [Scoring("base", sys.argv[2])], []))
 """
+
+MODELS = ("base", "tuned")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")

@@ -26,7 +26,7 @@ def test_train_second_rank_fails_raises_its_error_and_ends_the_first(store: Stor
     out.mkdir()
     (out / "error-rank0.txt").write_text("of the run before")
     plan = PackPlan.read(packs)
-    training = pinned.recipe.training
+    training = pinned.recipe.last_phase.training
     arguments = TRAINED.section(pinned, {"round": 0}) | TRAINED.places(pinned, {"round": 0})
     job = arguments["job"]
     model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=training.seed)

@@ -42,7 +42,7 @@ def run(
 
 def base_of(run: Run) -> PreTrainedModel:
     pinned = run.pinned
-    seed = pinned.recipe.training.seed
+    seed = pinned.recipe.last_phase.training.seed
     return load_model(**pinned.model_loader, tokenizer=pinned.tokenizer_loader, seed=seed)[0].eval()
 
 

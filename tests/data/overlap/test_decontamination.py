@@ -206,7 +206,8 @@ def test_one_more_source_searches_only_its_own_rows(search, ensure, tmp_path: Pa
     search([UNRELATED])
     store = Store(tmp_path / "store")
     sources = [
-        dataset.model_dump(mode="json", exclude_none=True) for dataset in search.recipe.recipe.dataset_mixture.datasets
+        dataset.model_dump(mode="json", exclude_none=True)
+        for dataset in search.recipe.recipe.last_phase.dataset_mixture.datasets
     ]
     more = {"path": str(write_rows("more.jsonl", [trained(lambda n: chat(prose(n, 40)))]))}
     mixture = {"decontamination": {}, **SHARES}
