@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Recipe(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", description="of the recipe: letters, digits, . _ -")]
     model: Model
     chat_template: ChatTemplate = ChatTemplate()
     dataset_mixture: DatasetMixture
