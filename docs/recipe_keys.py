@@ -23,15 +23,15 @@ INTRODUCTION = """\
 `python docs/recipe_keys.py` writes this page from the recipe's types ([sft_core/recipe.py](../sft_core/recipe.py),
 [sections.py](../sft_core/sections.py), [measuring.py](../sft_core/measuring.py)), and a test compares the two.
 
-A recipe is one YAML file. `python flows/sft_flow.py --config recipe RECIPE run` runs it, and `sft plan RECIPE` says what
-a run will do. The README shows [a recipe](../README.md#a-recipe), and `configs/` holds several. A key has the name that
-the alignment-handbook or TRL gives it, where they have such a key.
+A recipe is one YAML file. `python flows/sft_flow.py --config recipe RECIPE run` runs it, and `sft plan RECIPE` says
+what a run will do. The README shows [a recipe](../README.md#a-recipe), and `configs/` holds several. A key has the name
+that the alignment-handbook or TRL gives it, where they have such a key.
 
 - An unknown key is an error, which names the nearest known key. A key that stands twice is an error, too.
 - A key without a default is required. `null` stands for no value.
 - `--set KEY=VALUE` changes a key for one run, and the run records the change. The key is written as on this page.
   NAME is a dataset's name or its number from 0: `--set dataset_mixture.datasets.NAME.weight=0.5`.
-- `sft init` writes a first recipe with comments. `sft import` turns an alignment-handbook or TRL recipe into one of ours.
+- `sft init` writes a first recipe with comments. `sft import` turns an alignment-handbook or TRL recipe into ours.
 - The section `runtime` says where and how a run works. It is never part of an output's identity, so a change there
   rebuilds nothing. Every other key is part of the identity of the outputs that it shapes ([store](store.md)).
 """
