@@ -51,7 +51,7 @@ def page() -> str:
 def _sections(schema: dict[str, Any], section: dict[str, Any], path: str, title: str) -> Iterator[str]:
     """The Markdown of a section, then of those below it. path: what its keys begin with."""
     definitions, below = schema.get("$defs", {}), []
-    rows = ["| key | values | default | |", "|-|-|-|-|"]
+    rows = ["| key | values | default | meaning |", "|-|-|-|-|"]
     for name, value in section["properties"].items():
         key, is_required = f"{path}{name}", name in section.get("required", ())
         inner = [(f"{key}{'.NAME' if many else ''}", definitions[held]) for held, many in _sections_in(value)]
