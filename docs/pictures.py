@@ -1,4 +1,4 @@
-"""The README's pictures of cards: `python docs/pictures.py [RUN]`, in the folder the flow ran in, after a run.
+"""The documents' pictures of cards: `python docs/pictures.py [RUN]`, in the folder the flow ran in, after a run.
 
 Takes each step's card, and the card server, from the newest finished run without a search (or the one named) with
 headless Chromium, and from the newest one with a search the card of its last round of training.
@@ -38,7 +38,7 @@ SHOW = """(() => {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", help="its id; by default the newest finished one without a search")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="the folder of the pictures")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "pictures", help="the folder of the pictures")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     finished = finished_runs()

@@ -19,7 +19,7 @@ METRICS = ("exact_match", "numeric", "choice", "json", "json_schema", "tool_call
 class DuringTraining(Section):
     """The loss of each source's selection split, looked at while training goes on. It is never trained on."""
 
-    every_epochs: Annotated[float, Field(gt=0)] = 0.25
+    every_epochs: Annotated[float, Field(gt=0)] = Field(0.25, description="epochs between two measurements")
     max_rows: PositiveInt = Field(100, description="unique selection prompts of each source, at most")
     keep_best: bool = Field(
         False, description="end with the weights whose loss is lowest, as a mean over sources, and not with the last"
@@ -44,9 +44,11 @@ class IesSettings(Section):
 class Search(Section):
     """Who trains how long: roll-outs from one another's checkpoints, decided on the selection split."""
 
-    strategy: Literal["sft", "msft", "sro", "soft_sro", "continual", "dynamix", "ies"]
+    strategy: Literal["sft", "msft", "sro", "soft_sro", "continual", "dynamix", "ies"] = Field(
+        description="what proposes the roll-outs: docs/search.md"
+    )
     epochs_per_rollout: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the rows that are trained")
-    evaluations_per_epoch: PositiveInt = 4
+    evaluations_per_epoch: PositiveInt = Field(4, description="how often an epoch every task is measured")
     max_rows: PositiveInt = Field(200, description="unique selection prompts of each source, at most")
     score: Literal["loss", "answers"] = Field(
         "loss", description="of a selection row: minus its loss, or what the greedy answer scores by the task's metric"
@@ -82,10 +84,12 @@ class Sampling(Section):
     """Answers that are drawn, and not the likeliest token each time. The draws are the seed's, the row's and the
     sample's, whatever else shares their batch."""
 
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: PositiveInt | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="what logits are divided by")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="draw from the likeliest tokens that together have this probability"
+    )
+    top_k: PositiveInt | None = Field(None, description="draw from so many of the likeliest tokens; default: from all")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the draws")
     num_samples: PositiveInt = Field(1, description="answers to each prompt; a row's score is their mean")
 
 
@@ -98,7 +102,7 @@ class LmEval(Section):
     limit: PositiveInt | None = Field(None, description="only the first documents of each task")
     apply_chat_template: bool = Field(True, description="ask in a user turn; false: in plain text, for base models")
     chat_template_kwargs: dict[str, Any] = Field({}, description="win over chat_template.kwargs")
-    system_instruction: str | None = None
+    system_instruction: str | None = Field(None, description="a system message before each prompt")
     gen_kwargs: dict[str, Any] = Field({}, description="win over a task's generation_kwargs, as max_gen_toks: 512")
 
     @model_validator(mode="after")
@@ -120,7 +124,7 @@ class Evaluation(Section):
     min_report_rows: Annotated[int, Field(ge=0)] = Field(
         50, description="a task with fewer unique report prompts is an error"
     )
-    max_new_tokens: PositiveInt = 256
+    max_new_tokens: PositiveInt = Field(256, description="tokens of an answer, at most")
     max_new_tokens_by_task: dict[str, PositiveInt] = Field({}, description="where a task needs more or fewer")
     metric_by_task: dict[str, str] = Field(
         {}, description=f"{', '.join(METRICS)}, or a function of yours as package.module:function; default: exact_match"

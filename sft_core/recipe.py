@@ -92,7 +92,7 @@ PhaseName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
 class Recipe(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", description="of the recipe: letters, digits, . _ -")]
     model: Model
     chat_template: ChatTemplate = ChatTemplate()
     phases: Annotated[dict[PhaseName, Phase], Field(min_length=1)] = Field(

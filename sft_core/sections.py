@@ -40,8 +40,8 @@ class Section(BaseModel):
 class Model(Section):
     """The model to start from: a hub id, a folder, or `config` for random weights."""
 
-    model_name_or_path: str | None = None
-    model_revision: str = "main"
+    model_name_or_path: str | None = Field(None, description="a hub id or a folder; or give config")
+    model_revision: str = Field("main", description="the branch, tag or commit of a hub id")
     config: dict[str, Any] | None = Field(None, description="a transformers config: weights from the training seed")
     tokenizer_name_or_path: str | None = Field(None, description="default: the model's own")
     dtype: Literal["float32", "bfloat16"] = Field(
@@ -52,7 +52,7 @@ class Model(Section):
         description="auto: varlen (PyTorch's flash attention over packed documents) on a GPU in half precision where "
         "the model's class allows it, else sdpa, else eager",
     )
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(False, description="run Python code that the model brings")
     add_special_tokens: tuple[str, ...] = Field((), description="tokens to add; the embedding grows with them")
     eos_token: str | None = Field(None, description="the token that ends a turn; default: the tokenizer's")
     stop_tokens: tuple[str, ...] = Field((), description="further tokens at which serving stops, as <|call|>")
@@ -95,15 +95,15 @@ class Dataset(Section):
     """One source of conversations: a hub dataset (`id`) or local files (`path`)."""
 
     name: str | None = Field(None, description="default: the split, or the file's name", pattern=r"^[A-Za-z0-9._-]+$")
-    id: str | None = None
-    config: str | None = None
-    split: str = "train"
-    revision: str = "main"
+    id: str | None = Field(None, description="a hub dataset; or give path")
+    config: str | None = Field(None, description="of the hub dataset")
+    split: str = Field("train", description="of the hub dataset")
+    revision: str = Field("main", description="the hub dataset's branch, tag or commit")
     path: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None, description="JSONL or Parquet files (globs, .gz, .zst)"
     )
     columns: tuple[str, ...] | None = Field(None, description="keep only these columns")
-    format: SourceFormat = "auto"
+    format: SourceFormat = Field("auto", description="how rows are written; auto: by the keys of each row")
     weight: Annotated[float, Field(ge=0)] | None = Field(
         None, description="share of the rows kept; over 1 repeats rows"
     )
@@ -143,14 +143,14 @@ class Deduplication(Section):
     threshold: Annotated[float, Field(gt=0, le=1)] = Field(
         0.8, description="shared word n-grams (Jaccard) of prompt and of answer from which on rows are near duplicates"
     )
-    ngram: PositiveInt = 5
+    ngram: PositiveInt = Field(5, description="words of an n-gram")
     num_permutations: Annotated[int, Field(ge=16, le=4096)] = Field(128, description="of a MinHash signature")
 
 
 class Decontamination(Section):
     """Training rows that hold a prompt of the report split of an evaluation task are left out."""
 
-    ngram: PositiveInt = 8
+    ngram: PositiveInt = Field(8, description="words of an n-gram")
     threshold: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5, description="share of a prompt's words in n-grams that the row holds as well, from which on it is left out"
     )
@@ -163,7 +163,7 @@ class DatasetMixture(Section):
     """The sources, how much of each is trained on, and how prompts are held out."""
 
     datasets: Annotated[tuple[Dataset, ...], Field(min_length=1)]
-    seed: int = 0
+    seed: int = Field(0, description="of the draw of each source's rows, and of their order")
     selection_share: Share = Field(0.02, description="share of prompts for decisions during training")
     report_share: Share = Field(0.05, description="share of prompts for the scores that are reported")
     max_rejected_share: Share = Field(0.05, description="a source with more bad rows than this fails")
@@ -206,18 +206,22 @@ class DatasetMixture(Section):
 class Packing(Section):
     """How rows become packs of at most `max_length` tokens."""
 
-    packing_strategy: Literal["ffd", "none"] = "ffd"
-    max_length: PositiveInt = 2048
+    packing_strategy: Literal["ffd", "none"] = Field(
+        "ffd", description="ffd: first-fit-decreasing over the whole mixture; none: each row is a pack"
+    )
+    max_length: PositiveInt = Field(2048, description="tokens of a pack, at most")
     over_long: Literal["drop", "truncate", "split", "error"] = Field(
         "drop", description="rows over max_length: gone, cut after a whole turn, cut into several at turns, or an error"
     )
 
 
 class Lora(Section):
-    r: PositiveInt = 16
-    lora_alpha: PositiveInt = 32
-    lora_dropout: Share = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
+    r: PositiveInt = Field(16, description="rank of the adapter's matrices")
+    lora_alpha: PositiveInt = Field(32, description="the adapter's output is multiplied by lora_alpha / r")
+    lora_dropout: Share = Field(0.0, description="share of the adapter's inputs that a training step drops")
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear", description="modules that get an adapter: their names, a regular expression, or all-linear"
+    )
     use_dora: bool = Field(False, description="DoRA: magnitude and direction apart (arXiv 2402.09353)")
     use_rslora: bool = Field(False, description="rsLoRA: scaled by alpha / sqrt(r) (arXiv 2312.03732)")
     load_in_4bit: bool = Field(False, description="QLoRA: the base in NF4 while it trains (arXiv 2305.14314); a GPU")
@@ -229,23 +233,27 @@ class Training(Section):
     loss_scope: LossScope = Field(
         "assistant", description="train on assistant turns, on the last one, or on all tokens"
     )
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
-    lr_scheduler_type: Scheduler = "cosine"
-    lr_scheduler_kwargs: dict[str, Any] = {}
-    warmup_ratio: Share = 0.03
-    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
-    max_steps: PositiveInt | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-5, description="the highest one, after the warm-up")
+    lr_scheduler_type: Scheduler = Field(
+        "cosine", description="how the learning rate changes after the warm-up, by transformers' names"
+    )
+    lr_scheduler_kwargs: dict[str, Any] = Field({}, description="further settings of that scheduler")
+    warmup_ratio: Share = Field(0.03, description="share of the optimizer steps in which the learning rate rises")
+    num_train_epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the packs")
+    max_steps: PositiveInt | None = Field(None, description="optimizer steps, in place of num_train_epochs")
     global_batch_size: PositiveInt = Field(8, description="packs an optimizer step, over all ranks")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    bf16: bool = False
-    gradient_checkpointing: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of AdamW")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="larger gradients are scaled down; 0: never")
+    bf16: bool = Field(False, description="compute in bfloat16 by autocast, over weights in model.dtype")
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, more time"
+    )
     router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = Field(
         None, description="of the load-balancing loss of a mixture of experts; default: the model's own; 0: none"
     )
     use_liger_kernel: bool | Literal["auto"] = Field("auto", description="auto: on a GPU")
-    lora: Lora | None = None
-    seed: int = 42
+    lora: Lora | None = Field(None, description="train an adapter and merge it; default: full fine-tuning")
+    seed: int = Field(42, description="of the order of packs, of dropout, and of random weights")
     extra: dict[str, Any] = Field({}, description="any other field of trl.SFTConfig")
 
     @model_validator(mode="after")
@@ -258,9 +266,9 @@ class Training(Section):
 class Resources(Section):
     """What a task asks of a cluster, as Metaflow's @resources has it; on one's own machine it changes nothing."""
 
-    cpu: PositiveInt = 8
+    cpu: PositiveInt = Field(8, description="cores")
     memory: PositiveInt = Field(32_000, description="MB")
-    gpu: PositiveInt | None = None
+    gpu: PositiveInt | None = Field(None, description="GPUs")
     shared_memory: PositiveInt | None = Field(None, description="MB, which NCCL wants for several GPUs")
 
 
@@ -305,9 +313,9 @@ class Runtime(Section):
     vllm: VllmSettings = VllmSettings()
     save_steps: PositiveInt = Field(50, description="optimizer steps between checkpoints")
     keep_checkpoints: PositiveInt = Field(2, description="the newest ones that are kept while training")
-    logging_steps: PositiveInt = 5
+    logging_steps: PositiveInt = Field(5, description="optimizer steps between lines of the log")
     report_to: tuple[str, ...] = Field((), description="trackers of transformers.Trainer, for example wandb")
-    resources: ClusterResources = ClusterResources()
+    resources: ClusterResources = Field(ClusterResources(), description="what tasks ask of a cluster")
 
     @property
     def num_ranks(self) -> int:
