@@ -31,8 +31,9 @@ that the alignment-handbook or TRL gives it, where they have such a key.
 - A key without a default is required. `null` stands for no value.
 - `--set KEY=VALUE` changes a key for one run, and the run records the change. The key is written as on this page.
   NAME is a dataset's name or its number from 0: `--set dataset_mixture.datasets.NAME.weight=0.5`.
-- A recipe of one phase has the phase's keys (`dataset_mixture`, `packing`, `training`, `search`) at its root. A recipe of
-  several names them: `phases: {mid: {...}, sft: {...}}`. `--set` then says which: `--set phases.sft.training.seed=1`.
+- A recipe of one phase has the phase's keys (`dataset_mixture`, `packing`, `training`, `search`) at its root. A recipe
+  of several names them: `phases: {mid: {...}, sft: {...}}`. `--set` then says which one:
+  `--set phases.sft.training.seed=1`.
 - `sft init` writes a first recipe with comments. `sft import` turns an alignment-handbook or TRL recipe into ours.
 - The section `runtime` says where and how a run works. It is never part of an output's identity, so a change there
   rebuilds nothing. Every other key is part of the identity of the outputs that it shapes ([store](store.md)).
@@ -76,7 +77,11 @@ def _sections_in(value: dict[str, Any], many: bool = False) -> Iterator[tuple[st
         yield value["$ref"].rpartition("/")[2], many
     for one in (*value.get("anyOf", ()), *value.get("oneOf", ())):
         yield from _sections_in(one, many)
-    for of_many in (value.get("items"), value.get("additionalProperties")):
+    for of_many in (
+        value.get("items"),
+        value.get("additionalProperties"),
+        *value.get("patternProperties", {}).values(),
+    ):
         if isinstance(of_many, dict):
             yield from _sections_in(of_many, True)
 

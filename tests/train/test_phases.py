@@ -1,4 +1,4 @@
-"""Phases after each other: each starts from the weights of the one before, and what did not change is not made again."""
+"""Phases after each other: each starts from the weights of the one before; what did not change is not made again."""
 
 from __future__ import annotations
 
