@@ -49,10 +49,10 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
-    found: Needs = {"tokens": (TOKENS, {"source": part["task"]})}
+    needs: Needs = {"tokens": (TOKENS, {"source": part["task"]})}
     if wants_conversation(pinned, part["task"]):
-        found["conversations"] = (CONVERSATIONS, {"source": part["task"]})
-    return found if part["model"] == "base" else {**found, "trained": deliver.delivered(pinned)}
+        needs["conversations"] = (CONVERSATIONS, {"source": part["task"]})
+    return needs if part["model"] == "base" else {**needs, "trained": deliver.delivered(pinned)}
 
 
 # The version stands for sft_core/evaluate: raise it when a change there changes a score.
@@ -71,13 +71,13 @@ EVALUATED = Stage(
 
 
 def measure_ahead(store: Store, pinned: PinnedRecipe, part: Part) -> None:
-    """What has to be done for all tasks that vLLM answers before the first of them; see tasks.measure_ahead."""
+    """See tasks.measure_ahead."""
     inputs = {
         name: store.path(store.ensure(stage, pinned, **needed))
         for name, (stage, needed) in _needs(pinned, part).items()
     }
-    arguments = _section(pinned, part) | EVALUATED.places(pinned, part)
-    tasks.measure_ahead(pinned.recipe.runtime, inputs, **arguments)
+    task = tasks.ScoredTask.from_section(_section(pinned, part) | EVALUATED.places(pinned, part))
+    tasks.measure_ahead(pinned.recipe.runtime, inputs, task)
 
 
 def card(store: Store, refs: dict[str, Ref]) -> list[Any]:

@@ -31,11 +31,13 @@ def build_release(
     sources: list[dict[str, Any]],
     tasks: list[str],
     not_scored: list[str],
+    shares: list[str],
 ) -> dict[str, Any]:
     """Writes model/: what was trained, and README.md, its card.
 
     recipe: plain data without where it runs. base and sources: the fields of the card's Base and Source that a recipe
-    and its pins know. not_scored: the tasks whose evaluation failed.
+    and its pins know. not_scored: the tasks whose evaluation failed. shares: the metrics whose score is a share of
+    right answers.
     """
     model = build.out / "model"
     num_linked, num_files = link_files(build.inputs["trained"] / "model", model, without=README)
@@ -43,7 +45,7 @@ def build_release(
         name=recipe["name"],
         base=Base(**base),
         sources=_sources(sources, build),
-        scores=_scores(tasks, build),
+        scores=_scores(tasks, shares, build),
         not_scored=not_scored,
         harness_version=_harness_version(tasks, build),
         cut_offs=_cut_offs(tasks, build),
@@ -90,23 +92,23 @@ def _sources(sources: list[dict[str, Any]], build: Build) -> list[Source]:
     return found
 
 
-def _scores(tasks: list[str], build: Build) -> list[Score]:
+def _scores(tasks: list[str], shares: list[str], build: Build) -> list[Score]:
     reported = {(row["task"], row["metric"]): row for row in build.manifests["report"]["counts"]["scores"]}
-    found = []
+    scores = []
     for task in tasks:
         base, tuned = (
-            {one["metric"]: one for one in build.manifests[f"{model}.{task}"]["counts"]["scores"]}
+            {score["metric"]: score for score in build.manifests[f"{model}.{task}"]["counts"]["scores"]}
             for model in ("base", "tuned")
         )
         for metric, score in tuned.items():
             before, after = (
-                (round(one["value"], 6), None if one["stderr"] is None else round(one["stderr"], 6))
-                for one in (base[metric], score)
+                (round(side["value"], 6), None if side["stderr"] is None else round(side["stderr"], 6))
+                for side in (base[metric], score)
             )
             row = reported[task, metric]
             difference = None if row["difference"] is None else (row["difference"], row["low"], row["high"])
-            found.append(Score(task, metric, score["n"], *before, *after, difference))
-    return found
+            scores.append(Score(task, metric, score["n"], *before, *after, difference, is_share=metric in shares))
+    return scores
 
 
 def _cut_offs(tasks: list[str], build: Build) -> list[CutOff]:

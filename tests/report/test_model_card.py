@@ -20,8 +20,8 @@ def card(**changes: Any) -> Card:
     source = {"config": "SFT", "split": "train", "files": (), "revision": "c" * 40, "licence": "mit"}
     counts = {"conversations": 70, "rows": 50, "tokens": 900, "trained_tokens": 300, "share": 0.75}
     scores = [
-        Score("one", "exact_match", 100, 0.0, 0.0, 0.5, 0.05, (0.5, 0.4, 0.6)),
-        Score("one", "loss", 100, 2.5, 0.1, 1.25, 0.05, (-1.25, None, None)),
+        Score("one", "exact_match", 100, 0.0, 0.0, 0.5, 0.05, (0.5, 0.4, 0.6), is_share=True),
+        Score("one", "loss", 100, 2.5, 0.1, 1.25, 0.05, (-1.25, None, None), is_share=False),
     ]
     values: dict[str, Any] = {
         "name": "mine",
@@ -93,12 +93,13 @@ def test_tables_tell_scores_with_intervals_cut_offs_and_gains():
 
 def test_interval_of_a_share_has_a_width_where_every_answer_is_right():
     # Wilson (1927): n / (n + z^2) from below where all are right.
-    assert interval("exact_match", 1.0, 0.0, 228) == (pytest.approx(228 / (228 + 1.959964**2), abs=1e-6), 1.0)
-    assert interval("loss", 2.0, None, 1) == (None, None)
+    assert interval(1.0, 0.0, 228, is_share=True) == (pytest.approx(228 / (228 + 1.959964**2), abs=1e-6), 1.0)
+    assert interval(1.0, 0.0, 228, is_share=False) == (1.0, 1.0)
+    assert interval(2.0, None, 1, is_share=False) == (None, None)
 
 
 def test_score_that_is_no_number_is_in_the_table_and_not_in_the_metadata():
-    text = model_card(card(scores=[Score("one", "loss", 3, 1.0, 0.1, float("nan"), float("nan"))]))
+    text = model_card(card(scores=[Score("one", "loss", 3, 1.0, 0.1, float("nan"), float("nan"), is_share=False)]))
     assert ModelCard(text).data.eval_results is None
     assert rows(text, "task | metric")[0][-2:] == ["nan", "-"]
 
@@ -126,7 +127,7 @@ def test_any_text_leaves_markdown_and_yaml_whole(name: str, licence: str, value:
     source = Source(name, None, None, None, (name,), "e" * 64, licence, 1, 1, 1, 1, 1.0)
     recipe = {"name": "mine", "chat_template": {"kwargs": {"system": value}}}
     changes = {"base": Base(name, None, "d" * 64, licence), "sources": [source], "training": {"kind": licence}}
-    scores = [Score(name, "loss", 3, 1.0, 0.1, 0.5, 0.1)]
+    scores = [Score(name, "loss", 3, 1.0, 0.1, 0.5, 0.1, is_share=False)]
     text = model_card(
         card(**changes, scores=scores, cut_offs=[CutOff(name, 2, 1, 1)], recipe=recipe, lineage=[(name, "a/b")])
     )
@@ -169,7 +170,7 @@ def test_tasks_that_are_not_scored_are_named_and_nothing_is_said_of_them_in_the_
 
 
 def test_scores_of_the_harness_name_it_and_no_source():
-    found = Score("lm_eval:gsm8k", "exact_match,strict-match", 40, 0.25, 0.07, 0.5, 0.08)
+    found = Score("lm_eval:gsm8k", "exact_match,strict-match", 40, 0.25, 0.07, 0.5, 0.08, is_share=False)
     text = model_card(card(scores=[found], harness_version="0.4.13"))
     (result,) = ModelCard(text).data.eval_results
     assert (result.dataset_type, result.dataset_name, result.metric_value) == ("lm_eval:gsm8k", "lm_eval:gsm8k", 0.5)
@@ -177,7 +178,3 @@ def test_scores_of_the_harness_name_it_and_no_source():
     assert result.metric_name == "exact match,strict-match (lm_eval:gsm8k)"
     assert "lm-evaluation-harness (0.4.13)" in text and "lm-evaluation-harness" not in model_card(card())
     assert rows(text, "task | metric")[0][:3] == ["lm_eval:gsm8k", "exact match,strict-match", "40"]
-
-
-def test_interval_of_the_harness_share_has_a_width_where_every_answer_is_right():
-    assert interval("acc", 1.0, 0.0, 228) == interval("exact_match", 1.0, 0.0, 228)
