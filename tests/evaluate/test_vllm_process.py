@@ -1,5 +1,6 @@
 """The process of vLLM: how long it is up, what it is told, how it ends. A stand-in takes the place of vLLM alone, the
-library: it writes down what it is started with, and answers each prompt with its tokens turned round."""
+library: it writes down what it is started with, and answers each prompt with its tokens turned round; before them comes
+the seed of an answer that is drawn."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ import pytest
 from sft_core.evaluate.engine import Request
 from sft_core.evaluate.loading import keeping_a_model, scored_model
 from sft_core.evaluate.rows import read_rows
-from sft_core.evaluate.with_vllm import WithVllm
+from sft_core.evaluate.with_vllm import WithVllm, draw_seed
+from sft_core.measuring import Sampling
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.sections import VllmSettings
@@ -53,6 +55,7 @@ class LLM:
         answers = []
         for prompt, one in zip(prompts, params, strict=True):
             ids = prompt["prompt_token_ids"][::-1][: one.settings["max_tokens"]]
+            ids = [one.settings["seed"], *ids] if "seed" in one.settings else ids
             answers.append(types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=ids)]))
         return answers
 """
@@ -98,6 +101,17 @@ def test_engine_answers_one_request_after_another_and_ends_when_it_is_closed(sta
     assert written(engine) == [] and len(stand_in.starts) == 1
     engine.close()
     assert not engine.is_running
+
+
+def test_engine_draws_each_sample_of_a_prompt_by_its_own_seed(stand_in: StandIn, tmp_path: Path) -> None:
+    engine, prompts = stand_in.start(tmp_path), [np.array(ids, np.int32) for ids in ([1, 2], [3])]
+    sampling = Sampling(temperature=0.5, seed=3, num_samples=2)
+    answers = engine.write(Request(prompts, stop_ids=[], max_new_tokens=9, sampling=sampling, draw_keys=[7, 8]))
+    seeds = [draw_seed(3, key, sample) for key in (7, 8) for sample in (0, 1)]
+    assert len(set(seeds)) == 4
+    turned = ([2, 1], [2, 1], [3], [3])
+    assert [ids.tolist() for ids in answers] == [[seed, *ids] for seed, ids in zip(seeds, turned, strict=True)]
+    engine.close()
 
 
 def test_engine_that_fails_is_told_with_its_error_and_is_not_asked_again(
