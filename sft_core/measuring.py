@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from sft_core.sections import PositiveInt, Section, Share
-from sft_core.wording import nearest, short
 
 LM_EVAL = (
     "lm_eval:"  # before the names of the harness's tasks, where they stand beside ours; no source's name has a ':'
 )
-METRICS = ("exact_match", "numeric", "choice", "json", "json_schema", "tool_call", "reasoning_gym")
+DEFAULT_METRIC = "exact_match"
 
 
 class DuringTraining(Section):
@@ -127,10 +125,12 @@ class Evaluation(Section):
     max_new_tokens: PositiveInt = Field(256, description="tokens of an answer, at most")
     max_new_tokens_by_task: dict[str, PositiveInt] = Field({}, description="where a task needs more or fewer")
     metric_by_task: dict[str, str] = Field(
-        {}, description=f"{', '.join(METRICS)}, or a function of yours as package.module:function; default: exact_match"
+        {},
+        description="a metric of sft_core/evaluate/metrics, or a function of yours as package.module:function; "
+        f"default: {DEFAULT_METRIC}",
     )
     json_schema_by_task: dict[str, str | dict[str, Any]] = Field(
-        {}, description="of each task with the metric json_schema: the schema, or the path of its file"
+        {}, description="of each task whose metric asks for a schema: the schema, or the path of its file"
     )
     sampling: Sampling | None = Field(None, description="default: greedy answers")
     engine: Literal["transformers", "vllm"] = Field(
@@ -145,23 +145,5 @@ class Evaluation(Section):
             raise ValueError(f"sampling.temperature: found {self.sampling.temperature:g}; vllm draws at 2 and less")
         return self
 
-    @model_validator(mode="after")
-    def _metrics_are_known(self) -> Evaluation:
-        for task, metric in self.metric_by_task.items():
-            if metric not in METRICS and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", metric):
-                raise ValueError(
-                    f"metric_by_task.{task}: found {short(metric)}; it is no metric, and no function as "
-                    f"package.module:function{nearest(metric, list(METRICS))}"
-                )
-        wanting = {task for task, metric in self.metric_by_task.items() if metric == "json_schema"}
-        if missing := sorted(wanting - self.json_schema_by_task.keys()):
-            raise ValueError(
-                f"metric_by_task.{missing[0]}: found 'json_schema', and no schema; give "
-                f"json_schema_by_task.{missing[0]}"
-            )
-        if unused := sorted(self.json_schema_by_task.keys() - wanting):
-            raise ValueError(
-                f"json_schema_by_task.{unused[0]}: no answer is held against it; set metric_by_task.{unused[0]} to "
-                "json_schema, or remove it"
-            )
-        return self
+    def metric_of(self, task: str) -> str:
+        return self.metric_by_task.get(task, DEFAULT_METRIC)

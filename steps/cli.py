@@ -63,15 +63,15 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
               sft plan configs/tulu3-8b.yaml --memory
     """
     from sft_core.pins import pin
-    from sft_core.recipe import load_recipe
     from sft_core.report.tables import text_table
     from sft_core.store import Store
     from sft_core.train.accelerator import unmet_demands
     from steps import pipeline
     from steps.evaluate import check_report_prompts, count_report_prompts
     from steps.mix import SHARES_HEADER, planned_shares
+    from steps.recipes import read_recipe
 
-    loaded = load_recipe(recipe, overrides=overrides, limit=limit)
+    loaded = read_recipe(recipe, overrides=overrides, limit=limit)
     pinned, store = pin(loaded, allow_unresolved=True), Store(loaded.runtime.store)
     prompts = count_report_prompts(store, pinned)
     check_report_prompts(prompts, pinned)
@@ -167,11 +167,11 @@ def check(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: b
     Example: sft check configs/quickstart.yaml --limit 200
     """
     from sft_core.pins import pin
-    from sft_core.recipe import load_recipe
     from sft_core.store import Store
     from steps.check import check_text, checked
+    from steps.recipes import read_recipe
 
-    loaded = load_recipe(recipe, overrides=overrides, limit=limit)
+    loaded = read_recipe(recipe, overrides=overrides, limit=limit)
     pinned, store = pin(loaded), Store(loaded.runtime.store)
     rows = [checked(store, pinned, source) for source in loaded.sources]
     click.echo(json.dumps(rows, indent=1) if as_json else check_text(rows))

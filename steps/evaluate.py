@@ -83,13 +83,13 @@ EVALUATED = Stage(
 
 
 def measure_ahead(store: Store, pinned: PinnedRecipe, part: Part) -> None:
-    """What has to be done for all tasks that vLLM answers before the first of them; see tasks.measure_ahead."""
+    """See tasks.measure_ahead."""
     inputs = {
         name: store.path(store.ensure(stage, pinned, **needed))
         for name, (stage, needed) in _needs(pinned, part).items()
     }
-    arguments = _section(pinned, part) | EVALUATED.places(pinned, part)
-    tasks.measure_ahead(pinned.recipe.runtime, inputs, **arguments)
+    task = tasks.ScoredTask.from_section(_section(pinned, part) | EVALUATED.places(pinned, part))
+    tasks.measure_ahead(pinned.recipe.runtime, inputs, task)
 
 
 def card(store: Store, refs: dict[str, Ref]) -> list[Any]:

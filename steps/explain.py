@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sft_core.pins import pin
-from sft_core.recipe import load_recipe
 from sft_core.store import Store
 from steps import pipeline
+from steps.recipes import read_recipe
 from steps.store_commands import existing_store
 
 
@@ -26,7 +26,7 @@ def explained(a: str, b: str, root: str) -> list[str]:
 def _recipe_identities(a: str, b: str) -> list[tuple[str, Any, Any]]:
     sides = []
     for path in (a, b):
-        loaded = load_recipe(path)
+        loaded = read_recipe(path)
         found = pipeline.plan(Store(loaded.runtime.store), pin(loaded, allow_unresolved=True))
         sides.append({f"{one.stage.name} {one.name}": one.identity for one in found})
     before, after = sides

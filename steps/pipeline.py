@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft_core.evaluate.scorers import check_metrics
+from sft_core.evaluate.metrics.registry import check_metrics
 from sft_core.evaluate.with_vllm import unmet_vllm
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import Recipe

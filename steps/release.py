@@ -6,6 +6,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from sft_core.evaluate import harness
+from sft_core.evaluate.metrics.registry import metric_class
 from sft_core.pins import PinnedRecipe, is_local
 from sft_core.release.folder import build_release
 from sft_core.release.push import build_pushed
@@ -27,7 +29,16 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
         "sources": [_source(pinned, name) for name in pinned.recipe.sources],
         "tasks": scored_tasks(pinned, part),
         "not_scored": list(part.get("without", ())),
+        "shares": _shares(pinned),
     }
+
+
+def _shares(pinned: PinnedRecipe) -> list[str]:
+    """The metrics of the recipe's tasks whose score is a share of right answers: the card has other intervals then."""
+    evaluation = pinned.recipe.evaluation
+    metrics = {evaluation.metric_of(task) for task in pinned.recipe.tasks}
+    shares = {name for name in metrics if metric_class(name).is_share}
+    return sorted(shares.union(harness.SHARES if evaluation.lm_eval is not None else ()))
 
 
 def shown_recipe(pinned: PinnedRecipe) -> dict[str, Any]:

@@ -11,15 +11,15 @@ from sft_core.data.shards import TokenShards
 from sft_core.data.tokenizer import load_tokenizer
 from sft_core.data.tokens import EncodedRows
 from sft_core.pins import pin
-from sft_core.recipe import load_recipe
 from sft_core.store import Store
 from steps.painted import legend, painted
+from steps.recipes import read_recipe
 from steps.tokenize import TOKENS
 
 
 def show_row(recipe: str, source: str, row: int, overrides: tuple[str, ...], limit: int | None) -> None:
     """Prints one row. Raises ValueError for an unknown source or row."""
-    loaded = load_recipe(recipe, overrides=overrides, limit=limit)
+    loaded = read_recipe(recipe, overrides=overrides, limit=limit)
     if source not in loaded.sources:
         raise ValueError(f"--source: found {source!r}; the recipe's sources are {', '.join(loaded.sources)}")
     pinned = pin(loaded)

@@ -1,4 +1,4 @@
-"""Answers to token prompts, greedy or drawn, batched by length."""
+"""Answers to token prompts by transformers, greedy or drawn, batched by length."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from sft_core.evaluate.engine import Request
+
 log = logging.getLogger(__name__)
 TOKENS_ON_A_CPU = 16_384
 SHARE_OF_MEMORY = 0.4  # of what is free; a cache that grows by a token at a time leaves gaps
-BYTES_A_LOGIT = 24  # the likeliest is looked for in float32, a drawn one in float64
+BYTES_A_LOGIT = 24  # the likeliest token is searched in float32, a token is drawn in float64
 # B is the rows of a batch, T their tokens, V the vocabulary.
 
 
 @dataclasses.dataclass(frozen=True)
 class WithTransformers:
-    """Greedy or drawn answers of a model that is loaded; see answers.Engine."""
+    """The engine (engine.py) that answers by a model in this process."""
 
     model: Any
     pad_id: int
@@ -40,26 +42,17 @@ class WithTransformers:
     def name(self) -> str:
         return f"transformers {transformers.__version__}"
 
-    def write(
-        self,
-        prompts: list[np.ndarray],
-        keys: list[int],
-        sampling: dict[str, Any] | None,
-        *,
-        stop_ids: list[int],
-        max_new_tokens: int,
-    ) -> list[np.ndarray]:
-        drawn, num_samples = None, 1
+    def write(self, request: Request) -> list[np.ndarray]:
+        drawn, sampling = None, request.sampling
         if sampling is not None:
-            num_samples = sampling["num_samples"]
-            numbers = uniforms(sampling["seed"], keys, num_samples, max_new_tokens)
-            drawn = Drawn(numbers, **{name: sampling[name] for name in ("temperature", "top_p", "top_k")})
+            numbers = uniforms(sampling.seed, request.draw_keys, sampling.num_samples, request.max_new_tokens)
+            drawn = Drawn(numbers, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
         return generate_answers(
             self.model,
-            [prompt for prompt in prompts for _ in range(num_samples)],
-            stop_ids=stop_ids,
+            [prompt for prompt in request.prompts for _ in range(request.num_samples)],
+            stop_ids=request.stop_ids,
             pad_id=self.pad_id,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=request.max_new_tokens,
             batch_size=self.batch_size,
             drawn=drawn,
         )
@@ -86,11 +79,11 @@ def generate_answers(
     )
     answers: list[np.ndarray] = [np.empty(0, np.int64)] * len(prompts)
     waiting = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    room, of_a_row = room_for(model)
+    room, tokens_of_a_row = room_for(model)
     with as_served(model), tqdm(total=len(prompts), unit=" prompts", disable=None, desc="generate") as progress:
         model.generation_config = GenerationConfig()
         while waiting:
-            tokens_a_row = len(prompts[waiting[0]]) + max_new_tokens + of_a_row
+            tokens_a_row = len(prompts[waiting[0]]) + max_new_tokens + tokens_of_a_row
             size = min(max(1, room // tokens_a_row), batch_size or len(waiting), len(waiting))
             indices = waiting[:size]
             generated = _generated(model, [prompts[index] for index in indices], settings, pad_id, drawn, indices)
@@ -119,7 +112,7 @@ def _generated(
     drawn: Drawn | None,
     numbers: list[int],
 ) -> np.ndarray | None:
-    """New tokens of a batch, the longest prompt first: int64, shape (prompts, tokens). None: no memory for it."""
+    """New tokens of a batch, the longest prompt first: int64, shape (prompts, tokens). None: memory is too small."""
     length = len(prompts[0])
     ids_BT = torch.full((len(prompts), length), pad_id, dtype=torch.int64)
     mask_BT = torch.zeros_like(ids_BT)
@@ -134,16 +127,16 @@ def _generated(
             logits_processor=drawn.processors(numbers, length) if drawn else None,
         )
     except torch.cuda.OutOfMemoryError:
-        return None  # the error holds what was computed so far, so it ends here
+        return None  # the error refers to the tensors that fill the memory: let it go before the next try
     return generated_BT[:, length:].cpu().numpy()
 
 
 @contextlib.contextmanager
 def as_served(model: Any) -> Iterator[None]:
-    """Attention that reads a cache, whatever the model is trained with; afterwards the model is as it was.
+    """The model with attention that reads a cache, whatever it is trained with; afterwards it is as it was before.
 
-    Its generation config too, which may be changed inside. generate fills what a given config leaves open from the
-    model's own (transformers 5.23): a repetition penalty would make a copied word a wrong answer.
+    Its generation config is restored, too: change it inside. `generate` fills what a given config leaves open from the
+    model's (transformers 5.23), and a repetition penalty there would make a copied word a wrong answer.
     """
     settings, attention = model.generation_config, model.config._attn_implementation
     served = "sdpa" if model._supports_sdpa else "eager"
@@ -159,18 +152,18 @@ def as_served(model: Any) -> Iterator[None]:
 
 
 def room_for(model: Any) -> tuple[int, int]:
-    """How many tokens of prompts and answers the device has room for at once, and how many a row takes by itself."""
+    """The tokens of prompts and answers for which the device has room at once, and those that a row's logits take."""
     if model.device.type != "cuda":
         return TOKENS_ON_A_CPU, 0
     free, _ = torch.cuda.mem_get_info(model.device)
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    of_a_token = bytes_of_a_token(model)
-    of_a_row = BYTES_A_LOGIT * model.config.get_text_config().vocab_size
-    return int(SHARE_OF_MEMORY * (free + unused)) // of_a_token, -(-of_a_row // of_a_token)
+    token_bytes = bytes_of_a_token(model)
+    logit_bytes = BYTES_A_LOGIT * model.config.get_text_config().vocab_size
+    return int(SHARE_OF_MEMORY * (free + unused)) // token_bytes, -(-logit_bytes // token_bytes)
 
 
 def bytes_of_a_token(model: Any) -> int:
-    """Of the cache's keys and values in all layers, and of what one layer computes of a prompt."""
+    """Bytes that a token takes in the cache of all layers, and in the activations of a layer."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -185,10 +178,10 @@ def _until_stop(ids: np.ndarray, stop_ids: list[int]) -> np.ndarray:
 
 
 class Drawn:
-    """Tokens drawn from the model's distribution by numbers that are fixed before: those of each prompt are its own.
+    """Draws tokens from the model's distribution by numbers that are fixed beforehand, other numbers for each prompt.
 
-    transformers draws a batch's tokens with one generator, so that a row's depend on what shares its batch. Here
-    they depend on the row's numbers and its logits alone; these are the same in any batch, up to rounding.
+    transformers draws a batch's tokens with one generator, so that a row's tokens depend on the rows beside it. Here
+    they depend on the row's numbers and its logits alone, which are the same in any batch, up to rounding.
     """
 
     def __init__(self, uniforms: np.ndarray, *, temperature: float, top_p: float, top_k: int | None):
@@ -222,7 +215,8 @@ class _Pick(LogitsProcessor):
 def uniforms(seed: int, row_keys: list[int], num_samples: int, num_tokens: int) -> np.ndarray:
     """Numbers to draw by: float64 in [0, 1), shape (rows * samples, tokens), a row's samples one after another.
 
-    Each is the seed's, the row key's and the sample's own, whatever the other rows and the number of samples.
+    A sample's numbers follow from the seed, the row's key and the sample's place, whatever the other rows are and
+    however many samples there are.
     """
     streams = [np.random.default_rng([seed, key, sample]) for key in row_keys for sample in range(num_samples)]
     return np.array([stream.random(num_tokens) for stream in streams]).reshape(len(streams), num_tokens)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_core.evaluate.documents import SAMPLES
-from sft_core.evaluate.loading import scored_model, use_threads
-from sft_core.evaluate.metrics import Score
+from sft_core.evaluate.loading import ModelLoader, ModelToScore, TokenizerLoader, scored_model, use_threads
+from sft_core.evaluate.scores import Score
 
 if TYPE_CHECKING:
     from sft_core.store import Build
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 ROWS_AT_A_TIME = 32  # unless runtime.eval_batch_size says otherwise
 _NO_METRIC = ("alias", "name", "sample_len", "sample_count")
+SHARES = ("acc", "exact_match")  # lm-eval's metrics whose score is a share of right answers
 
 
 def build_harness(
@@ -36,9 +37,9 @@ def build_harness(
     system_instruction: str | None,
     gen_kwargs: dict[str, Any],
 ) -> dict[str, Any]:
-    """Writes scores.json, and samples.jsonl with each document, what was asked, what came and what it scored.
+    """Writes scores.json, and samples.jsonl with each document, its prompt, the model's responses and their scores.
 
-    model: how to load the start model; None scores the trained one. template: the text, kwargs and date that prompts
+    model: how to load the start model; None scores the trained model. template: the text, kwargs and date that prompts
     are rendered with, the same for both; None asks in plain text. task: its name and where its YAMLs are.
     Raises what the task raises.
     """
@@ -56,11 +57,15 @@ def build_harness(
     from sft_core.evaluate.served_lm import ServedLM
 
     batch_size = build.runtime.eval_batch_size or ROWS_AT_A_TIME
-    loading = {"attn_implementation": attn_implementation, "bf16": bf16, "seed": seed}
-    with (
-        scored_model(build.inputs.get("trained"), model, tokenizer, **loading) as loaded,
-        as_served(loaded.network),
-    ):
+    to_score = ModelToScore(
+        None if model is None else ModelLoader(**model),
+        TokenizerLoader(**tokenizer),
+        build.inputs.get("trained"),
+        attn_implementation,
+        bf16,
+        seed,
+    )
+    with scored_model(to_score) as loaded, as_served(loaded.network):
         vocabulary = copy.deepcopy(loaded.facts.vocabulary)  # lm-eval gives it a padding token and another side
         rendering = None if template is None else chat_template(vocabulary, **template)
         lm = ServedLM(loaded.network, vocabulary, rendering, batch_size)
@@ -99,38 +104,38 @@ def build_harness(
 
 
 def scores_of(results: dict[str, Any], name: str) -> list[Score]:
-    """The task's scores; a group's are its own where it has some, else, as a tag's, those of its members by name.
+    """The scores of a task; of a group, or else of its members (as for a tag, which has none), with their names.
 
-    A metric is called as lm-eval calls it; with the filter behind a comma where the task names one.
-    Raises ValueError when there is none.
+    A metric has lm-eval's name, followed by a comma and the filter where the task names a filter. Raises ValueError
+    where there is no score.
     """
     table = results["results"]
-    found = _scores(table.get(name, {}), "", sum(count["effective"] for count in results["n-samples"].values()))
-    if not found:
+    scores = _scores(table.get(name, {}), "", sum(count["effective"] for count in results["n-samples"].values()))
+    if not scores:
         for member, count in results["n-samples"].items():
-            found += _scores(table[member], f"{member} ", count["effective"])
-    if not found:
+            scores += _scores(table[member], f"{member} ", count["effective"])
+    if not scores:
         raise ValueError(f"lm-eval's task {name} gave no score; see its metric_list and process_results")
-    return found
+    return scores
 
 
 def _scores(row: dict[str, Any], prefix: str, n: int) -> list[Score]:
-    found = []
+    scores = []
     for key, value in row.items():
         metric, _, filtered = key.partition(",")
         if key in _NO_METRIC or metric.endswith("_stderr") or isinstance(value, str):
             continue
         stderr = row.get(f"{metric}_stderr,{filtered}")
-        known = None if stderr is None or isinstance(stderr, str) else float(stderr)  # "N/A" where there is none
+        number = None if stderr is None or isinstance(stderr, str) else float(stderr)  # "N/A" where there is none
         named = metric if filtered in ("", "none") else key
-        found.append(Score(f"{prefix}{named}", float(value), known, n))
-    return found
+        scores.append(Score(f"{prefix}{named}", float(value), number, n))
+    return scores
 
 
 def _shots(results: dict[str, Any]) -> int | str:
-    """How many examples came before each question; a span where members of a group differ."""
-    found = sorted({int(results["n-shot"].get(name, 0)) for name in results["n-samples"]})
-    return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    """How many examples came before each question; "1 to 5" where members of a group differ."""
+    shots = sorted({int(results["n-shot"].get(name, 0)) for name in results["n-samples"]})
+    return shots[0] if len(shots) == 1 else f"{shots[0]} to {shots[-1]}"
 
 
 def _write_samples(samples: dict[str, list[dict[str, Any]]], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The model that is scored, loaded when it is asked for; between tasks it is kept where a process says so.
+"""The model that is scored: loaded when a task needs it, and kept between tasks where a process says so.
 
 Invariant: a model's network and its vLLM engine are never on the device together, and no model is while another is.
 """
@@ -36,8 +36,58 @@ def use_threads(runtime: Runtime) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelLoader:
+    """Where a model is and how it is loaded: arguments of train.model.load_model."""
+
+    path: str | None
+    revision: str | None
+    config: dict[str, Any] | None  # JSON, of random weights
+    dtype: str
+    attn_implementation: str
+    stop_tokens: list[str]
+    trust_remote_code: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerLoader:
+    """Where a tokenizer is and what is added to it: the arguments of load_tokenizer."""
+
+    path: str
+    revision: str | None
+    add_special_tokens: list[str]
+    eos_token: str | None
+    trust_remote_code: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelToScore:
+    """The start model, or without it (None) the checkpoint in the output `trained`."""
+
+    start: ModelLoader | None
+    tokenizer: TokenizerLoader  # the start model's
+    trained: Path | None
+    attn_implementation: str
+    bf16: bool
+    seed: int
+
+    @property
+    def checkpoint(self) -> Path | None:
+        return None if self.trained is None else self.trained / "model"
+
+    @property
+    def loaders(self) -> tuple[ModelLoader, TokenizerLoader]:
+        if self.start is not None:
+            return self.start, self.tokenizer
+        assert self.checkpoint is not None
+        path, trusts = str(self.checkpoint), self.tokenizer.trust_remote_code
+        # Its stop tokens are in its generation config, its added tokens in its tokenizer.
+        model = ModelLoader(path, None, None, "auto", self.attn_implementation, [], trusts)
+        return model, dataclasses.replace(self.tokenizer, path=path, revision=None, add_special_tokens=[])
+
+
+@dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a task asks of a model besides its network."""
+    """What a task needs to know of a model besides its network."""
 
     vocabulary: Any  # the tokenizer
     stops: list[int]  # the ids at which answers end
@@ -51,34 +101,12 @@ class Facts:
 
 
 class ScoredModel:
-    """The start model, or without one (None) the checkpoint in `trained`."""
+    """A model as tasks use it: its network, or the vLLM engine that takes the network's place."""
 
-    def __init__(
-        self,
-        trained: Path | None,
-        model: dict[str, Any] | None,
-        tokenizer: dict[str, Any],
-        *,
-        attn_implementation: str,
-        bf16: bool,
-        seed: int,
-    ):
-        self.identity = (trained, model, tokenizer, attn_implementation, bf16, seed)
-        self.losses: dict[Any, tuple[np.ndarray, np.ndarray]] = {}  # measured ahead of answers by vLLM
-        self._folder: Path | None = None if trained is None else trained / "model"
-        if model is None:
-            assert self._folder is not None
-            tokenizer = {**tokenizer, "path": str(self._folder), "revision": None, "add_special_tokens": []}
-            model = {
-                "path": str(self._folder),
-                "revision": None,
-                "config": None,
-                "dtype": "auto",
-                "attn_implementation": attn_implementation,
-                "stop_tokens": [],  # in the checkpoint's generation config
-                "trust_remote_code": tokenizer["trust_remote_code"],
-            }
-        self._model, self._tokenizer, self._bf16, self._seed = model, tokenizer, bf16, seed
+    def __init__(self, model: ModelToScore):
+        self.model = model
+        self.losses: dict[tuple[str, bytes], tuple[np.ndarray, np.ndarray]] = {}  # measured ahead of answers by vLLM
+        self._loader, self._tokenizer = model.loaders
         self._network: Any = None
         self._facts: Facts | None = None
         self._engine: WithVllm | None = None
@@ -86,16 +114,16 @@ class ScoredModel:
 
     @property
     def network(self) -> Any:
-        """On its device, ready to be asked. Whoever changes it leaves it as it was."""
+        """On its device, in evaluation mode. Whoever changes it restores it."""
         if self._network is None:
             self._end_engine()
-            self._network, vocabulary = load_scored(self._model, self._tokenizer, self._bf16, self._seed)
+            self._network, vocabulary = load_scored(self._loader, self._tokenizer, self.model.bf16, self.model.seed)
             self._facts = Facts.of(self._network, vocabulary)
         return self._network
 
     @property
     def facts(self) -> Facts:
-        """Known from the first load on, also when the network is let go."""
+        """They stay known when the network is let go. Loads it where it never was."""
         if self._facts is None:
             _ = self.network
         assert self._facts is not None
@@ -110,30 +138,30 @@ class ScoredModel:
             return self._engine
         self._end_engine()
         facts = self.facts
-        with tempfile.TemporaryDirectory(dir=scratch) as made:
-            folder = self._folder
-            if folder is None:
+        with tempfile.TemporaryDirectory(dir=scratch) as temporary:
+            folder = self.model.checkpoint
+            if self.model.start is not None or folder is None:
                 from sft_core.train.model import save_checkpoint
 
-                save_checkpoint(self.network, facts.vocabulary, None, folder := Path(made))
+                save_checkpoint(self.network, facts.vocabulary, None, folder := Path(temporary))
             self._let_network_go()
             self._engine = WithVllm(
                 folder,
                 settings,
                 dtype=facts.dtype,
-                trust_remote_code=self._model["trust_remote_code"],
+                trust_remote_code=self._loader.trust_remote_code,
                 max_model_len=self._room if facts.context is None else min(self._room, facts.context),
             )
         self._engine_room = self._room
         return self._engine
 
     def make_room(self, num_tokens: int) -> None:
-        """Of an engine, for a prompt with its answer. One that has less is started anew when it is asked for."""
+        """Sets the least room of the engine, for a prompt with its answer. An engine with less room is restarted."""
         self._room = max(self._room, num_tokens)
 
     @property
     def is_engine_running(self) -> bool:
-        """With as much room as is wanted."""
+        """Whether vLLM runs, with as much room as tasks need."""
         return self._engine is not None and self._engine.is_running and self._engine_room >= self._room
 
     def close(self) -> None:
@@ -153,47 +181,48 @@ class ScoredModel:
         torch.cuda.empty_cache()
 
 
-def load_scored(model: dict[str, Any], tokenizer: dict[str, Any], bf16: bool, seed: int) -> tuple[Any, Any]:
+def load_scored(model: ModelLoader, tokenizer: TokenizerLoader, bf16: bool, seed: int) -> tuple[Any, Any]:
     """The network on its device, in the dtype in which it is scored, and its tokenizer.
 
-    In bfloat16 throughout, as it is served: autocast would convert every weight again for each new token.
+    bf16: in bfloat16 throughout, as it is served; autocast would convert every weight again for each new token.
     """
     import torch
 
     from sft_core.train.model import load_model
 
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    wanted = "bfloat16" if bf16 else model["dtype"]
     network: Any
-    if model["config"] is None and not _grows(model, tokenizer):
+    if model.config is None and not _grows(model, tokenizer):
         network, vocabulary = load_model(
-            **{**model, "dtype": wanted},
-            tokenizer=tokenizer,
+            **vars(dataclasses.replace(model, dtype="bfloat16") if bf16 else model),
+            tokenizer=vars(tokenizer),
             seed=seed,
             half=bf16,
             device=None if device == "cpu" else device,
         )
     else:
-        # Random numbers are those that training starts from: drawn on the CPU, in the weights' own dtype.
-        network, vocabulary = load_model(**model, tokenizer=tokenizer, seed=seed, half=bf16)
+        # Draw random numbers on the CPU, in the weights' dtype: training starts from these.
+        network, vocabulary = load_model(**vars(model), tokenizer=vars(tokenizer), seed=seed, half=bf16)
         if bf16:
             _cast(network, torch.bfloat16)
         network.to(device)
-    log.info("loaded=%s device=%s dtype=%s", model["path"] or "random weights", device, network.dtype)
+    log.info("loaded=%s device=%s dtype=%s", model.path or "random weights", device, network.dtype)
     return network.eval(), vocabulary
 
 
-def _grows(model: dict[str, Any], tokenizer: dict[str, Any]) -> bool:
-    """Whether the start model gets rows of its own for tokens that it does not know."""
+def _grows(model: ModelLoader, tokenizer: TokenizerLoader) -> bool:
+    """Whether the start model's embedding gets rows for tokens that the model does not know."""
     from sft_core.train.model import skeleton
 
-    shape = skeleton(**{name: model[name] for name in ("path", "revision", "config", "trust_remote_code")})
-    return len(load_tokenizer(**tokenizer)) > shape.get_input_embeddings().num_embeddings
+    shape = skeleton(
+        path=model.path, revision=model.revision, config=model.config, trust_remote_code=model.trust_remote_code
+    )
+    return len(load_tokenizer(**vars(tokenizer))) > shape.get_input_embeddings().num_embeddings
 
 
 def _cast(network: Any, dtype: Any) -> None:
-    """Casts what a checkpoint holds. What is computed from the config stays in float32, as from_pretrained leaves it:
-    the frequencies of rotary embeddings, rounded, turn far positions to others."""
+    """Casts what a checkpoint holds. Buffers that are computed from the config stay in float32, as from_pretrained
+    leaves them: with rounded frequencies, rotary embeddings turn far positions by other angles."""
     computed = [
         (module, name, getattr(module, name))
         for module in network.modules()
@@ -205,14 +234,14 @@ def _cast(network: Any, dtype: Any) -> None:
 
 
 def is_device_sound() -> bool:
-    """False after an error on a GPU that all that is computed in this process from now on would meet."""
+    """False after an error on the GPU that every later computation of this process would raise again."""
     import torch
 
     if not torch.cuda.is_initialized():
         return True
     try:
         torch.cuda.synchronize()
-        gc.collect()  # of what failed
+        gc.collect()  # frees the tensors of the task that failed
         torch.cuda.empty_cache()
     except RuntimeError as error:
         log.error("status=device_lost %s", error)
@@ -220,14 +249,14 @@ def is_device_sound() -> bool:
     return True
 
 
-# One model is kept, where `keeping_a_model` is entered: that of the last task.
+# The model of the last task is kept inside `keeping_a_model`.
 _keeps = False
 _kept: ScoredModel | None = None
 
 
 @contextlib.contextmanager
 def keeping_a_model() -> Iterator[None]:
-    """The model of a task is there for the next one that asks for the same, and let go before another is loaded."""
+    """Inside it a task's model stays loaded for the next task that scores it, and is freed before another loads."""
     global _keeps
     _keeps = True
     try:
@@ -238,15 +267,12 @@ def keeping_a_model() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def scored_model(
-    trained: Path | None, model: dict[str, Any] | None, tokenizer: dict[str, Any], **settings: Any
-) -> Iterator[ScoredModel]:
-    """What a task scores; see ScoredModel. It is let go at the end unless it is kept for the next task."""
+def scored_model(model: ModelToScore) -> Iterator[ScoredModel]:
+    """The model, which is loaded when its network is first used, and freed at the end unless it is kept."""
     global _kept
-    asked = ScoredModel(trained, model, tokenizer, **settings)
-    if _kept is None or _kept.identity != asked.identity:
+    if _kept is None or _kept.model != model:
         _forget()
-        _kept = asked
+        _kept = ScoredModel(model)
     try:
         yield _kept
     finally:

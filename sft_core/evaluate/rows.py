@@ -1,4 +1,4 @@
-"""The scored rows of a task: what was wanted, what came, and the scores that follow from them."""
+"""The scored rows of a task: what each wanted, what the model wrote, and the scores that follow from them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sft_core.evaluate.metrics import Score, mean_score, perplexity, strip_thinking, token_accuracy, token_loss
+from sft_core.evaluate.scores import Score, mean_score, perplexity, strip_thinking, token_accuracy, token_loss
 
-# Of a row that was not asked, outputs and what follows them, and score, are null. Lists have an entry a sample.
+# A row that was not asked has nulls from `outputs` on. Lists have an entry a sample.
 ROWS = pa.schema(
     [
         ("row_id", pa.string()),
@@ -20,7 +20,7 @@ ROWS = pa.schema(
         ("num_trained", pa.int32()),
         ("num_correct", pa.int32()),  # of the trained tokens, those that are the likeliest
         ("prompt", pa.string()),  # what a server would be sent; null where the row is trained from its first token
-        ("answer", pa.string()),  # what was wanted
+        ("answer", pa.string()),  # what the row wanted
         ("outputs", pa.list_(pa.string())),
         ("num_generated", pa.list_(pa.int32())),  # tokens, the stop token with them
         ("cut_off", pa.list_(pa.bool_())),
@@ -34,11 +34,11 @@ def scores(table: pa.Table, metric: str) -> list[Score]:
     """Loss, perplexity and token accuracy over all rows, and the metric's score over those that were asked."""
     nll, num_trained, num_correct = (table[name].to_numpy() for name in ("nll", "num_trained", "num_correct"))
     loss = token_loss(nll, num_trained)
-    found = [loss, perplexity(loss), token_accuracy(num_correct, num_trained)]
+    task_scores = [loss, perplexity(loss), token_accuracy(num_correct, num_trained)]
     asked = table["score"].drop_null()
     if len(asked):
-        found.append(mean_score(metric, asked.to_numpy()))
-    return found
+        task_scores.append(mean_score(metric, asked.to_numpy()))
+    return task_scores
 
 
 def of_samples(table: pa.Table, column: str) -> list[Any]:
@@ -47,7 +47,7 @@ def of_samples(table: pa.Table, column: str) -> list[Any]:
 
 
 def answer_counts(table: pa.Table) -> dict[str, Any]:
-    """Of all samples: how many there are, are empty without their thinking, were cut off, and their mean tokens."""
+    """Counts over all samples: of answers, of those empty without their thinking, of those cut off; and mean tokens."""
     lengths = of_samples(table, "num_generated")
     return {
         "answers": len(lengths),

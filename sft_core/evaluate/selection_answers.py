@@ -13,20 +13,22 @@ import torch
 from sft_core.data.packing import PackPlan
 from sft_core.data.shards import TokenRow, TokenShards, read_index
 from sft_core.evaluate.answers import asked_of, generate_outputs, served_prompt, stop_ids, trained_turn, without_stop
+from sft_core.evaluate.engine import Request
 from sft_core.evaluate.generate import WithTransformers
-from sft_core.evaluate.metrics import strip_thinking
-from sft_core.evaluate.scorers import Asked, Metric, load_metric
+from sft_core.evaluate.metrics.metric import Asked, Metric
+from sft_core.evaluate.metrics.registry import load_metric
+from sft_core.evaluate.scores import strip_thinking
 from sft_core.train.selection import RowLosses
 
 
 class AnswerScores:
     """Greedy answers to the selection rows that have one to score, by their task's metric, 0 to 1.
 
-    A row whose trained tokens all are the likeliest is answered with them: that much the losses tell, and greedy
-    decoding would write the same. Only the other rows are generated, where another text may still be right.
+    Where all trained tokens of a row are the likeliest, its answer is its own turn: greedy decoding would write these
+    tokens. Only for the other rows an answer is generated, which may be right in other words.
 
-    plan: the selection rows. tokens: each source's folders. asked_by_task: of each task its metric's identity and
-    max_new_tokens. conversations: of the tasks whose metric wants them.
+    plan: the selection rows. tokens: each source's folders. asked_by_task: of each task the identity of its metric, and
+    max_new_tokens; both are JSON. conversations: of the tasks whose metric asks for them.
     """
 
     def __init__(
@@ -47,14 +49,14 @@ class AnswerScores:
         self._metrics: dict[str, Metric] = {}
         self._rows: dict[int, TokenRow] = {}  # by their number in the plan, those that are asked
         self._asked: dict[int, Asked] = {}
-        self._own: dict[int, float] = {}  # what the row's own turn scores
+        self._turn_scores: dict[int, float] = {}  # what the turn that the row trains scores
 
     @contextlib.contextmanager
     def ready(self, model: Any) -> Iterator[None]:
-        """Reads what the rows ask. Raises ValueError for a task of which no row can be asked."""
+        """Inside it `score` can be called: the rows are read. Raises ValueError for a task without a row to ask."""
         with contextlib.ExitStack() as stack:
             for task, asked in self._by_task.items():
-                self._metrics[task] = stack.enter_context(load_metric(dict(asked["metric"])))
+                self._metrics[task] = stack.enter_context(load_metric(asked["metric"]))
                 self._read(task, model)
             yield
 
@@ -67,56 +69,56 @@ class AnswerScores:
         num_ranks: int,
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     ) -> tuple[np.ndarray, float]:
-        """Of each selection row, shape (rows,), NaN where it is not asked; and the FLOPs of what was generated.
+        """The score of each selection row, shape (rows,), NaN where it is not asked; and the FLOPs of generating.
 
         losses: those of the same weights, with num_correct. The ranks share the rows; all get the result.
         """
         assert losses.num_correct is not None
-        found = torch.zeros(len(self._plan.row) + 1, dtype=torch.float64, device=model.device)
+        # The last entry counts tokens.
+        sums = torch.zeros(len(self._plan.row) + 1, dtype=torch.float64, device=model.device)
         settled = losses.num_correct == losses.num_trained
         engine, stops = WithTransformers(model, self._tokenizer.pad_token_id, self._batch_size), stop_ids(model)
         for place, number in enumerate(self._asked):
             if self._is_within(number) and settled[number] and place % num_ranks == rank:
-                found[number] = self._own[number]
+                sums[number] = self._turn_scores[number]
         for task in self._by_task:
-            open_ = [number for number in self._of(task) if not (settled[number] and self._is_within(number))]
-            mine = open_[rank::num_ranks]
-            prompts = {number: served_prompt(self._rows[number]) for number in mine}
-            outputs = generate_outputs(
-                engine, self._tokenizer, stops, prompts, {}, None, self._by_task[task]["max_new_tokens"]
-            )
-            for number in mine:
-                text = strip_thinking(outputs[number][0].text)
-                found[number] = self._metrics[task].score(text, self._asked[number].wanted)
-                found[-1] += len(prompts[number]) + outputs[number][0].num_tokens
-        *scores, num_tokens = sum_over_ranks(found).tolist()
+            unsettled = [number for number in self._of(task) if not (settled[number] and self._is_within(number))]
+            numbers = unsettled[rank::num_ranks]
+            prompts = [served_prompt(self._rows[number]) for number in numbers]
+            request = Request(prompts, stops, self._by_task[task]["max_new_tokens"])
+            outputs = generate_outputs(engine, self._tokenizer, request)
+            for number, prompt, (output,) in zip(numbers, prompts, outputs, strict=True):
+                text = strip_thinking(output.text)
+                sums[number] = self._metrics[task].score(text, self._asked[number].wanted)
+                sums[-1] += len(prompt) + output.num_tokens
+        *scores, num_tokens = sum_over_ranks(sums).tolist()
         is_asked = np.isin(np.arange(len(scores)), list(self._asked))
         return np.where(is_asked, scores, np.nan), num_tokens * self._flops_a_token
 
     def _read(self, task: str, model: Any) -> None:
         source, stops = self._sources.index(task), stop_ids(model)
         numbers = np.flatnonzero(self._plan.source == source)
-        at = self._plan.row[numbers]
-        index = read_index(self._folders[source][0], columns=["row_id", "answer"]).take(at)
+        row_numbers = self._plan.row[numbers]
+        index = read_index(self._folders[source][0], columns=["row_id", "answer"]).take(row_numbers)
         shards = TokenShards(*self._folders[source])
-        rows = [shards[int(row)] for row in at]
+        rows = [shards[int(number)] for number in row_numbers]
         asked = asked_of(self._metrics[task], index, rows, stops, self._tokenizer, self._conversations.get(task))
         if not asked:
             raise ValueError(
                 f"search.score: found 'answers', and none of the {len(rows)} selection rows of {task} asks for one by "
                 f"the metric {self._metrics[task].name}; score it by loss, or leave the task out"
             )
-        for place, wanted in asked.items():
+        for place, asked_row in asked.items():
             row, number = rows[place], int(numbers[place])
-            self._rows[number], self._asked[number] = row, wanted
+            self._rows[number], self._asked[number] = row, asked_row
             target = self._tokenizer.decode(without_stop(trained_turn(row), stops), skip_special_tokens=False)
-            self._own[number] = self._metrics[task].score(strip_thinking(target), wanted.wanted)
+            self._turn_scores[number] = self._metrics[task].score(strip_thinking(target), asked_row.wanted)
 
     def _of(self, task: str) -> list[int]:
         source = self._sources.index(task)
         return [number for number in self._asked if self._plan.source[number] == source]
 
     def _is_within(self, number: int) -> bool:
-        """Whether the row's own turn is not longer than what may be generated."""
+        """Whether the turn that the row trains is no longer than an answer may be."""
         task = self._sources[self._plan.source[number]]
         return len(trained_turn(self._rows[number])) <= self._by_task[task]["max_new_tokens"]

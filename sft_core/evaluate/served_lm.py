@@ -16,7 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from sft_core.data.templates import ChatTemplate
-from sft_core.evaluate.metrics import strip_thinking
+from sft_core.evaluate.scores import strip_thinking
 
 OPEN, CLOSE = "<think>", "</think>"
 _TAIL_TOKENS = 32  # of a prompt: the think tag that its template ends with, if any, is among them

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +16,22 @@ import pyarrow.parquet as pq
 from sft_core.data import splits
 from sft_core.data.held_out import held_out_rows
 from sft_core.data.shards import TokenRow, TokenShards, read_index
-from sft_core.evaluate.answers import Engine, Output, asked_of, generate_outputs, served_prompt
-from sft_core.evaluate.loading import ScoredModel, scored_model, use_threads
-from sft_core.evaluate.metrics import strip_thinking
+from sft_core.evaluate.answers import Output, asked_of, generate_outputs, served_prompt
+from sft_core.evaluate.engine import Engine, Request
+from sft_core.evaluate.loading import (
+    ModelLoader,
+    ModelToScore,
+    ScoredModel,
+    TokenizerLoader,
+    scored_model,
+    use_threads,
+)
+from sft_core.evaluate.metrics.metric import Asked, Metric
+from sft_core.evaluate.metrics.registry import load_metric
 from sft_core.evaluate.rows import ROWS, answer_counts, scores
-from sft_core.evaluate.scorers import Asked, Metric, load_metric
+from sft_core.evaluate.scores import strip_thinking
 from sft_core.evaluate.with_vllm import unmet_vllm
+from sft_core.measuring import Sampling
 
 if TYPE_CHECKING:
     from sft_core.sections import Runtime
@@ -33,144 +42,135 @@ TOKENS_A_FORWARD = 2048
 
 
 @dataclasses.dataclass(frozen=True)
+class ScoredTask:
+    """How a model is scored on a task: the stage's section, typed."""
+
+    model: ModelLoader | None  # the start model's; None scores the trained model
+    tokenizer: TokenizerLoader
+    attn_implementation: str
+    bf16: bool
+    seed: int
+    selection_share: float
+    report_share: float
+    max_rows: int
+    max_length: int  # tokens; longer rows are left out and counted, as in training
+    smoke: bool  # a task without report rows is scored on the rows that it has
+    metric: dict[str, Any]  # JSON: registry.metric_identity
+    max_new_tokens: int
+    sampling: Sampling | None  # None: greedy answers
+    engine: str = "transformers"  # what answers; losses are always transformers'
+
+    @classmethod
+    def from_section(cls, section: Mapping[str, Any]) -> ScoredTask:
+        """The section is JSON, with the stage's places in it. Raises TypeError for a key that is not known."""
+        model, sampling = section["model"], section["sampling"]
+        typed = {
+            "model": None if model is None else ModelLoader(**model),
+            "tokenizer": TokenizerLoader(**section["tokenizer"]),
+            "sampling": None if sampling is None else Sampling(**sampling),
+        }
+        return cls(**{**section, **typed})
+
+    def model_to_score(self, trained: Path | None) -> ModelToScore:
+        return ModelToScore(self.model, self.tokenizer, trained, self.attn_implementation, self.bf16, self.seed)
+
+    @property
+    def room(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        return self.max_length + self.max_new_tokens
+
+
+@dataclasses.dataclass(frozen=True)
 class ReportRows:
     """The rows of a task that are scored."""
 
-    chosen: pa.Table  # of the index
+    index: pa.Table
     tokens: list[TokenRow]
-    key: tuple[str, bytes]  # which rows of which tokens these are
+    key: tuple[str, bytes]  # equal for the same rows of the same tokens
     num_over_long: int
 
     @classmethod
-    def read(
-        cls,
-        tokens: Path,
-        *,
-        selection_share: float,
-        report_share: float,
-        max_rows: int,
-        max_length: int,
-        smoke: bool,
-    ) -> ReportRows:
+    def read(cls, tokens: Path, task: ScoredTask) -> ReportRows:
         """Raises ValueError for a task without rows."""
         index, shards = read_index(tokens), TokenShards(tokens)
-        found = held_out_rows(index, splits.REPORT, selection_share=selection_share, report_share=report_share)
-        if smoke and len(found) == 0:
+        shares = {"selection_share": task.selection_share, "report_share": task.report_share}
+        held_out = held_out_rows(index, splits.REPORT, **shares)
+        if task.smoke and len(held_out) == 0:
             log.warning("no report row among the first rows: this smoke run scores training rows")
-            found = np.flatnonzero(index["num_trained"].to_numpy() > 0)
-        fits = found[index["num_tokens"].to_numpy()[found] <= max_length]
-        if len(fits) == 0:
+            held_out = np.flatnonzero(index["num_trained"].to_numpy() > 0)
+        short = held_out[index["num_tokens"].to_numpy()[held_out] <= task.max_length]
+        if len(short) == 0:
             raise ValueError(
-                f"the task has no report rows of at most {max_length} tokens; raise "
+                f"the task has no report rows of at most {task.max_length} tokens; raise "
                 "dataset_mixture.report_share or add data"
             )
-        rows = fits[:max_rows]
+        rows = short[: task.max_rows]
         key = str(tokens), rows.astype(np.int64).tobytes()
-        return cls(index.take(rows), [shards[int(row)] for row in rows], key, len(found) - len(fits))
+        return cls(index.take(rows), [shards[int(row)] for row in rows], key, len(held_out) - len(short))
 
 
-def build_evaluated(
-    build: Build,
-    *,
-    model: dict[str, Any] | None,
-    tokenizer: dict[str, Any],
-    attn_implementation: str,
-    bf16: bool,
-    seed: int,
-    selection_share: float,
-    report_share: float,
-    max_rows: int,
-    max_length: int,
-    max_new_tokens: int,
-    metric: dict[str, Any],
-    sampling: dict[str, Any] | None,
-    smoke: bool,
-    engine: str = "transformers",
-) -> dict[str, Any]:
+class AnsweredRow(NamedTuple):
+    """The columns of ROWS that follow from a row's answers; lists have an entry a sample."""
+
+    outputs: list[str]
+    num_generated: list[int]
+    cut_off: list[bool]
+    scores: list[float]
+    score: float
+
+
+def build_evaluated(build: Build, **section: Any) -> dict[str, Any]:
     """Writes scores.json, and rows.parquet with each row's loss, generated answers and their scores.
 
-    model: how to load the start model; None scores the trained one. Rows over `max_length` are left out and
-    counted, as in training. metric: its identity (scorers.metric_identity). sampling: None for greedy answers. smoke:
-    a task without report rows is scored on what it has. engine: what answers; losses are always transformers'. Raises
-    ValueError for a task without rows, for an answer that the metric cannot read, and where vLLM is missing.
+    section: see ScoredTask. Raises ValueError for a task without rows, for an answer that the metric cannot read, and
+    where vLLM is missing.
     """
+    task = ScoredTask.from_section(section)
     use_threads(build.runtime)
-    if engine == "vllm" and (unmet := unmet_vllm(build.runtime.vllm)):
+    if task.engine == "vllm" and (unmet := unmet_vllm(build.runtime.vllm)):
         raise ValueError(unmet)
-    shares = {"selection_share": selection_share, "report_share": report_share}
-    rows = ReportRows.read(build.inputs["tokens"], max_rows=max_rows, max_length=max_length, smoke=smoke, **shares)
-    loading = {"attn_implementation": attn_implementation, "bf16": bf16, "seed": seed}
-    with (
-        scored_model(build.inputs.get("trained"), model, tokenizer, **loading) as loaded,
-        load_metric(metric) as scorer,
-    ):
-        facts, chosen = loaded.facts, rows.chosen
-        asked = asked_of(scorer, chosen, rows.tokens, facts.stops, facts.vocabulary, build.inputs.get("conversations"))
-        nll, num_correct = measured_losses(loaded, rows)
-        loaded.make_room(max_length + max_new_tokens)
-        served = [served_prompt(row) for row in rows.tokens]
-        prompts = {number: served[number] for number in asked}
-        keys = {number: chosen["prompt_hash"][number].as_py() for number in asked}
-        writer = _engine(engine, loaded, build)
-        answers = generate_outputs(writer, facts.vocabulary, facts.stops, prompts, keys, sampling, max_new_tokens)
-        found = {number: _scored(scorer, answers[number], asked[number], chosen, number) for number in asked}
-        num_timeouts = scorer.num_timeouts
-    shown = [asked[number].shown if number in asked else answer for number, answer in _numbered(chosen["answer"])]
-    decode = functools.partial(facts.vocabulary.decode, skip_special_tokens=False)
-    columns = {
-        "row_id": chosen["row_id"],
-        "prompt_hash": chosen["prompt_hash"],
-        "nll": nll,
-        "num_trained": [_num_targets(row) for row in rows.tokens],
-        "num_correct": num_correct,
-        "prompt": [decode(ids) if len(ids) else None for ids in served],
-        "answer": shown,
-    }
-    made = ROWS.names[len(columns) :]  # by answering
-    columns |= {
-        name: [found[number][name] if number in found else None for number in range(len(chosen))] for name in made
-    }
-    table = pa.table(columns, schema=ROWS)
+    rows = ReportRows.read(build.inputs["tokens"], task)
+    with scored_model(task.model_to_score(build.inputs.get("trained"))) as loaded, load_metric(task.metric) as metric:
+        facts, conversations = loaded.facts, build.inputs.get("conversations")
+        asked = asked_of(metric, rows.index, rows.tokens, facts.stops, facts.vocabulary, conversations)
+        losses = measured_losses(loaded, rows)
+        loaded.make_room(task.room)
+        engine = _engine(task.engine, loaded, build)
+        outputs = generate_outputs(engine, facts.vocabulary, _request(task, rows, asked, facts.stops))
+        answered = {
+            place: _scored(metric, outputs_of_row, asked[place], rows.index["row_id"][place].as_py())
+            for place, outputs_of_row in zip(asked, outputs, strict=True)
+        }
+        num_timeouts = metric.num_timeouts
+    table = _table(rows, losses, asked, answered, facts.vocabulary)
     pq.write_table(table, build.out / "rows.parquet", compression="zstd")
-    scored = [dataclasses.asdict(score) for score in scores(table, scorer.name)]
-    (build.out / "scores.json").write_text(json.dumps(scored, indent=1) + "\n")
-    counts = {"rows": len(chosen), "over_long": rows.num_over_long, **answer_counts(table), "timeouts": num_timeouts}
-    return {**counts, "engine": writer.name, "metric": scorer.name, "scores": scored}
+    task_scores = [dataclasses.asdict(score) for score in scores(table, metric.name)]
+    (build.out / "scores.json").write_text(json.dumps(task_scores, indent=1) + "\n")
+    counts = {"rows": len(rows.index), "over_long": rows.num_over_long, **answer_counts(table)}
+    return {
+        **counts,
+        "timeouts": num_timeouts,
+        "engine": engine.name,
+        "metric": metric.name,
+        "scores": task_scores,
+    }
 
 
-def measure_ahead(
-    runtime: Runtime,
-    inputs: Mapping[str, Path],
-    *,
-    model: dict[str, Any] | None,
-    tokenizer: dict[str, Any],
-    attn_implementation: str,
-    bf16: bool,
-    seed: int,
-    selection_share: float,
-    report_share: float,
-    max_rows: int,
-    max_length: int,
-    max_new_tokens: int,
-    smoke: bool,
-    **others: Any,
-) -> None:
-    """Of a task that vLLM will answer what the network is needed for, and the room that its answers want.
+def measure_ahead(runtime: Runtime, inputs: Mapping[str, Path], task: ScoredTask) -> None:
+    """Measures the losses of a task that vLLM will answer, and notes the room that its answers need.
 
-    With the arguments of build_evaluated. Where this is done for all of a kept model's tasks before the first is
-    built, its network is loaded once and its engine started once.
+    Call it for all tasks of a kept model before the first is built: then the model's network is loaded once, and its
+    engine is started once.
     """
     use_threads(runtime)
-    shares = {"selection_share": selection_share, "report_share": report_share}
-    rows = ReportRows.read(inputs["tokens"], max_rows=max_rows, max_length=max_length, smoke=smoke, **shares)
-    loading = {"attn_implementation": attn_implementation, "bf16": bf16, "seed": seed}
-    with scored_model(inputs.get("trained"), model, tokenizer, **loading) as loaded:
+    rows = ReportRows.read(inputs["tokens"], task)
+    with scored_model(task.model_to_score(inputs.get("trained"))) as loaded:
         measured_losses(loaded, rows)
-        loaded.make_room(max_length + max_new_tokens)
+        loaded.make_room(task.room)
 
 
 def measured_losses(loaded: ScoredModel, rows: ReportRows) -> tuple[np.ndarray, np.ndarray]:
-    """As row_losses, of rows that were measured ahead without a look at the network."""
+    """As row_losses. For rows that were measured ahead, it does not load the network."""
     if rows.key not in loaded.losses:
         loaded.losses[rows.key] = row_losses(loaded.network, rows.tokens)
     return loaded.losses[rows.key]
@@ -184,28 +184,58 @@ def _engine(name: str, loaded: ScoredModel, build: Build) -> Engine:
     return WithTransformers(loaded.network, loaded.facts.vocabulary.pad_token_id, build.runtime.eval_batch_size)
 
 
-def _numbered(column: pa.ChunkedArray) -> list[tuple[int, Any]]:
-    return list(enumerate(column.to_pylist()))
+def _request(task: ScoredTask, rows: ReportRows, asked: Mapping[int, Asked], stops: list[int]) -> Request:
+    """The prompts of the rows that are asked, in their order; the hash of a row's prompt is what its draws follow."""
+    return Request(
+        [served_prompt(rows.tokens[place]) for place in asked],
+        stops,
+        task.max_new_tokens,
+        task.sampling,
+        [rows.index["prompt_hash"][place].as_py() for place in asked],
+    )
 
 
-def _scored(scorer: Metric, outputs: list[Output], asked: Asked, chosen: pa.Table, number: int) -> dict[str, Any]:
-    """A row's columns of ROWS that its outputs lead to."""
+def _scored(metric: Metric, outputs: list[Output], asked: Asked, row_id: str) -> AnsweredRow:
     try:
-        values = [scorer.score(strip_thinking(output.text), asked.wanted) for output in outputs]
+        values = [metric.score(strip_thinking(output.text), asked.wanted) for output in outputs]
     except Exception as error:
-        error.add_note(f"while {scorer.name} scored row {chosen['row_id'][number].as_py()}")
+        error.add_note(f"while {metric.name} scored row {row_id}")
         raise
-    return {
-        "outputs": [output.text for output in outputs],
-        "num_generated": [output.num_tokens for output in outputs],
-        "cut_off": [output.cut_off for output in outputs],
-        "scores": values,
-        "score": sum(values) / len(values),
+    return AnsweredRow(
+        outputs=[output.text for output in outputs],
+        num_generated=[output.num_tokens for output in outputs],
+        cut_off=[output.cut_off for output in outputs],
+        scores=values,
+        score=sum(values) / len(values),
+    )
+
+
+def _table(
+    rows: ReportRows,
+    losses: tuple[np.ndarray, np.ndarray],
+    asked: Mapping[int, Asked],
+    answered: Mapping[int, AnsweredRow],
+    tokenizer: Any,
+) -> pa.Table:
+    """The rows as ROWS has them."""
+    prompts = [served_prompt(row) for row in rows.tokens]
+    answers = rows.index["answer"].to_pylist()
+    columns = {
+        "row_id": rows.index["row_id"],
+        "prompt_hash": rows.index["prompt_hash"],
+        "nll": losses[0],
+        "num_trained": [_num_targets(row) for row in rows.tokens],
+        "num_correct": losses[1],
+        "prompt": [tokenizer.decode(ids, skip_special_tokens=False) if len(ids) else None for ids in prompts],
+        "answer": [asked[place].shown if place in asked else answer for place, answer in enumerate(answers)],
     }
+    for name in AnsweredRow._fields:
+        columns[name] = [getattr(answered[place], name) if place in answered else None for place in range(len(answers))]
+    return pa.table(columns, schema=ROWS)
 
 
 def row_losses(model: Any, rows: list[TokenRow]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row's trained tokens, the summed negative log-likelihood and how many are the likeliest.
+    """The summed negative log-likelihood of each row's trained tokens, and how many of them are the likeliest.
 
     float64 and int64, shape (rows,). Rows share a forward where the model keeps them apart.
     """

@@ -1,4 +1,4 @@
-"""Answers by vLLM, in a process and an environment of its own."""
+"""Answers to token prompts by vLLM, which runs in another process and, where it has to, another environment."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from sft_core.evaluate.engine import Request
 from sft_core.evaluate.piped_process import PipedProcess, ProcessEnded
 from sft_core.sections import VllmSettings
 
 log = logging.getLogger(__name__)
 WORKER = Path(__file__).with_name("vllm_worker.py")
-FINDS = "import importlib.util, sys; sys.exit(sys.version_info < (3, 11) or importlib.util.find_spec('vllm') is None)"
+HAS_VLLM = "import importlib.util as u, sys; sys.exit(sys.version_info < (3, 11) or u.find_spec('vllm') is None)"
 
 
 def unmet_vllm(settings: VllmSettings) -> str | None:
@@ -26,8 +27,8 @@ def unmet_vllm(settings: VllmSettings) -> str | None:
     python = interpreter(settings)
     if shutil.which(python) is None:
         return f"runtime.vllm.python: found {python!r}; there is no such program"
-    # -P: a folder named vllm where this runs is none.
-    if subprocess.run([python, "-P", "-c", FINDS], env=_environment(), capture_output=True, check=False).returncode:
+    # -P: a folder named vllm in the working folder must not pass for the library.
+    if subprocess.run([python, "-P", "-c", HAS_VLLM], env=_environment(), capture_output=True, check=False).returncode:
         return (
             f"evaluation.engine: found 'vllm', and {python} is no Python 3.11 or newer that holds it. vLLM wants other "
             "versions of libraries than training does, so give it an environment: `python -m venv vllm-env && "
@@ -41,15 +42,14 @@ def interpreter(settings: VllmSettings) -> str:
 
 
 class WithVllm:
-    """Greedy or drawn answers of the model in a folder, by an engine that stays up until it is closed; see
-    answers.Engine."""
+    """The engine (engine.py) that answers by vLLM and the model in a folder; it stays up until it is closed."""
 
     def __init__(self, model: Path, settings: VllmSettings, *, dtype: str, trust_remote_code: bool, max_model_len: int):
-        """Starts it; when this returns, the folder is read. Raises RuntimeError where it does not start.
+        """Starts vLLM and returns once it has read the folder. Raises RuntimeError where it does not start.
 
-        dtype: as torch names it, in which the weights are used. max_model_len: tokens of a prompt and its answer.
+        dtype: of the weights, as torch names it. max_model_len: tokens of a prompt and its answer.
         """
-        engine = {
+        settings_of_engine = {
             "model": str(model),
             "dtype": dtype,
             "trust_remote_code": trust_remote_code,
@@ -62,7 +62,7 @@ class WithVllm:
         }
         # -P: the files beside the worker must not stand in for libraries.
         self._process = PipedProcess([interpreter(settings), "-P", str(WORKER)], _environment())
-        self.name = f"vllm {self._asked(engine)['version']}"
+        self.name = f"vllm {self._reply(settings_of_engine)['version']}"
         log.info("started=%s model=%s dtype=%s max_model_len=%d", self.name, model, dtype, max_model_len)
 
     @property
@@ -72,34 +72,22 @@ class WithVllm:
     def close(self) -> None:
         self._process.close()
 
-    def write(
-        self,
-        prompts: list[np.ndarray],
-        keys: list[int],
-        sampling: dict[str, Any] | None,
-        *,
-        stop_ids: list[int],
-        max_new_tokens: int,
-    ) -> list[np.ndarray]:
-        """As answers.Engine. Raises RuntimeError where vLLM fails; it is not running then."""
-        if not prompts:
+    def write(self, request: Request) -> list[np.ndarray]:
+        """Raises RuntimeError where vLLM fails; it is not running then."""
+        if not request.prompts:
             return []
-        shared = {"max_tokens": max_new_tokens, "stop_token_ids": stop_ids, "detokenize": False}
-        params: list[dict[str, Any]] = [{"temperature": 0.0, **shared}] * len(prompts)
-        if sampling is not None:
-            shape = {
-                "temperature": sampling["temperature"],
-                "top_p": sampling["top_p"],
-                "top_k": sampling["top_k"] or 0,
-            }
-            samples = range(sampling["num_samples"])
-            seeds = [draw_seed(sampling["seed"], key, sample) for key in keys for sample in samples]
+        shared = {"max_tokens": request.max_new_tokens, "stop_token_ids": request.stop_ids, "detokenize": False}
+        params: list[dict[str, Any]] = [{"temperature": 0.0, **shared}] * len(request.prompts)
+        if (sampling := request.sampling) is not None:
+            shape = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
+            samples = range(sampling.num_samples)
+            seeds = [draw_seed(sampling.seed, key, sample) for key in request.draw_keys for sample in samples]
             params = [{"seed": seed, **shape, **shared} for seed in seeds]
-            prompts = [prompt for prompt in prompts for _ in samples]
-        asked = {"prompts": [prompt.tolist() for prompt in prompts], "sampling": params}
-        return [np.array(ids, np.int64) for ids in self._asked(asked)["answers"]]
+        prompts = [prompt.tolist() for prompt in request.prompts for _ in range(request.num_samples)]
+        return [np.array(ids, np.int64) for ids in self._reply({"prompts": prompts, "sampling": params})["answers"]]
 
-    def _asked(self, message: dict[str, Any]) -> dict[str, Any]:
+    def _reply(self, message: dict[str, Any]) -> dict[str, Any]:
+        """What the process answers to a message; both are JSON."""
         try:
             self._process.send(json.dumps(message).encode())
             return json.loads(self._process.receive())
@@ -108,21 +96,21 @@ class WithVllm:
                 raise RuntimeError("vLLM was killed; was there memory enough?") from None
             raise RuntimeError(f"vLLM ended with exit status {ended.status}; see its error above") from None
         except BaseException:
-            self._process.kill()  # its answer to this would be taken for that to the next
+            self._process.kill()  # or its late answer would be read as the answer to the next message
             raise
 
 
 def draw_seed(seed: int, key: int, sample: int) -> int:
-    """Of each row and sample its own, whatever the other rows and the number of samples. Below 2 ** 32."""
+    """The seed of a row's sample, whatever the other rows are and however many samples there are. Below 2 ** 32."""
     return int(np.random.SeedSequence([seed, key, sample]).generate_state(1)[0])
 
 
 def _environment() -> dict[str, str]:
-    """What the other interpreter may see: our search path would bring our libraries along."""
-    mine = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    own = {
+    """The environment of the other interpreter. Our search path is left out: it would bring our libraries along."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    defaults = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, which ends with this one
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",  # it warns, for pages, that it has no tokenizer
     }
-    return {**own, **mine}
+    return {**defaults, **inherited}

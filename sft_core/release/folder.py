@@ -34,12 +34,14 @@ def build_release(
     sources: list[dict[str, Any]],
     tasks: list[str],
     not_scored: list[str],
+    shares: list[str],
 ) -> dict[str, Any]:
     """Writes model/: what was trained, and README.md, its card.
 
     recipe: plain data without where it runs. base and sources: the fields of the card's Base and Source that a recipe
     and its pins know. models: those that are scored, the start model first. phases: by name, what follows the names of
-    the inputs that are of the phase (`packs of mid`). not_scored: the tasks whose evaluation failed.
+    the inputs that are of the phase (`packs of mid`). not_scored: the tasks whose evaluation failed. shares: the
+    metrics whose score is a share of right answers.
     """
     model = build.out / "model"
     num_linked, num_files = link_files(build.inputs["trained"] / "model", model, without=README)
@@ -47,7 +49,7 @@ def build_release(
         name=recipe["name"],
         base=Base(**base),
         sources=_sources(sources, phases, build),
-        scores=_scores(tasks, models, build),
+        scores=_scores(tasks, models, shares, build),
         not_scored=not_scored,
         harness_version=_harness_version(tasks, build),
         cut_offs=_cut_offs(tasks, models, build),
@@ -95,7 +97,7 @@ def _sources(sources: list[dict[str, Any]], phases: dict[str, str], build: Build
     return found
 
 
-def _scores(tasks: list[str], models: list[str], build: Build) -> list[Score]:
+def _scores(tasks: list[str], models: list[str], shares: list[str], build: Build) -> list[Score]:
     reported = {(row["task"], row["metric"]): row for row in build.manifests["report"]["counts"]["scores"]}
     scores = []
     for task in tasks:
@@ -110,7 +112,7 @@ def _scores(tasks: list[str], models: list[str], build: Build) -> list[Score]:
             }
             row = reported[task, metric]
             difference = None if row["difference"] is None else (row["difference"], row["low"], row["high"])
-            scores.append(Score(task, metric, score["n"], values, difference))
+            scores.append(Score(task, metric, score["n"], values, difference, is_share=metric in shares))
     return scores
 
 

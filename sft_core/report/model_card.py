@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 from sft_core.report.tables import markdown_table
 
 Z_95 = 1.959964  # two-sided 95 % of the normal distribution
-# Means of values in 0 to 1, whose spread is a share's at most.
-SHARES = ("exact_match", "numeric", "choice", "json", "json_schema", "tool_call", "reasoning_gym")
 UNKNOWN = "unknown"
 _FLOW = "sft-flow"
 _SMOKE = (
@@ -79,6 +77,7 @@ class Score:
     n: int
     by_model: dict[str, Value]
     difference: tuple[float, float | None, float | None] | None = None
+    is_share: bool = dataclasses.field(kw_only=True)  # of right answers: a mean of values in 0 to 1, mostly 0 and 1
 
     @property
     def released(self) -> Value:
@@ -142,7 +141,7 @@ def _metadata(card: Card) -> str:
     for score in card.scores:
         if not math.isfinite(score.released.value):
             continue  # the table has it; the hub takes numbers alone
-        low, high = interval(score.metric, *score.released, score.n)
+        low, high = interval(*score.released, score.n, is_share=score.is_share)
         of_source = by_name.get(score.task)
         results.append(
             EvalResult(
@@ -176,15 +175,15 @@ def _dataset(source: Source) -> dict[str, Any]:
     }
 
 
-def interval(metric: str, value: float, stderr: float | None, n: int) -> tuple[float | None, float | None]:
+def interval(value: float, stderr: float | None, n: int, *, is_share: bool) -> tuple[float | None, float | None]:
     """The 95 % interval; (None, None) for a single row.
 
-    Of a share, Wilson's (1927): a task with every answer right has no spread, and its interval has a width all the
-    same. Of anything else, the normal one.
+    Of a share, Wilson's (1927): where every answer is right the values have no spread, and the interval has a width all
+    the same. Of any other score, the normal interval.
     """
     if stderr is None or not math.isfinite(value):
         return None, None
-    if metric in (*SHARES, "acc"):
+    if is_share:
         scale = 1 + Z_95**2 / n
         centre = (value + Z_95**2 / (2 * n)) / scale
         half = Z_95 * math.sqrt(value * (1 - value) / n + Z_95**2 / (4 * n**2)) / scale
@@ -222,7 +221,7 @@ def _scores(card: Card) -> list[str]:
             score.task,
             _words(score.metric),
             score.n,
-            *(_with_interval(score.metric, *value, score.n) for value in score.by_model.values()),
+            *(_with_interval(*value, score.n, is_share=score.is_share) for value in score.by_model.values()),
             _difference(score.difference),
         )
         for score in card.scores
@@ -326,8 +325,8 @@ def _use(card: Card) -> list[str]:
 # Markdown and YAML
 
 
-def _with_interval(metric: str, value: float, stderr: float | None, n: int) -> str:
-    low, high = interval(metric, value, stderr, n)
+def _with_interval(value: float, stderr: float | None, n: int, *, is_share: bool) -> str:
+    low, high = interval(value, stderr, n, is_share=is_share)
     return f"{value:.4f}" if low is None else f"{value:.4f} ({low:.4f} to {high:.4f})"
 
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_core.evaluate.comparison import bootstrapped, by_change, differences
-from sft_core.evaluate.metrics import mean_score
 from sft_core.evaluate.rows import ROWS
+from sft_core.evaluate.scores import mean_score
 
 
 def table(scores: list[float | None], seed: int = 0, better: float = 0.0) -> pa.Table:

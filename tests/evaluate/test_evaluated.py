@@ -11,8 +11,8 @@ import transformers
 
 from sft_core.data import splits
 from sft_core.data.shards import TokenShards, read_index
-from sft_core.evaluate.metrics import mean_score, perplexity, token_accuracy, token_loss
 from sft_core.evaluate.rows import of_samples, read_rows
+from sft_core.evaluate.scores import mean_score, perplexity, token_accuracy, token_loss
 from sft_core.evaluate.tasks import build_evaluated, row_losses
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import weakref
@@ -13,7 +14,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sft_core.evaluate.loading import ScoredModel, keeping_a_model, load_scored, scored_model
+from sft_core.evaluate.loading import (
+    ModelLoader,
+    ModelToScore,
+    ScoredModel,
+    TokenizerLoader,
+    keeping_a_model,
+    load_scored,
+    scored_model,
+)
 from sft_core.evaluate.rows import read_rows
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
@@ -48,6 +57,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+def start_model(pinned: PinnedRecipe) -> ModelToScore:
+    model, tokenizer = ModelLoader(**pinned.model_loader), TokenizerLoader(**pinned.tokenizer_loader)
+    return ModelToScore(model, tokenizer, None, "sdpa", bf16=False, seed=SEED)
+
+
+def checkpoint(pinned: PinnedRecipe, trained: Path) -> ModelToScore:
+    return dataclasses.replace(start_model(pinned), start=None, trained=trained)
+
+
 def tensors(network: Any) -> dict[str, torch.Tensor]:
     """Weights, and what is computed from the config."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
@@ -63,8 +81,8 @@ def assert_same(found: Any, expected: dict[str, torch.Tensor]) -> None:
 
 def test_scored_in_bfloat16_a_file_is_read_as_it_is_served(folder: Path) -> None:
     pinned = pinned_with()
-    model = {**pinned.model_loader, "path": str(folder), "config": None}
-    network, _ = load_scored(model, pinned.tokenizer_loader, bf16=True, seed=SEED)
+    model = ModelLoader(**{**pinned.model_loader, "path": str(folder), "config": None})
+    network, _ = load_scored(model, TokenizerLoader(**pinned.tokenizer_loader), bf16=True, seed=SEED)
     served = tensors(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
     assert served["model.rotary_emb.inv_freq"].dtype == torch.float32
     assert served["model.norm.weight"].dtype == torch.bfloat16
@@ -82,7 +100,8 @@ def test_scored_in_bfloat16_random_numbers_are_those_that_training_starts_from(f
     expected = {
         name: values if "inv_freq" in name else values.to(torch.bfloat16) for name, values in tensors(trained).items()
     }
-    network, vocabulary = load_scored(model, pinned.tokenizer_loader, bf16=True, seed=SEED)
+    tokenizer = TokenizerLoader(**pinned.tokenizer_loader)
+    network, vocabulary = load_scored(ModelLoader(**model), tokenizer, bf16=True, seed=SEED)
     assert network.get_input_embeddings().num_embeddings == len(vocabulary) == (293 if grows else 291)
     assert_same(network, expected)
 
@@ -156,18 +175,15 @@ def test_kept_model_is_loaded_once_for_all_tasks_and_none_changes_anothers_score
 
 def test_kept_model_is_let_go_before_another_is_loaded(networks: list[weakref.ref[Any]], folder: Path) -> None:
     pinned = pinned_with()
-    settings = {"attn_implementation": "sdpa", "bf16": False, "seed": SEED}
-    start = (None, pinned.model_loader, pinned.tokenizer_loader)
     (folder / "model").symlink_to(folder, target_is_directory=True)
-    tuned = (folder, None, pinned.tokenizer_loader)
     with keeping_a_model():
-        for asked, count in ((start, 1), (start, 1), (tuned, 2), (tuned, 2), (start, 3)):
-            with scored_model(*asked, **settings) as loaded:
+        for is_start, count in ((True, 1), (True, 1), (False, 2), (False, 2), (True, 3)):
+            with scored_model(start_model(pinned) if is_start else checkpoint(pinned, folder)) as loaded:
                 assert isinstance(loaded, ScoredModel) and loaded.network is not None
             assert len(networks) == count and networks[-1]() is not None
             del loaded
     assert networks[-1]() is None, "nothing is kept any more"
-    with scored_model(*start, **settings) as loaded:
+    with scored_model(start_model(pinned)) as loaded:
         assert loaded.network is not None
     del loaded
     assert len(networks) == 4 and networks[-1]() is None, "nothing is kept where nobody asked for it"
@@ -175,12 +191,11 @@ def test_kept_model_is_let_go_before_another_is_loaded(networks: list[weakref.re
 
 def test_model_that_fails_to_load_is_loaded_anew_by_the_next_task(tmp_path: Path) -> None:
     pinned = pinned_with()
-    tuned = (tmp_path, None, pinned.tokenizer_loader)
-    settings = {"attn_implementation": "sdpa", "bf16": False, "seed": SEED}
+    tuned = checkpoint(pinned, tmp_path)
     with keeping_a_model():
-        with pytest.raises(OSError), scored_model(*tuned, **settings) as loaded:
+        with pytest.raises(OSError), scored_model(tuned) as loaded:
             _ = loaded.network
         model, tokenizer = load_model(**pinned.model_loader, tokenizer=pinned.tokenizer_loader, seed=0)
         save_checkpoint(model, tokenizer, None, tmp_path / "model")
-        with scored_model(*tuned, **settings) as loaded:
+        with scored_model(tuned) as loaded:
             assert loaded.facts.context == 512 and loaded.facts.stops == [tokenizer.eos_token_id]

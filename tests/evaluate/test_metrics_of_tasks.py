@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from sft_core.data.shards import read_index
+from sft_core.evaluate.metrics.registry import load_metric
 from sft_core.evaluate.rows import of_samples, read_rows
-from sft_core.evaluate.scorers import load_metric
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store

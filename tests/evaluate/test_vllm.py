@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from transformers import PreTrainedModel
 
+from sft_core.evaluate.engine import Request
 from sft_core.evaluate.generate import WithTransformers, generate_answers
 from sft_core.evaluate.loading import keeping_a_model
 from sft_core.evaluate.rows import read_rows
 from sft_core.evaluate.with_vllm import WithVllm, draw_seed, unmet_vllm
+from sft_core.measuring import Sampling
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
 from sft_core.sections import VllmSettings
@@ -44,10 +46,10 @@ def engine(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_vllm_answers_as_transformers_does(engine: WithVllm, model: PreTrainedModel, prompts: list[np.ndarray]) -> None:
     plain = generate_answers(model, prompts, stop_ids=[], pad_id=PAD, max_new_tokens=8, batch_size=4)
     stop = int(plain[0][3])  # one that is really written
-    asked: dict[str, Any] = {"stop_ids": [stop], "max_new_tokens": 8}
-    expected = WithTransformers(model, PAD, 4).write(prompts, [], None, **asked)
+    request = Request(prompts, stop_ids=[stop], max_new_tokens=8)
+    expected = WithTransformers(model, PAD, 4).write(request)
     assert {len(ids) for ids in expected} >= {4, 8}, "stopped ones and ones that are cut off"
-    assert [ids.tolist() for ids in engine.write(prompts, [], None, **asked)] == [ids.tolist() for ids in expected]
+    assert [ids.tolist() for ids in engine.write(request)] == [ids.tolist() for ids in expected]
     assert engine.name.startswith("vllm 0.")
 
 
@@ -56,8 +58,12 @@ def test_vllm_draws_follow_the_shaped_distribution_and_are_the_rows_own(
     engine: WithVllm, model: PreTrainedModel, prompts: list[np.ndarray]
 ) -> None:
     count, prompt = 4000, prompts[3]
-    shape: dict[str, Any] = {"temperature": 2.0, "top_p": 1.0, "top_k": 12, "seed": 3}
-    found = engine.write([prompt] * 2, [7, 8], {**shape, "num_samples": count // 2}, stop_ids=[], max_new_tokens=1)
+
+    def request(prompts: list[np.ndarray], keys: list[int], num_samples: int) -> Request:
+        sampling = Sampling(temperature=2.0, top_k=12, seed=3, num_samples=num_samples)
+        return Request(prompts, stop_ids=[], max_new_tokens=1, sampling=sampling, draw_keys=keys)
+
+    found = engine.write(request([prompt] * 2, [7, 8], count // 2))
     assert len(found) == count
     drawn = np.array([ids[0] for ids in found])
     shares = np.bincount(drawn, minlength=VOCABULARY) / count
@@ -68,7 +74,7 @@ def test_vllm_draws_follow_the_shaped_distribution_and_are_the_rows_own(
     assert (np.abs(shares - expected) < 4.5 * np.sqrt(expected * (1 - expected) / count) + 1e-6).all()
 
     # In another place, beside another row, with fewer samples.
-    again = engine.write([prompt, prompts[0]], [8, 5], {**shape, "num_samples": 9}, stop_ids=[], max_new_tokens=1)
+    again = engine.write(request([prompt, prompts[0]], [8, 5], 9))
     assert [ids[0] for ids in again[:9]] == drawn[count // 2 :][:9].tolist(), "a row's draws are its own"
 
 

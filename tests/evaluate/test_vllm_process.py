@@ -1,5 +1,6 @@
 """The process of vLLM: how long it is up, what it is told, how it ends. A stand-in takes the place of vLLM alone, the
-library: it writes down what it is started with, and answers each prompt with its tokens turned round."""
+library: it writes down what it is started with, and answers each prompt with its tokens turned round; before them comes
+the seed of an answer that is drawn."""
 
 from __future__ import annotations
 
@@ -16,14 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sft_core.evaluate.engine import Request
 from sft_core.evaluate.loading import keeping_a_model, scored_model
 from sft_core.evaluate.rows import read_rows
-from sft_core.evaluate.with_vllm import WithVllm
+from sft_core.evaluate.with_vllm import WithVllm, draw_seed
+from sft_core.measuring import Sampling
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.sections import VllmSettings
 from sft_core.store import Store
 from steps.evaluate import EVALUATED, measure_ahead
+from tests.evaluate.test_loading import start_model
 from tests.train.tiny import ROOT, SOURCES, processes_naming, tiny_recipe
 
 STAND_IN = """
@@ -51,6 +55,7 @@ class LLM:
         answers = []
         for prompt, one in zip(prompts, params, strict=True):
             ids = prompt["prompt_token_ids"][::-1][: one.settings["max_tokens"]]
+            ids = [one.settings["seed"], *ids] if "seed" in one.settings else ids
             answers.append(types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=ids)]))
         return answers
 """
@@ -83,8 +88,8 @@ def stand_in(tmp_path: Path) -> StandIn:
 
 
 def written(engine: WithVllm, *prompts: list[int], max_new_tokens: int = 9) -> list[list[int]]:
-    asked = [np.array(ids, np.int32) for ids in prompts]
-    return [ids.tolist() for ids in engine.write(asked, [], None, stop_ids=[], max_new_tokens=max_new_tokens)]
+    request = Request([np.array(ids, np.int32) for ids in prompts], stop_ids=[], max_new_tokens=max_new_tokens)
+    return [ids.tolist() for ids in engine.write(request)]
 
 
 def test_engine_answers_one_request_after_another_and_ends_when_it_is_closed(stand_in: StandIn, tmp_path: Path) -> None:
@@ -96,6 +101,17 @@ def test_engine_answers_one_request_after_another_and_ends_when_it_is_closed(sta
     assert written(engine) == [] and len(stand_in.starts) == 1
     engine.close()
     assert not engine.is_running
+
+
+def test_engine_draws_each_sample_of_a_prompt_by_its_own_seed(stand_in: StandIn, tmp_path: Path) -> None:
+    engine, prompts = stand_in.start(tmp_path), [np.array(ids, np.int32) for ids in ([1, 2], [3])]
+    sampling = Sampling(temperature=0.5, seed=3, num_samples=2)
+    answers = engine.write(Request(prompts, stop_ids=[], max_new_tokens=9, sampling=sampling, draw_keys=[7, 8]))
+    seeds = [draw_seed(3, key, sample) for key in (7, 8) for sample in (0, 1)]
+    assert len(set(seeds)) == 4
+    turned = ([2, 1], [2, 1], [3], [3])
+    assert [ids.tolist() for ids in answers] == [[seed, *ids] for seed, ids in zip(seeds, turned, strict=True)]
+    engine.close()
 
 
 def test_engine_that_fails_is_told_with_its_error_and_is_not_asked_again(
@@ -122,12 +138,13 @@ PARENT = """
 import sys
 from pathlib import Path
 import numpy as np
+from sft_core.evaluate.engine import Request
 from sft_core.evaluate.with_vllm import WithVllm
 from sft_core.sections import VllmSettings
 
 settings = VllmSettings(python=sys.argv[1])
 engine = WithVllm(Path.cwd(), settings, dtype="float32", trust_remote_code=False, max_model_len=8)
-engine.write([np.array([1], np.int32)], [], None, stop_ids=[], max_new_tokens=1)
+engine.write(Request([np.array([1], np.int32)], stop_ids=[], max_new_tokens=1))
 """
 
 
@@ -198,12 +215,9 @@ def test_kept_model_is_loaded_once_and_its_engine_started_once_for_all_tasks(wor
 
 
 def test_room_of_an_engine_is_the_models_context_at_most(world: World) -> None:
-    with keeping_a_model():
-        settings = {"attn_implementation": "sdpa", "bf16": False, "seed": 0}
-        asked = (None, world.pinned.model_loader, world.pinned.tokenizer_loader)
-        with scored_model(*asked, **settings) as loaded:
-            loaded.make_room(100_000)
-            loaded.engine(world.stand_in.settings, world.store.root.parent)
+    with keeping_a_model(), scored_model(start_model(world.pinned)) as loaded:
+        loaded.make_room(100_000)
+        loaded.engine(world.stand_in.settings, world.store.root.parent)
     assert world.stand_in.starts[0]["settings"]["max_model_len"] == 512
 
 

@@ -77,6 +77,34 @@ def test_card_numbers_are_those_of_the_manifests(readme: str, manifests: dict[st
     assert f"- packs: {manifests['packs']['counts']['packs']} of at most 384 tokens" in readme
 
 
+def test_card_interval_of_a_share_is_wilsons_and_of_a_loss_the_normal_one(readme: str):
+    results = {(r.dataset_name, r.metric_type): r for r in ModelCard(readme).data.eval_results}
+    for task in SOURCES:
+        share, loss = results[task, "exact_match"], results[task, "loss"]
+        n = share.metric_args["n"]
+        assert (share.metric_value, share.metric_args["low_95"]) == (0.0, 0.0), "it has learnt nothing in two steps"
+        assert share.metric_args["high_95"] == pytest.approx(1.959964**2 / (n + 1.959964**2), abs=1e-6)
+        middle = (loss.metric_args["low_95"] + loss.metric_args["high_95"]) / 2
+        assert middle == pytest.approx(loss.metric_value, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "shares"),
+    [
+        ({}, ["exact_match"]),
+        ({"metric_by_task": {SOURCES[0]: "json:loads"}}, ["exact_match"]),
+        ({"metric_by_task": dict.fromkeys(SOURCES, "json:loads")}, []),
+        ({"metric_by_task": dict.fromkeys(SOURCES, "numeric"), "lm_eval": {"tasks": ["x"]}}, "acc exact_match numeric"),
+    ],
+)
+def test_shares_are_those_of_the_tasks_metrics_and_of_the_harness(
+    recipe: dict[str, Any], pinned: PinnedRecipe, evaluation: dict[str, Any], shares: list[str] | str
+):
+    changed = parse_recipe({**recipe, "evaluation": {**recipe["evaluation"], **evaluation}})
+    section = RELEASED.section(PinnedRecipe(changed, pinned.pins), {})
+    assert section["shares"] == (shares.split() if isinstance(shares, str) else shares)
+
+
 def test_card_cut_off_answers_are_those_of_the_scored_rows(readme: str, store: Store, manifests):
     found = rows(readme, "task | answers")
     assert [cells[0] for cells in found] == list(SOURCES)

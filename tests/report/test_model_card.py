@@ -17,16 +17,26 @@ EVIL = "a|b\n---\n# `x` <script>&amp; [l](http://x) *b* _i_ \\ \u2028 ``` : {#"
 
 
 def scored(
-    task: str, metric: str, n: int, base: float, base_stderr: float, tuned: float, stderr: float, difference: Any = None
+    task: str,
+    metric: str,
+    n: int,
+    base: float,
+    base_stderr: float,
+    tuned: float,
+    stderr: float,
+    difference: Any = None,
+    *,
+    is_share: bool = False,
 ) -> Score:
-    return Score(task, metric, n, {"base": Value(base, base_stderr), "tuned": Value(tuned, stderr)}, difference)
+    by_model = {"base": Value(base, base_stderr), "tuned": Value(tuned, stderr)}
+    return Score(task, metric, n, by_model, difference, is_share=is_share)
 
 
 def card(**changes: Any) -> Card:
     source = {"config": "SFT", "split": "train", "files": (), "revision": "c" * 40, "licence": "mit"}
     counts = {"conversations": 70, "rows": 50, "tokens": 900, "trained_tokens": 300, "share": 0.75}
     scores = [
-        scored("one", "exact_match", 100, 0.0, 0.0, 0.5, 0.05, (0.5, 0.4, 0.6)),
+        scored("one", "exact_match", 100, 0.0, 0.0, 0.5, 0.05, (0.5, 0.4, 0.6), is_share=True),
         scored("one", "loss", 100, 2.5, 0.1, 1.25, 0.05, (-1.25, None, None)),
     ]
     values: dict[str, Any] = {
@@ -99,8 +109,9 @@ def test_tables_tell_scores_with_intervals_cut_offs_and_gains():
 
 def test_interval_of_a_share_has_a_width_where_every_answer_is_right():
     # Wilson (1927): n / (n + z^2) from below where all are right.
-    assert interval("exact_match", 1.0, 0.0, 228) == (pytest.approx(228 / (228 + 1.959964**2), abs=1e-6), 1.0)
-    assert interval("loss", 2.0, None, 1) == (None, None)
+    assert interval(1.0, 0.0, 228, is_share=True) == (pytest.approx(228 / (228 + 1.959964**2), abs=1e-6), 1.0)
+    assert interval(1.0, 0.0, 228, is_share=False) == (1.0, 1.0)
+    assert interval(2.0, None, 1, is_share=False) == (None, None)
 
 
 def test_score_that_is_no_number_is_in_the_table_and_not_in_the_metadata():
@@ -195,16 +206,12 @@ def test_scores_of_the_harness_name_it_and_no_source():
     assert rows(text, "task | metric")[0][:3] == ["lm_eval:gsm8k", "exact match,strict-match", "40"]
 
 
-def test_interval_of_the_harness_share_has_a_width_where_every_answer_is_right():
-    assert interval("acc", 1.0, 0.0, 228) == interval("exact_match", 1.0, 0.0, 228)
-
-
 def test_phases_have_a_column_each_their_changes_and_their_own_training():
     by_model = {"base": Value(0.1, 0.01), "mid": Value(0.2, 0.02), "sft": Value(0.5, 0.03)}
     change = {"task": "one", "metric": "exact_match", "phase": "sft", "before": "mid", "value": 0.3, "low": 0.2}
     text = model_card(
         card(
-            scores=[Score("one", "exact_match", 100, by_model, (0.4, 0.3, 0.5))],
+            scores=[Score("one", "exact_match", 100, by_model, (0.4, 0.3, 0.5), is_share=True)],
             phase_changes=[{**change, "high": 0.4}],
             cut_offs=[CutOff("one", 50, {"base": 40, "mid": 5, "sft": 1})],
             training={"mid": {"optimizer steps": 9}, "sft": {"optimizer steps": 7}},

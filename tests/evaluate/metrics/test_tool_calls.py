@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_core.evaluate.scorers import Question
-from sft_core.evaluate.tool_calls import ToolCall, calls_in, calls_in_answer
+from sft_core.evaluate.metrics.metric import Question
+from sft_core.evaluate.metrics.tool_calls import ToolCall, calls_in, calls_in_answer
 
 STOCK = {"name": "get_stock", "arguments": {"item": "pen", "colours": ["red", "blue"], "most": 3}}
 PRICE = {"name": "get_price", "arguments": {"item": "pen"}}
@@ -20,7 +20,7 @@ def tagged(*calls: dict[str, Any]) -> str:
 
 
 def score(output: str, answer: str) -> float:
-    metric = ToolCall("tool_call")
+    metric = ToolCall()
     asked = metric.ask(Question("0", answer, ""))
     assert asked is not None
     return metric.score(output, asked.wanted)
@@ -64,7 +64,7 @@ def test_tool_call_several_calls_count_in_any_order() -> None:
 
 
 def test_tool_call_row_without_an_answer_wants_the_calls_of_its_last_turn() -> None:
-    metric = ToolCall("tool_call")
+    metric = ToolCall()
     asked = metric.ask(Question("0", None, f"I will look.\n{tagged(STOCK)}"))
     assert asked is not None and metric.score(tagged(STOCK), asked.wanted) == 1
     assert metric.ask(Question("0", None, "It costs 3.")) is None
@@ -73,7 +73,7 @@ def test_tool_call_row_without_an_answer_wants_the_calls_of_its_last_turn() -> N
 @pytest.mark.parametrize("answer", ["It costs 3.", "[]", "[3]", '{"name": 3}', "<tool_call>x</tool_call>"])
 def test_tool_call_answer_without_calls_is_refused(answer: str) -> None:
     with pytest.raises(ValueError, match="found "):
-        ToolCall("tool_call").ask(Question("0", answer, ""))
+        ToolCall().ask(Question("0", answer, ""))
 
 
 values = st.recursive(

@@ -1,6 +1,6 @@
-"""Numbers and expressions, compared by math-verify in a process of its own.
+"""The metric `numeric`: numbers and expressions, compared by math-verify in another process.
 
-Its own timeouts are alarms, which only a main thread can set and which do not stop what runs in C. A process can be
+math-verify's timeouts are alarms, which only a main thread can set and which do not stop code in C. A process can be
 killed from any thread, whatever it does.
 """
 
@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from sft_core.code import ROOT
-from sft_core.evaluate.scorers import Metric
+from sft_core.evaluate.metrics.metric import Metric
 
 log = logging.getLogger(__name__)
 TIMEOUT_S = 10.0
@@ -26,8 +26,11 @@ START_S = 120.0  # to import sympy on a machine that is busy
 class Numeric(Metric):
     """The last number or expression that the output states, equal to the answer's in value."""
 
-    def __init__(self, name: str, timeout_s: float = TIMEOUT_S):
-        super().__init__(name)
+    name = "numeric"
+    is_share = True
+    library = "math-verify"
+
+    def __init__(self, timeout_s: float = TIMEOUT_S):
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -40,37 +43,40 @@ class Numeric(Metric):
         return float(self._ask(wanted, output))
 
     def _ask(self, wanted: str, output: str | None) -> bool:
-        """False also where the time is up or the process died of it; that is counted."""
+        """Whether the two are equal; without an output, whether `wanted` can be read.
+
+        False also where the time is up or the process died of the comparison, which counts as a timeout.
+        """
         process = self._process or self._start()
         assert process.stdin is not None
         process.stdin.write(json.dumps([wanted, output]).encode() + b"\n")
         process.stdin.flush()
-        found = self._told(process, self._timeout_s)
-        if found is None:
+        reply = self._next_line(process, self._timeout_s)
+        if reply is None:
             self.num_timeouts += 1
             log.warning(
                 "metric=numeric timeout_s=%g an answer is not compared: %.80r", self._timeout_s, output or wanted
             )
             self._end()
-        return bool(found)
+        return bool(reply)
 
     def _start(self) -> subprocess.Popen[bytes]:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             # -P: a file of the working folder must not stand in for a library.
-            [sys.executable, "-P", "-m", "sft_core.evaluate.math_worker", str(os.getpid())],
+            [sys.executable, "-P", "-m", "sft_core.evaluate.metrics.math_worker", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
-        if self._told(self._process, START_S) is None:
+        if self._next_line(self._process, START_S) is None:
             self._end()
             raise RuntimeError("the process that compares mathematical answers does not start; see its error above")
         return self._process
 
     @staticmethod
-    def _told(process: subprocess.Popen[bytes], timeout_s: float) -> Any:
-        """The process's next line; None where it does not come in time, or the process ends."""
+    def _next_line(process: subprocess.Popen[bytes], timeout_s: float) -> Any:
+        """The JSON of the process's next line; None where no line comes in time, or the process ends."""
         assert process.stdout is not None
         if not select.select([process.stdout], [], [], timeout_s)[0]:
             return None

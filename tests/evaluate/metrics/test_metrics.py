@@ -1,6 +1,8 @@
 """Metrics read what they can of an output and refuse, before anything is generated, an answer that they cannot."""
 
+import importlib.metadata
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_core.evaluate.scorers import (
-    Asked,
-    Metric,
-    Question,
+from sft_core.evaluate.metrics.choice import choice_letter
+from sft_core.evaluate.metrics.functions import Function
+from sft_core.evaluate.metrics.json_answers import parse_json
+from sft_core.evaluate.metrics.metric import Asked, Metric, Question
+from sft_core.evaluate.metrics.registry import (
     check_metrics,
-    choice_letter,
+    check_names,
     load_metric,
+    metric_classes,
     metric_identity,
-    parse_json,
 )
-from sft_core.measuring import METRICS, Evaluation
+from sft_core.measuring import Evaluation
 from sft_core.recipe import parse_recipe
+from steps.recipes import read_recipe
 from tests.train.tiny import tiny_recipe
 
 SCHEMA = {
@@ -194,18 +198,67 @@ def test_json_schema_file_counts_by_what_it_says(tmp_path: Path) -> None:
         ({"sampling": {"tempersture": 1}}, r"unknown key; did you mean 'temperature'\?"),
     ],
 )
-def test_recipe_with_a_wrong_metric_or_sampling_names_the_key(changes: dict[str, Any], message: str) -> None:
+def test_recipe_with_a_wrong_metric_or_sampling_names_the_key(
+    changes: dict[str, Any], message: str, save_recipe: Callable[..., str]
+) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_recipe(tiny_recipe(evaluation=changes))
+        read_recipe(save_recipe(tiny_recipe(evaluation=changes)))
 
 
-def test_every_metric_of_the_recipe_loads() -> None:
-    assert len(METRICS) > 5
-    for name in METRICS:
-        task_evaluation = evaluation(name, SCHEMA if name == "json_schema" else None)
+def test_every_metric_loads_by_its_identity() -> None:
+    classes = {name: kind for name, kind in metric_classes().items() if kind is not Function}
+    assert len(classes) > 5
+    for name, kind in classes.items():
+        task_evaluation = evaluation(name, SCHEMA if "schema" in kind.asks_for else None)
         check_metrics(task_evaluation, ["copy_no_think", "checksum_think"])
-        assert load_metric(metric_identity(task_evaluation, "copy_no_think")).name == name
+        metric = load_metric(metric_identity(task_evaluation, "copy_no_think"))
+        assert type(metric) is kind and metric.name == name
         assert load_metric(metric_identity(task_evaluation, "checksum_think")).name == "exact_match"
+
+
+def test_metric_identities_are_those_of_stored_scores() -> None:
+    """A change here would score again everything that is in a store."""
+    versions = {name: importlib.metadata.version(name) for name in ("math-verify", "jsonschema", "reasoning-gym")}
+    assert metric_identity(evaluation("exact_match"), "copy_no_think") == {"name": "exact_match"}
+    assert metric_identity(evaluation("exact_match"), "checksum_think") == {"name": "exact_match"}
+    for name in ("choice", "json", "tool_call"):
+        assert metric_identity(evaluation(name), "copy_no_think") == {"name": name}
+    for name, library in (("numeric", "math-verify"), ("reasoning_gym", "reasoning-gym")):
+        assert metric_identity(evaluation(name), "copy_no_think") == {"name": name, "library": versions[library]}
+    expected = {"name": "json_schema", "schema": SCHEMA, "library": versions["jsonschema"]}
+    assert metric_identity(evaluation("json_schema", SCHEMA), "copy_no_think") == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"metric_by_task": {"copy_no_think": "my_metrics.score"}},
+            r"evaluation\.metric_by_task\.copy_no_think: found 'my_metrics\.score'; it is no metric, and no function "
+            r"as package\.module:function",
+        ),
+        ({"metric_by_task": {"copy_no_think": "xyz"}}, r"known: choice, exact_match, json, json_schema, numeric, "),
+        (
+            {"json_schema_by_task": {"copy_no_think": {}}, "metric_by_task": {"copy_no_think": "json"}},
+            r"json_schema_by_task\.copy_no_think: no answer is held against it; set metric_by_task\.copy_no_think to "
+            r"json_schema, or remove it",
+        ),
+    ],
+)
+def test_wrong_metric_is_refused_of_a_recipe_that_nobody_read_from_a_file(
+    changes: dict[str, Any], message: str
+) -> None:
+    recipe = parse_recipe(tiny_recipe(evaluation=changes))
+    with pytest.raises(ValueError, match=message):
+        check_names(recipe.evaluation)
+    with pytest.raises(ValueError, match=message):
+        check_metrics(recipe.evaluation, [])
+
+
+def test_metric_of_a_stage_is_refused_with_the_key_and_the_nearest_name() -> None:
+    recipe = parse_recipe(tiny_recipe(evaluation={"metric_by_task": {"copy_no_think": "numric"}}))
+    with pytest.raises(ValueError, match=r"evaluation\.metric_by_task\.copy_no_think: found 'numric'.*'numeric'\?"):
+        metric_identity(recipe.evaluation, "copy_no_think")
 
 
 def test_reasoning_gym_items_are_scored_by_their_own_task_after_json() -> None:

@@ -1,4 +1,4 @@
-"""Tool calls that a text holds, in the forms that templates have models write, and whether two texts make the same."""
+"""The metric `tool_call`: the calls in a text, in the forms that templates have models write them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from sft_core.data.formats.tools import tool_calls
 from sft_core.data.rejects import Rejected
-from sft_core.evaluate.scorers import Asked, Metric, Question
+from sft_core.evaluate.metrics.metric import Asked, Metric, Question
 
 _TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)  # JSON: ours, Hermes', Qwen's
 _CODE = re.compile(r"<code>(.*?)</code>", re.DOTALL)  # Python: ours, SmolLM3's
@@ -18,14 +18,14 @@ _CODE = re.compile(r"<code>(.*?)</code>", re.DOTALL)  # Python: ours, SmolLM3's
 def calls_in(text: str) -> list[str]:
     """Each call as canonical JSON of its name and arguments, sorted; none for a text without calls.
 
-    Calls of one turn are made before any of them has answered, so their order says nothing. Raises ValueError for a
+    A turn makes all its calls before any of them is answered, so their order says nothing. Raises ValueError for a
     call that cannot be read.
     """
     if "<tool_call>" in text:
-        found = _TAGGED.findall(text)
-        if text.count("<tool_call>") != len(found):
+        bodies = _TAGGED.findall(text)
+        if text.count("<tool_call>") != len(bodies):
             raise ValueError("a <tool_call> does not end")
-        return _canonical([_json(one) for one in found])
+        return _canonical([_json(body) for body in bodies])
     return _canonical([call for block in _CODE.findall(text) for call in _python_calls(block)])
 
 
@@ -50,26 +50,26 @@ def _python_calls(block: str) -> list[dict[str, Any]]:
         statements = ast.parse(block.strip()).body
     except (SyntaxError, RecursionError, MemoryError):
         raise ValueError("it is not Python") from None
-    found = []
+    calls = []
     for statement in statements:
         call = statement.value if isinstance(statement, ast.Expr) else None
         if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("a statement is no call with arguments by name")
         arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        found.append({"name": ast.unparse(call.func), "arguments": arguments})
-    return found
+        calls.append({"name": ast.unparse(call.func), "arguments": arguments})
+    return calls
 
 
 def _canonical(calls: list[Any]) -> list[str]:
     try:
-        read = [call["function"] for call in tool_calls(calls, "calls")]
-        return sorted(json.dumps(_numbers(call), sort_keys=True) for call in read)
+        functions = [call["function"] for call in tool_calls(calls, "calls")]
+        return sorted(json.dumps(_numbers(function), sort_keys=True) for function in functions)
     except (Rejected, TypeError) as error:
         raise ValueError(str(error)) from None
 
 
 def _numbers(value: Any) -> Any:
-    """1.0 and 1 are one number of JSON."""
+    """The value with whole floats as integers: 1.0 and 1 are the same number in JSON."""
     if isinstance(value, dict):
         return {key: _numbers(element) for key, element in value.items()}
     if isinstance(value, list | tuple):
@@ -78,10 +78,14 @@ def _numbers(value: Any) -> Any:
 
 
 class ToolCall(Metric):
-    """The calls of the row's answer, or where it has none, of the turn that it trains last; what else is said is free.
+    """The calls of the row's answer, or where it has none, of the turn that it trains last; other text is free.
 
     A row whose last turn calls nothing is not asked.
     """
+
+    name = "tool_call"
+    is_share = True
+    nothing_to_ask = "none has an answer, and no last turn calls a tool between <tool_call> or <code> tags"
 
     def ask(self, question: Question) -> Asked | None:
         if question.answer is not None:
@@ -91,15 +95,15 @@ class ToolCall(Metric):
 
     def read(self, answer: str) -> list[str]:
         try:
-            found = calls_in_answer(answer)
+            calls = calls_in_answer(answer)
         except ValueError as error:
             raise ValueError(f"found {answer[:80]!r}; its tool calls cannot be read ({error})") from None
-        if not found:
+        if not calls:
             raise ValueError(
                 f"found {answer[:80]!r}; tool_call wants calls: JSON, or as the model writes them, between <tool_call> "
                 "tags or as Python between <code> tags"
             )
-        return found
+        return calls
 
     def score(self, output: str, wanted: list[str]) -> float:
         try:

@@ -1,4 +1,4 @@
-"""A user's function as a metric: checked before work, told what it is given, and its code is part of the identity."""
+"""A user's function as a metric: it is checked before work, and its code is part of the identity."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from sft_core.code import user_code_digest
-from sft_core.evaluate.scorers import Question, check_metrics, load_metric, metric_identity
+from sft_core.evaluate.metrics.metric import Question
+from sft_core.evaluate.metrics.registry import check_metrics, load_metric, metric_identity
 from sft_core.measuring import Evaluation
 from sft_core.recipe import parse_recipe
 from tests.train.tiny import tiny_recipe

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from sft_core.evaluate.metrics import (
+from sft_core.evaluate.scores import (
     mean_score,
     perplexity,
     strip_thinking,

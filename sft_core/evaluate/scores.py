@@ -23,7 +23,7 @@ class Score:
 
 
 def strip_thinking(text: str) -> str:
-    """What is left of a generated answer without its <think> block; nothing when the block never ends."""
+    """A generated answer without its <think> block; empty where the block never ends."""
     return _THINKING.sub("", text).strip()
 
 

@@ -19,13 +19,13 @@ _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d{1,2})(?![\w.]*\
 def main() -> None:
     die_with_parent(int(sys.argv[1]))
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # of timeouts, which whoever asks keeps
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of timeouts, which math_answers.py keeps
     answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not look like an answer
-    is_equal("1", "$1$")  # its libraries load now, while nobody's time runs
-    _tell(answers, True)
+    is_equal("1", "$1$")  # load its libraries now: later the time for a comparison runs
+    _write(answers, True)
     for line in sys.stdin:
         wanted, output = json.loads(line)
-        _tell(answers, is_equal(wanted, output) if output is not None else bool(_parsed(wanted)))
+        _write(answers, is_equal(wanted, output) if output is not None else bool(_parsed(wanted)))
 
 
 def is_equal(wanted: str, output: str) -> bool:
@@ -35,14 +35,14 @@ def is_equal(wanted: str, output: str) -> bool:
 
 
 def _parsed(text: str) -> list[Any]:
-    """What is read of a text. The library would read 1e3 as 1."""
+    """The expressions that a text states. The library would read 1e3 as 1, so write such numbers out."""
     from math_verify import parse
 
-    plain = _SCIENTIFIC.sub(lambda found: f"{Decimal(f'{found[1]}e{found[2]}'):f}", text)
+    plain = _SCIENTIFIC.sub(lambda match: f"{Decimal(f'{match[1]}e{match[2]}'):f}", text)
     return parse(plain, parsing_timeout=None)
 
 
-def _tell(answers: Any, value: bool) -> None:
+def _write(answers: Any, value: bool) -> None:
     answers.write(json.dumps(value) + "\n")
     answers.flush()
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from sft_core.evaluate.math_answers import Numeric
-from sft_core.evaluate.scorers import Question
+from sft_core.evaluate.metrics.math_answers import Numeric
+from sft_core.evaluate.metrics.metric import Question
 from tests.train.tiny import processes_naming
 
 # Too large for any machine; sympy does not find the difference of the two towers without their values.
@@ -16,7 +16,7 @@ ENDLESS = "$9^{9^{9^{9^9}}}+1-9^{9^{9^{9^9}}}$"
 
 @pytest.fixture(scope="module")
 def numeric():
-    with Numeric("numeric") as metric:
+    with Numeric() as metric:
         yield metric
 
 
@@ -56,7 +56,7 @@ def test_numeric_endless_answer_in_a_thread_is_given_up_and_counted() -> None:
     found: list[float] = []
 
     def compare() -> None:
-        with Numeric("numeric", timeout_s=2) as metric:
+        with Numeric(timeout_s=2) as metric:
             found.extend(metric.score(output, "2") for output in ("2", ENDLESS, "2"))
             found.append(metric.num_timeouts)
 
@@ -69,10 +69,10 @@ def test_numeric_endless_answer_in_a_thread_is_given_up_and_counted() -> None:
 
 def test_numeric_process_ends_with_the_metric() -> None:
     def workers() -> set[int]:
-        return set(processes_naming(f"sft_core.evaluate.math_worker\0{os.getpid()}\0"))
+        return set(processes_naming(f"sft_core.evaluate.metrics.math_worker\0{os.getpid()}\0"))
 
     before = workers()
-    with Numeric("numeric") as metric:
+    with Numeric() as metric:
         assert metric.score("2", "2") == 1
         assert len(workers() - before) == 1
     assert workers() == before

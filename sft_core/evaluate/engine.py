@@ -1,0 +1,34 @@
+"""What answers prompts, transformers (generate.py) or vLLM (with_vllm.py), and how it is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+
+from sft_core.measuring import Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Prompts, and how to answer them."""
+
+    prompts: list[np.ndarray]  # int32, shape (tokens,) each
+    stop_ids: list[int]  # an answer ends at the first of them
+    max_new_tokens: int
+    sampling: Sampling | None = None  # None: the likeliest token each time
+    draw_keys: list[int] = dataclasses.field(default_factory=list)  # a prompt's draws follow from the seed and its key
+
+    @property
+    def num_samples(self) -> int:
+        return 1 if self.sampling is None else self.sampling.num_samples
+
+
+class Engine(Protocol):
+    @property
+    def name(self) -> str:
+        """With its version, once it has answered."""
+
+    def write(self, request: Request) -> list[np.ndarray]:
+        """New tokens, int64, up to and with the stop token: of each prompt's samples, prompt after prompt."""
