@@ -1,6 +1,6 @@
-"""The recipe: one YAML file as frozen typed objects; a value that is not understood is an error, never ignored.
+"""The recipe: one YAML file as frozen typed objects. A value that is not understood is an error, never ignored.
 
-Every message names the key, what was found and what is allowed.
+Every message names the key, the value found there and the values allowed.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from sft_core.measuring import LM_EVAL, Evaluation, Search
-from sft_core.sections import (
-    ChatTemplate,
-    Dataset,
-    DatasetMixture,
-    Hub,
-    Model,
-    Packing,
-    PositiveInt,
-    Runtime,
-    Section,
-    Training,
+from sft_core.datasets.dataset import Dataset
+from sft_core.datasets.mixture import DatasetMixture
+from sft_core.datasets.union import (
+    NO_KIND,
+    TAGS,
+    explain_foreign_key,
+    explain_no_kind,
+    parse_dataset,
+    without_idle_keys,
 )
+from sft_core.measuring import LM_EVAL, Evaluation, Search
+from sft_core.sections import ChatTemplate, Hub, Model, Packing, PositiveInt, Runtime, Section, Training
 from sft_core.wording import nearest, short
 
 if TYPE_CHECKING:
@@ -142,12 +141,20 @@ def _plain(text: str, name: str) -> Any:
 def parse_recipe(data: dict[str, Any]) -> Recipe:
     """The typed recipe of plain data. Raises ValueError that lists every wrong key."""
     try:
-        return Recipe.model_validate_json(json.dumps(data))
+        return Recipe.model_validate_json(json.dumps(_without_idle_keys(data)))
     except ValidationError as error:
         problems = error.errors()
-        # A list whose members are faulty is also called too short; that tells nobody anything.
-        told = [p for p in problems if p["type"] != "too_short" or not any(_is_inside(q, p) for q in problems)]
-        raise ValueError("\n".join(_explain(problem) for problem in told)) from None
+        # pydantic also calls a list too short when its members are faulty, which helps nobody.
+        shown = [p for p in problems if p["type"] != "too_short" or not any(_is_inside(q, p) for q in problems)]
+        raise ValueError("\n".join(_explain(problem) for problem in shown)) from None
+
+
+def _without_idle_keys(data: dict[str, Any]) -> dict[str, Any]:
+    mixture = data.get("dataset_mixture")
+    if not isinstance(mixture, dict) or not isinstance(mixture.get("datasets"), list):
+        return data
+    datasets = [without_idle_keys(dataset) for dataset in mixture["datasets"]]
+    return {**data, "dataset_mixture": {**mixture, "datasets": datasets}}
 
 
 def load_recipe(path: str | Path, *, overrides: tuple[str, ...] = (), limit: int | None = None) -> Recipe:
@@ -217,9 +224,9 @@ def _child(node: Any, name: str, text: str) -> Any:
 
 
 def _source_of(element: Any) -> str | None:
-    """The name of a dataset in plain data; one that is faulty still answers to the name it states."""
+    """The name of a dataset in plain data. A faulty dataset still has the name that it states."""
     with contextlib.suppress(ValidationError):
-        return Dataset.model_validate_json(json.dumps(element)).source
+        return parse_dataset(element).source
     return element.get("name") if isinstance(element, dict) else None
 
 
@@ -229,10 +236,15 @@ def _is_inside(problem: ErrorDetails, outer: ErrorDetails) -> bool:
 
 
 def _explain(problem: ErrorDetails) -> str:
-    where, fields = _locate(problem["loc"])
+    where, section, fields = _locate(problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key{nearest(str(problem['loc'][-1]), fields)}"
+        key = str(problem["loc"][-1])
+        foreign = explain_foreign_key(section, key) if section is not None and issubclass(section, Dataset) else None
+        return f"{where}: {foreign or f'unknown key{nearest(key, fields)}'}"
+    if problem["type"] == NO_KIND:
+        unknown, message = explain_no_kind(problem["input"])
+        return f"{where}.{unknown}: {message}" if unknown is not None else f"{where}: {message}"
     if problem["type"] == "missing":
         return f"{where}: missing; it has no default"
     if problem["type"] == "value_error":
@@ -240,30 +252,36 @@ def _explain(problem: ErrorDetails) -> str:
     return f"{where or 'the recipe'}: found {short(problem['input'])}; {message[0].lower()}{message[1:]}"
 
 
-_UNION_MEMBERS = ("str", "tuple[str, ...]")  # pydantic puts them into a place; they are no keys
+_UNION_MEMBERS = ("str", "tuple[str, ...]")  # pydantic puts them into the place of an error; they are no keys
 
 
-def _locate(loc: tuple[str | int, ...]) -> tuple[str, list[str]]:
-    """The key in a user's words, and the names that are known where its last part stands."""
+def _locate(loc: tuple[str | int, ...]) -> tuple[str, type[BaseModel] | None, list[str]]:
+    """(key, section, names): the key in a user's words, the section that holds it, and the names known there."""
     where = ""
+    holder: type[BaseModel] | None = None
     model: type[BaseModel] | None = Recipe
     fields = list(Recipe.model_fields)
     for part in loc:
         if isinstance(part, int):
             where += f"[{part}]"
             continue
+        if part in TAGS:
+            model = TAGS[part]
+            fields = list(model.model_fields)
+            continue
         if part in _UNION_MEMBERS:
             continue
         where += f".{part}" if where else str(part)
+        holder = model
         fields = list(model.model_fields) if model is not None else []
         field = model.model_fields.get(part) if model is not None else None
         model = _section_of(field.annotation) if field is not None else None
         if model is not None and part != loc[-1]:
             fields = list(model.model_fields)
-    return where, fields
+    return where, holder, fields
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)
+    return next((section for arg in get_args(annotation) if (section := _section_of(arg))), None)

@@ -6,7 +6,9 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from sft_core.pins import PinnedRecipe, is_local
+from sft_core.data.sources.registry import source_of
+from sft_core.local_files import is_local
+from sft_core.pins import PinnedRecipe
 from sft_core.release.folder import build_release
 from sft_core.release.push import build_pushed
 from sft_core.store import Needs, Part, Stage
@@ -41,10 +43,9 @@ def shown_recipe(pinned: PinnedRecipe) -> dict[str, Any]:
     schemas.update({task: Path(schema).name for task, schema in schemas.items() if isinstance(schema, str)})
     if (lm_eval := recipe["evaluation"]["lm_eval"]) is not None and lm_eval["include_path"] is not None:
         lm_eval["include_path"] = Path(lm_eval["include_path"]).name
-    for shown, dataset in zip(
-        recipe["dataset_mixture"]["datasets"], pinned.recipe.dataset_mixture.datasets, strict=True
-    ):
-        shown["path"] = [Path(path).name for path in dataset.paths] or None
+    recipe["dataset_mixture"]["datasets"] = [
+        source_of(dataset).shown() for dataset in pinned.recipe.dataset_mixture.datasets
+    ]
     return recipe
 
 
@@ -65,16 +66,8 @@ def _base(pinned: PinnedRecipe) -> dict[str, Any]:
 
 
 def _source(pinned: PinnedRecipe, name: str) -> dict[str, Any]:
-    dataset = pinned.recipe.dataset(name)
-    return {
-        "name": name,
-        "hub_id": dataset.id,
-        "config": dataset.config,
-        "split": dataset.split if dataset.id else None,
-        "files": [Path(path).name for path in dataset.paths],
-        "revision": pinned.source_pin(name),
-        "licence": _licences(pinned).get(f"dataset {dataset.id}"),
-    }
+    description = source_of(pinned.recipe.dataset(name)).describe(_licences(pinned))
+    return {"name": name, **description._asdict(), "revision": pinned.source_pin(name)}
 
 
 def _licences(pinned: PinnedRecipe) -> dict[str, str]:
