@@ -156,4 +156,3 @@ def test_source_kind_in_two_new_files_is_known_to_the_commands(
     planned = run_python(project, command, "plan", save_recipe(with_database(small_recipe, database)))
     (line,) = [line for line in planned.splitlines() if "conversations" in line and "chats" in line]
     assert "build" in line
-    assert project != ROOT
