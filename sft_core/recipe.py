@@ -24,8 +24,9 @@ from sft_core.datasets.union import (
     without_idle_keys,
 )
 from sft_core.measuring import LM_EVAL, Evaluation, Search
+from sft_core.rank_strategies import STRATEGIES
 from sft_core.sections import ChatTemplate, Hub, Model, Packing, PositiveInt, Runtime, Section, Training
-from sft_core.wording import nearest, short
+from sft_core.wording import alternatives, nearest, short
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -52,11 +53,10 @@ class Recipe(Section):
             for name in getattr(self.evaluation, key) or ():
                 if name not in self.sources:
                     raise ValueError(f"evaluation.{key}: found {name!r}; it is no source{nearest(name, self.sources)}")
-        if self.training.global_batch_size % self.runtime.num_ranks:
+        if self.training.global_batch_size % self.runtime.num_data_ranks:
             raise ValueError(
                 f"training.global_batch_size: found {self.training.global_batch_size}; it is a multiple of "
-                f"runtime.num_nodes * runtime.num_processes ({self.runtime.num_ranks}), so that every rank gets as "
-                "many packs"
+                f"{self._batch_divisor()}, so that every rank gets as many packs"
             )
         if self.packing.over_long == "split" and self.training.loss_scope == "all":
             raise ValueError("packing.over_long: found 'split'; training.loss_scope all knows no turns to cut at")
@@ -71,6 +71,14 @@ class Recipe(Section):
             raise ValueError("packing.max_length: found 1; a pack holds at least 2 tokens")
         return self
 
+    def _batch_divisor(self) -> str:
+        """What the global batch is divided by, in the recipe's words."""
+        ranks_a_pack = STRATEGIES[self.runtime.distributed].ranks_a_pack
+        divisor = "runtime.num_nodes * runtime.num_processes"
+        if ranks_a_pack > 1:
+            divisor += f" / {ranks_a_pack}, for {self.runtime.distributed} computes each pack on {ranks_a_pack} ranks"
+        return f"{divisor} ({self.runtime.num_data_ranks})"
+
     def _check_search(self, search: Search) -> None:
         training = self.training
         for key in ("num_train_epochs", "max_steps"):
@@ -82,10 +90,12 @@ class Recipe(Section):
                 "will train: constant, or constant_with_warmup at the start of each roll-out"
             )
         wanting = "dynamix" if search.strategy == "dynamix" else "search.score answers"
-        if (search.strategy == "dynamix" or search.score == "answers") and self.runtime.distributed != "ddp":
+        works_alone = search.strategy == "dynamix" or search.score == "answers"
+        if works_alone and not STRATEGIES[self.runtime.distributed].holds_all:
+            known = alternatives(name for name, strategy in STRATEGIES.items() if strategy.holds_all)
             raise ValueError(
                 f"runtime.distributed: found {self.runtime.distributed!r}; {wanting} works on each rank by itself, for "
-                "which it holds all weights: ddp"
+                f"which it holds all weights: {known}"
             )
         if training.lora is not None:
             raise ValueError("training.lora: a search goes back to whole checkpoints; remove search or lora")

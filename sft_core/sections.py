@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sft_core.rank_strategies import DEFAULT, STRATEGIES, StrategyName
 from sft_core.wording import short
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -173,9 +174,7 @@ class Runtime(Section):
     store: str = Field("store", description="a folder, or a URL as s3://bucket/prefix")
     num_nodes: PositiveInt = Field(1, description="machines that train together, each a Metaflow task of its own")
     num_processes: PositiveInt = Field(1, description="training ranks of a machine: its GPUs")
-    distributed: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
-        "ddp", description="how ranks share the model: configs/accelerate/*.yaml"
-    )
+    distributed: StrategyName = Field(DEFAULT, description="how ranks share the model: configs/accelerate/*.yaml")
     num_threads: PositiveInt | None = Field(None, description="CPU threads a rank; default: cores / ranks")
     num_workers: PositiveInt | None = Field(None, description="processes that render and tokenize; default: cores")
     tokens_per_forward: PositiveInt | Literal["auto"] = Field(
@@ -198,6 +197,21 @@ class Runtime(Section):
     def num_ranks(self) -> int:
         """Training ranks on all machines."""
         return self.num_nodes * self.num_processes
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Ranks that get packs of their own: the global batch is divided among them."""
+        return STRATEGIES[self.distributed].num_data_ranks(self.num_ranks)
+
+    @model_validator(mode="after")
+    def _whole_groups_of_ranks(self) -> Runtime:
+        ranks_a_pack = STRATEGIES[self.distributed].ranks_a_pack
+        if self.num_ranks % ranks_a_pack:
+            raise ValueError(
+                f"num_nodes * num_processes is {self.num_ranks}; {self.distributed} computes each pack on "
+                f"{ranks_a_pack} ranks, so give a multiple of {ranks_a_pack}"
+            )
+        return self
 
     @field_validator("store")
     @classmethod

@@ -133,7 +133,7 @@ def test_source_kind_in_two_new_files_is_pinned_downloaded_counted_and_traced(
 
 
 def test_source_kind_in_two_new_files_is_named_in_messages(project: Path, small_recipe: dict[str, Any]):
-    none = "give either id (a hub dataset) or path (local files) or sqlite (a query of an SQLite database)"
+    none = "give either id (a hub dataset), path (local files) or sqlite (a query of an SQLite database)"
     assert run_json(project, FAULTY, small_recipe) == [
         f"dataset_mixture.datasets[0]: {none}",
         f"dataset_mixture.datasets[0]: {none}",

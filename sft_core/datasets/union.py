@@ -15,7 +15,7 @@ from pydantic import Discriminator, Tag, TypeAdapter
 from sft_core.datasets import kinds
 from sft_core.datasets.dataset import Dataset
 from sft_core.datasets.kinds.files import FileDataset
-from sft_core.wording import nearest, short
+from sft_core.wording import alternatives, nearest, short
 
 NO_KIND = "dataset_kind"  # pydantic's type of the error for a dataset whose keys name no kind, or several
 
@@ -70,7 +70,7 @@ def parse_dataset(data: Any) -> Dataset:
 
 def explain_no_kind(data: Any) -> tuple[str | None, str]:
     """(key, message) for a dataset whose keys name no kind or several. key: None where no single key is at fault."""
-    choices = " or ".join(f"{key} ({section.meaning})" for key, section in KINDS.items())
+    choices = alternatives(f"{key} ({section.meaning})" for key, section in KINDS.items())
     if not isinstance(data, dict):
         return None, f"found {short(data)}; a dataset is a mapping with the key {choices}"
     known = {key for section in KINDS.values() for key in section.model_fields}
@@ -85,7 +85,7 @@ def explain_foreign_key(section: type[Dataset], key: str) -> str | None:
     owners = [other.key for other in KINDS.values() if key in other.model_fields]
     if not owners:
         return None
-    return f"a dataset with {section.key} has no such key, only one with {' or '.join(owners)} has; remove it"
+    return f"a dataset with {section.key} has no such key, only one with {alternatives(owners)} has; remove it"
 
 
 def _tag(data: Any) -> str | None:
