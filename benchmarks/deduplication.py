@@ -88,7 +88,7 @@ def measure(stage: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, 
 def write_rows(folder: Path, num_rows: int) -> None:
     """What download and tokenize leave of a source, as far as these stages read it."""
     from sft_core.data.shards import INDEX
-    from sft_core.data.sources import CONVERSATIONS, accept
+    from sft_core.data.sources.read import CONVERSATIONS, accept
 
     rng = np.random.default_rng(0)
     vocabulary = np.array([f"w{number:x}" for number in range(30_000)], object)

@@ -265,7 +265,8 @@ def start_model(store: Store, recipe: dict[str, Any]) -> Path:
 def searched(store: Store, data: dict[str, Any], budget: float) -> Searched:
     """The search at its end, every roll-out in the store. Trains those that are not there yet."""
     from sft_core.pins import pin
-    from sft_core.recipe import ONLY, parse_recipe
+    from sft_core.recipe import parse_recipe
+from sft_core.rounds import ONLY
     from steps.mix import MIXTURE
     from steps.search import progress
     from steps.train import TRAINED

@@ -27,13 +27,14 @@ class Tree(NamedTuple):
     packages: tuple[str, ...] | None  # None: whatever lies below the root
 
 
-def code_digest(module: str, libraries: tuple[str, ...] = ()) -> str:
+def code_digest(module: str, libraries: tuple[str, ...] = (), *, others: tuple[str, ...] = ()) -> str:
     """SHA-256 (hex) of the closure of `module` and of the versions of libraries that shape its bytes.
 
-    Raises ValueError where a module of the closure imports dynamically.
+    others: modules whose closures count too, though `module` does not import them. Raises ValueError where a module of
+    a closure imports dynamically.
     """
     digest = hashlib.sha256()
-    for name in closure(module):
+    for name in sorted({name for one in (module, *others) for name in closure(one)}):
         digest.update(f"{name}\0{_read(name).executed}\0".encode())
     for library in sorted(libraries):
         digest.update(f"{library}=={importlib.metadata.version(library)}\0".encode())

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_core.data.sources import digest_files
+from sft_core.local_files import digest_files
 from sft_core.manifest import sha256_of
 
 KEY = "evaluation.lm_eval"

@@ -1,6 +1,6 @@
-"""Pins: what the recipe's names point to now, resolved once a run: commits, digests of files.
+"""Pins: what the recipe's names point to now, as commits and digests of files, resolved once a run.
 
-Everything after works on the pinned recipe, so that one run (and its resume) sees one state of the world.
+All later steps work on the pinned recipe, so that a run and its resume see one state of the world.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sft_core.data.hub_token import check_token
-from sft_core.data.sources import digest_files, list_files
+from sft_core.data.sources.registry import source_of
+from sft_core.datasets.dataset import Dataset
 from sft_core.harness_tasks import digest_task, pin_tasks
+from sft_core.local_files import digest_files, is_local
 from sft_core.recipe import Phase, Recipe
 from sft_core.rounds import Rounds
 from sft_core.store import Part, Unresolved
@@ -27,11 +29,11 @@ _TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_templat
 
 @dataclasses.dataclass(frozen=True)
 class PinnedRecipe:
-    """A recipe and what its names stand for: `pins` is small plain data and goes into every identity."""
+    """A recipe and what its names stand for. `pins` is small plain data and goes into every identity."""
 
     recipe: Recipe
     pins: dict[str, Any]
-    unresolved: tuple[str, ...] = ()  # why pins are None, a line for each reason
+    unresolved: tuple[str, ...] = ()  # a line for each reason why a pin is None
     rounds: Mapping[str, Rounds] = dataclasses.field(default_factory=dict)  # of each phase with a search
 
     def phase_name(self, part: Part) -> str:
@@ -57,8 +59,8 @@ class PinnedRecipe:
         """Raises Unresolved."""
         return _known(self.pins["sources"][source], source)
 
-    # Of each thing that is loaded, the identity is what it holds, and the loader says where it is. A loader is
-    # asked when something is built, perhaps long after the run began, so it looks again at what is local.
+    # Each model, tokenizer or task has an identity (digests, goes into keys) and a loader (paths, does not). A builder
+    # asks for a loader perhaps long after the run began, so the loader digests local files again.
 
     @property
     def tokenizer_identity(self) -> dict[str, Any]:
@@ -112,15 +114,15 @@ class PinnedRecipe:
         return {"pin": self.pins["template"], "kwargs": template.kwargs, "date": template.date.isoformat()}
 
     def harness_identity(self, task: str) -> dict[str, Any]:
-        """What an lm-eval task asks and how it scores."""
+        """The version and the digest that say what an lm-eval task asks and how it scores."""
         pinned = self.pins["lm_eval"]
         return {"name": task, "lm_eval": pinned["version"], "digest": pinned["tasks"][task]["digest"]}
 
     def harness_loader(self, task: str) -> dict[str, Any]:
         lm_eval, pinned = self.recipe.evaluation.lm_eval, self.pins["lm_eval"]["tasks"][task]
         assert lm_eval is not None, "what is to be scored is planned where the recipe says so"
-        found = digest_task(task, lm_eval.include_path, pinned["folders"])
-        _unchanged(f"evaluation.lm_eval.tasks: {task}", pinned["digest"], found)
+        digest = digest_task(task, lm_eval.include_path, pinned["folders"])
+        _unchanged(f"evaluation.lm_eval.tasks: {task}", pinned["digest"], digest)
         return {"name": task, "include_path": lm_eval.include_path, "folders": pinned["folders"]}
 
     def row_policy(self, part: Part) -> dict[str, str]:
@@ -149,18 +151,12 @@ def _known(pin: str | None, name: str) -> str:
 
 
 def pin(recipe: Recipe, *, allow_unresolved: bool = False) -> PinnedRecipe:
-    """Resolve every name. Raises FileNotFoundError for a missing file and Unresolved for an unknown hub name.
+    """Resolves every name. Raises FileNotFoundError for a missing file and Unresolved for an unknown hub name.
 
-    allow_unresolved: a hub name out of reach becomes the pin None, for planning without a network.
+    allow_unresolved: the pin of a name out of reach is None, for planning without a network.
     """
-
     hub = _Hub(allow_unresolved)
-    sources = {
-        dataset.source: digest_files(list_files(dataset.paths))
-        if dataset.paths
-        else hub.resolve("dataset", str(dataset.id), dataset.revision)
-        for dataset in recipe.datasets
-    }
+    sources = {dataset.source: _pin_source(dataset, hub) for dataset in recipe.datasets}
     model, name = recipe.model, recipe.model.model_name_or_path
     pins: dict[str, Any] = {"sources": sources, "tokenizer": None, "model": None, "template": None}
     if name is not None:
@@ -181,17 +177,25 @@ def pin(recipe: Recipe, *, allow_unresolved: bool = False) -> PinnedRecipe:
     return PinnedRecipe(recipe, pins, hub.problems)
 
 
+def _pin_source(dataset: Dataset, hub: _Hub) -> str | None:
+    try:
+        return source_of(dataset).pin(hub)
+    except Unresolved as error:
+        hub.refuse(error)
+        return None
+
+
 class HubUnreachable(Unresolved):
-    """Nobody answered: the next name would fare no better."""
+    """The hub did not answer, so asking it for the next name would only cost time."""
 
 
 class _Hub:
-    """Resolves each name once: the sources of a mixture are often splits of one data set."""
+    """Resolves each name once: the sources of a mixture are often splits of one dataset."""
 
     def __init__(self, allow_unresolved: bool):
         self._allow_unresolved = allow_unresolved
         self._known: dict[tuple[str, str, str], str | None] = {}
-        self.licences: dict[str, str] = {}  # by `kind id`, where the hub was asked and knows one
+        self.licences: dict[str, str] = {}  # by `kind id`, as far as the hub was asked and knows
         self._refused: list[str] = []
         self._unasked: list[str] = []
         self._unreachable = ""
@@ -202,6 +206,12 @@ class _Hub:
         if name not in self._known:
             self._known[name] = self._ask(*name)
         return self._known[name]
+
+    def refuse(self, error: Unresolved) -> None:
+        """Notes a problem that a plan goes on with. Raises it where the recipe is to be run."""
+        if not self._allow_unresolved:
+            raise error
+        self._refused.append(str(error))
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -215,37 +225,32 @@ class _Hub:
             self._unasked.append(f"{kind} {id} at {revision}")
             return None
         try:
-            # A plan is looked at by a person who waits, and can do without.
+            # A person waits for a plan, which needs no commit: ask for a short time only.
             return self._noted(kind, id, resolve(kind, id, revision, timeout_s=3))
         except HubUnreachable as error:
             self._unasked.append(f"{kind} {id} at {revision}")
             self._unreachable = str(error).partition(": ")[2]
         except Unresolved as error:
-            self._refused.append(str(error))
+            self.refuse(error)
         return None
 
-    def _noted(self, kind: str, id: str, found: Resolved) -> str:
-        if found.licence is not None:
-            self.licences[f"{kind} {id}"] = found.licence
-        return found.commit
-
-
-def is_local(name: str) -> bool:
-    """A folder, or what can only be meant as one. A hub id is `owner/name` and no such folder exists."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    def _noted(self, kind: str, id: str, resolved: Resolved) -> str:
+        if resolved.licence is not None:
+            self.licences[f"{kind} {id}"] = resolved.licence
+        return resolved.commit
 
 
 class Resolved(NamedTuple):
     commit: str
-    licence: str | None  # what its card says; None where the hub was not asked, or the card does not say
+    licence: str | None  # as the card on the hub says; None where nobody asked the hub, or the card does not say
 
 
 def resolve(kind: str, id: str, revision: str, *, timeout_s: float = 10) -> Resolved:
-    """The 40-digit commit of a hub dataset's or model's branch or tag. A commit is returned without asking.
+    """The 40-digit commit of a hub dataset's or model's branch or tag. A commit is returned without asking the hub.
 
-    A token for what is private comes from the environment (HF_TOKEN) and goes to the hub alone.
-    timeout_s: unless HF_HUB_ETAG_TIMEOUT says another.
-    Raises Unresolved, saying whether the name is wrong or (HubUnreachable) the hub is out of reach.
+    A token for a private one comes from the environment (HF_TOKEN) and goes to the hub alone.
+    timeout_s: HF_HUB_ETAG_TIMEOUT in the environment wins over it.
+    Raises Unresolved, which says whether the name is wrong or (HubUnreachable) the hub is out of reach.
     """
     if _COMMIT.fullmatch(revision):
         return Resolved(revision, None)
@@ -274,7 +279,7 @@ def resolve(kind: str, id: str, revision: str, *, timeout_s: float = 10) -> Reso
 
 
 def _licence(card: Any) -> str | None:
-    """What a card says of its licence, in a line."""
+    """The licence that a card on the hub states, in a line."""
     names = card.get("license") if card is not None else None
     if names == "other":
         names = card.get("license_name") or names
@@ -288,13 +293,13 @@ def template_path(recipe: Recipe) -> Path | None:
         return None
     path = TEMPLATES / f"{name}.jinja" if re.fullmatch(r"[A-Za-z0-9_-]+", name) else Path(name)
     if not path.is_file():
-        known = ", ".join(sorted(found.stem for found in TEMPLATES.glob("*.jinja")))
+        known = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.jinja")))
         raise FileNotFoundError(f"chat_template.template: found {name!r}; it is no file, and ours are: {known}")
     return path
 
 
 def _digest_model(recipe: Recipe) -> str:
-    """Of all that shapes what the model computes and where it stops."""
+    """A digest of the files that shape what the model computes and where it stops."""
     key = "model.model_name_or_path"
     folder = _folder(str(recipe.model.model_name_or_path), key)
     if not (folder / "config.json").is_file():
@@ -324,7 +329,7 @@ def _folder(name: str, key: str) -> Path:
     return folder
 
 
-def _unchanged(key: str, pinned: str, found: str) -> None:
-    """What was read when the run began must be what is read now, or it would be stored under another's key."""
-    if found != pinned:
-        raise ValueError(f"{key}: changed since this run began ({pinned[:12]} then, {found[:12]} now); start a new run")
+def _unchanged(key: str, pinned: str, now: str) -> None:
+    """Raises ValueError where files changed after they were pinned: the output would get the key of the old files."""
+    if now != pinned:
+        raise ValueError(f"{key}: changed since this run began ({pinned[:12]} then, {now[:12]} now); start a new run")

@@ -1,6 +1,6 @@
-"""The recipe: one YAML file as frozen typed objects; a value that is not understood is an error, never ignored.
+"""The recipe: one YAML file as frozen typed objects. A value that is not understood is an error, never ignored.
 
-Every message names the key, what was found and what is allowed.
+Every message names the key, the value found there and the values allowed.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from sft_core.measuring import LM_EVAL, Evaluation, Search
-from sft_core.sections import (
-    ChatTemplate,
-    Dataset,
-    DatasetMixture,
-    Hub,
-    Model,
-    Packing,
-    PositiveInt,
-    Runtime,
-    Section,
-    Training,
+from sft_core.datasets.dataset import Dataset
+from sft_core.datasets.mixture import DatasetMixture
+from sft_core.datasets.union import (
+    NO_KIND,
+    TAGS,
+    explain_foreign_key,
+    explain_no_kind,
+    parse_dataset,
+    without_idle_keys,
 )
-from sft_core.wording import nearest, short
+from sft_core.measuring import LM_EVAL, Evaluation, Search
+from sft_core.rank_strategies import STRATEGIES
+from sft_core.rounds import BASE, ONLY
+from sft_core.sections import ChatTemplate, Hub, Model, Packing, PositiveInt, Runtime, Section, Training
+from sft_core.wording import alternatives, nearest, short
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -83,8 +84,6 @@ class PhaseRecipe(NamedTuple):
     runtime: Runtime
 
 
-ONLY = "tuned"  # the phase of a recipe without `phases`, by the name that its scores have
-BASE = "base"  # the start model, where the models that are scored are named
 PHASE_KEYS = tuple(Phase.model_fields)
 # What a row of the score table holds beside a column for each model.
 RESERVED_NAMES = frozenset({BASE, "task", "metric", "n", "stderr", "difference", "low", "high", "flags"})
@@ -128,11 +127,11 @@ class Recipe(Section):
             raise ValueError(f"evaluation.tasks: found {', '.join(self.tasks)}; name each task once")
 
     def _check_phase(self, name: str, phase: Phase) -> None:
-        batch, ranks = phase.training.global_batch_size, self.runtime.num_ranks
-        if batch % ranks:
+        batch = phase.training.global_batch_size
+        if batch % self.runtime.num_data_ranks:
             raise ValueError(
                 f"{self.key_of(name, 'training.global_batch_size')}: found {batch}; it is a multiple of "
-                f"runtime.num_nodes * runtime.num_processes ({ranks}), so that every rank gets as many packs"
+                f"{self._batch_divisor()}, so that every rank gets as many packs"
             )
         if self.selection_rows(name) is not None and phase.dataset_mixture.selection_share == 0:
             key = self.key_of(name, "search") if phase.search is not None else "evaluation.during_training"
@@ -142,11 +141,12 @@ class Recipe(Section):
             )
         search, first = phase.search, next(iter(self.phases.values()))
         wants_whole_model = search is not None and (search.strategy == "dynamix" or search.score == "answers")
-        if search is not None and wants_whole_model and self.runtime.distributed != "ddp":
+        if search is not None and wants_whole_model and not STRATEGIES[self.runtime.distributed].holds_all:
             reason = "dynamix" if search.strategy == "dynamix" else "search.score answers"
+            known = alternatives(name for name, strategy in STRATEGIES.items() if strategy.holds_all)
             raise ValueError(
                 f"runtime.distributed: found {self.runtime.distributed!r}; {reason} works on each rank by itself, for "
-                "which it holds all weights: ddp"
+                f"which it holds all weights: {known}"
             )
         for share in ("selection_share", "report_share"):
             value, expected = (getattr(each.dataset_mixture, share) for each in (phase, first))
@@ -155,6 +155,14 @@ class Recipe(Section):
                     f"{self.key_of(name, f'dataset_mixture.{share}')}: found {value:g}, and {expected:g} in the first "
                     "phase; the shares are the same in all phases, so that what one holds out no other trains"
                 )
+
+    def _batch_divisor(self) -> str:
+        """What the global batch is divided by, in the recipe's words."""
+        ranks_a_pack = STRATEGIES[self.runtime.distributed].ranks_a_pack
+        divisor = "runtime.num_nodes * runtime.num_processes"
+        if ranks_a_pack > 1:
+            divisor += f" / {ranks_a_pack}, for {self.runtime.distributed} computes each pack on {ranks_a_pack} ranks"
+        return f"{divisor} ({self.runtime.num_data_ranks})"
 
     def key_of(self, phase: str, key: str) -> str:
         """A phase's key as the user wrote it: at the root where there are no `phases`."""
@@ -245,10 +253,10 @@ def _plain(text: str, name: str) -> Any:
 def parse_recipe(data: dict[str, Any]) -> Recipe:
     """The typed recipe of plain data. Raises ValueError that lists every wrong key."""
     try:
-        return Recipe.model_validate_json(json.dumps(with_phases(data)))
+        return Recipe.model_validate_json(json.dumps(_without_idle_keys(with_phases(data))))
     except ValidationError as error:
         problems = error.errors()
-        # A list whose members are faulty is also called too short; that tells nobody anything.
+        # pydantic also calls a list too short when its members are faulty, which helps nobody.
         shown = [p for p in problems if p["type"] != "too_short" or not any(_is_inside(q, p) for q in problems)]
         raise ValueError("\n".join(_explain(problem, "phases" in data) for problem in shown)) from None
 
@@ -265,6 +273,20 @@ def with_phases(data: dict[str, Any]) -> dict[str, Any]:
     if at_root:
         raise ValueError(f"{at_root[0]}: found beside phases; each phase has its own: phases.NAME.{at_root[0]}")
     return data
+
+
+def _without_idle_keys(data: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(data["phases"], dict):
+        return data
+    return {**data, "phases": {name: _phase_without_idle_keys(phase) for name, phase in data["phases"].items()}}
+
+
+def _phase_without_idle_keys(phase: Any) -> Any:
+    mixture = phase.get("dataset_mixture") if isinstance(phase, dict) else None
+    if not isinstance(mixture, dict) or not isinstance(mixture.get("datasets"), list):
+        return phase
+    datasets = [without_idle_keys(dataset) for dataset in mixture["datasets"]]
+    return {**phase, "dataset_mixture": {**mixture, "datasets": datasets}}
 
 
 def load_recipe(path: str | Path, *, overrides: tuple[str, ...] = (), limit: int | None = None) -> Recipe:
@@ -337,9 +359,9 @@ def _child(node: Any, name: str, text: str) -> Any:
 
 
 def _source_of(element: Any) -> str | None:
-    """The name of a dataset in plain data; one that is faulty still answers to the name it states."""
+    """The name of a dataset in plain data. A faulty dataset still has the name that it states."""
     with contextlib.suppress(ValidationError):
-        return Dataset.model_validate_json(json.dumps(element)).source
+        return parse_dataset(element).source
     return element.get("name") if isinstance(element, dict) else None
 
 
@@ -349,10 +371,15 @@ def _is_inside(problem: ErrorDetails, outer: ErrorDetails) -> bool:
 
 
 def _explain(problem: ErrorDetails, has_phases: bool) -> str:
-    where, fields = _locate(problem["loc"], has_phases)
+    where, section, fields = _locate(problem["loc"], has_phases)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key{nearest(str(problem['loc'][-1]), fields)}"
+        key = str(problem["loc"][-1])
+        foreign = explain_foreign_key(section, key) if section is not None and issubclass(section, Dataset) else None
+        return f"{where}: {foreign or f'unknown key{nearest(key, fields)}'}"
+    if problem["type"] == NO_KIND:
+        unknown, message = explain_no_kind(problem["input"])
+        return f"{where}.{unknown}: {message}" if unknown is not None else f"{where}: {message}"
     if problem["type"] == "missing":
         return f"{where}: missing; it has no default"
     if problem["type"] == "value_error":
@@ -361,12 +388,13 @@ def _explain(problem: ErrorDetails, has_phases: bool) -> str:
     return f"{where or 'the recipe'}: found {short(problem['input'])}; {message[0].lower()}{message[1:]}"
 
 
-_UNION_MEMBERS = ("str", "tuple[str, ...]")  # pydantic puts them into a place; they are no keys
+_UNION_MEMBERS = ("str", "tuple[str, ...]")  # pydantic puts them into the place of an error; they are no keys
 
 
-def _locate(loc: tuple[str | int, ...], has_phases: bool) -> tuple[str, list[str]]:
-    """The key in a user's words, and the names that are known where its last part stands."""
+def _locate(loc: tuple[str | int, ...], has_phases: bool) -> tuple[str, type[BaseModel] | None, list[str]]:
+    """(key, section, names): the key in a user's words, the section that holds it, and the names known there."""
     where = ""
+    holder: type[BaseModel] | None = None
     model: type[BaseModel] | None = Recipe
     fields = [*Recipe.model_fields, *(() if has_phases else PHASE_KEYS)]
     if loc[:1] == ("phases",) and len(loc) > 1:
@@ -376,19 +404,24 @@ def _locate(loc: tuple[str | int, ...], has_phases: bool) -> tuple[str, list[str
         if isinstance(part, int):
             where += f"[{part}]"
             continue
+        if part in TAGS:
+            model = TAGS[part]
+            fields = list(model.model_fields)
+            continue
         if part in _UNION_MEMBERS:
             continue
         where += f".{part}" if where else str(part)
+        holder = model
         if model is not Recipe:
             fields = list(model.model_fields) if model is not None else []
         field = model.model_fields.get(part) if model is not None else None
         model = _section_of(field.annotation) if field is not None else None
         if model is not None and part != loc[-1]:
             fields = list(model.model_fields)
-    return where, fields
+    return where, holder, fields
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)
+    return next((section for arg in get_args(annotation) if (section := _section_of(arg))), None)

@@ -10,6 +10,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
+BASE = "base"  # the start model, where the models that are scored are named
+ONLY = "tuned"  # the phase of a recipe without `phases`, by the name that its scores have
+
 
 class Point(NamedTuple):
     """Weights that a roll-out went through: those of its evaluation number `evaluation`, 0 being its start."""

@@ -6,17 +6,16 @@ from __future__ import annotations
 
 import datetime
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sft_core.rank_strategies import DEFAULT, STRATEGIES, StrategyName
 from sft_core.wording import short
 
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 LossScope = Literal["assistant", "completion", "all"]
-RESERVED = ("mixture", "packs", "selection", "duplicates")  # stages read these beside the sources, by name
 SECRETS = ("hub_token", "push_to_hub_token", "token", "use_auth_token")
 Scheduler = Literal[
     "linear",
@@ -30,7 +29,6 @@ Scheduler = Literal[
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
 ]
-SourceFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 
 
 class Section(BaseModel):
@@ -89,118 +87,6 @@ class ChatTemplate(Section):
     served_prefix: Literal["tokens", "text"] = Field(
         "tokens", description="turns share a row where a served prompt has the same tokens, or only the same text"
     )
-
-
-class Dataset(Section):
-    """One source of conversations: a hub dataset (`id`) or local files (`path`)."""
-
-    name: str | None = Field(None, description="default: the split, or the file's name", pattern=r"^[A-Za-z0-9._-]+$")
-    id: str | None = Field(None, description="a hub dataset; or give path")
-    config: str | None = Field(None, description="of the hub dataset")
-    split: str = Field("train", description="of the hub dataset")
-    revision: str = Field("main", description="the hub dataset's branch, tag or commit")
-    path: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
-        None, description="JSONL or Parquet files (globs, .gz, .zst)"
-    )
-    columns: tuple[str, ...] | None = Field(None, description="keep only these columns")
-    format: SourceFormat = Field("auto", description="how rows are written; auto: by the keys of each row")
-    weight: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="share of the rows kept; over 1 repeats rows"
-    )
-    num_rows: PositiveInt | None = Field(None, description="rows kept, instead of a weight")
-    trained_token_share: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="share of the mixture's trained tokens, in proportion to the other datasets'; for all or none"
-    )
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Dataset:
-        if (self.id is None) == (self.path is None):
-            raise ValueError("give either id (a hub dataset) or path (local files)")
-        amounts = [key for key in ("weight", "num_rows", "trained_token_share") if getattr(self, key) is not None]
-        if len(amounts) > 1:
-            raise ValueError(f"give either {' or '.join(amounts)}")
-        return self
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return (self.path,) if isinstance(self.path, str) else self.path or ()
-
-    @property
-    def source(self) -> str:
-        """The name by which everything else calls this source."""
-        if self.name:
-            return self.name
-        if self.id:
-            return self.split if self.split != "train" else self.id.split("/")[-1]
-        stem = Path(self.paths[0]).name.split(".")[0]
-        return "".join(c if c.isalnum() or c in "._-" else "_" for c in stem) or "files"
-
-
-class Deduplication(Section):
-    """Training rows that say what an earlier one says are left out; the first in the order of datasets is kept."""
-
-    near: bool = Field(True, description="also rows that are nearly the same; false: the same but for white space")
-    threshold: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.8, description="shared word n-grams (Jaccard) of prompt and of answer from which on rows are near duplicates"
-    )
-    ngram: PositiveInt = Field(5, description="words of an n-gram")
-    num_permutations: Annotated[int, Field(ge=16, le=4096)] = Field(128, description="of a MinHash signature")
-
-
-class Decontamination(Section):
-    """Training rows that hold a prompt of the report split of an evaluation task are left out."""
-
-    ngram: PositiveInt = Field(8, description="words of an n-gram")
-    threshold: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.5, description="share of a prompt's words in n-grams that the row holds as well, from which on it is left out"
-    )
-    common_share: Share = Field(
-        0.02, description="n-grams in more of a task's prompts are its wording, not a question; 1: all count"
-    )
-
-
-class DatasetMixture(Section):
-    """The sources, how much of each is trained on, and how prompts are held out."""
-
-    datasets: Annotated[tuple[Dataset, ...], Field(min_length=1)]
-    seed: int = Field(0, description="of the draw of each source's rows, and of their order")
-    selection_share: Share = Field(0.02, description="share of prompts for decisions during training")
-    report_share: Share = Field(0.05, description="share of prompts for the scores that are reported")
-    max_rejected_share: Share = Field(0.05, description="a source with more bad rows than this fails")
-    num_trained_tokens: PositiveInt | None = Field(
-        None, description="with trained_token_share: of an epoch; default: what the datasets with a share hold once"
-    )
-    max_repeats: Annotated[float, Field(gt=0)] = Field(
-        4.0, description="with trained_token_share: how often a row is repeated in an epoch, at most"
-    )
-    deduplication: Deduplication | None = None
-    decontamination: Decontamination | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DatasetMixture:
-        names = [dataset.source for dataset in self.datasets]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two datasets are called {twice[0]!r}; give each its own name")
-        if reserved := sorted({*names}.intersection(RESERVED)):
-            raise ValueError(f"a dataset is called {reserved[0]!r}, as an output of the flow is; give it another name")
-        if self.selection_share + self.report_share >= 1:
-            raise ValueError("selection_share + report_share leave nothing to train on; their sum must be under 1")
-        without = [dataset.source for dataset in self.datasets if dataset.trained_token_share is None]
-        if 0 < len(without) < len(names):
-            raise ValueError(
-                f"trained_token_share is missing for {', '.join(without)}; give it to every dataset (0 leaves one out)"
-            )
-        if not without and not any(dataset.trained_token_share for dataset in self.datasets):
-            raise ValueError("every trained_token_share is 0; give one of them more")
-        if without and self.num_trained_tokens is not None:
-            raise ValueError("num_trained_tokens needs a trained_token_share for every dataset")
-        return self
-
-    @property
-    def trained_sources(self) -> list[str]:
-        """The names of the datasets that are not left out by a weight or a share of 0."""
-        return [one.source for one in self.datasets if one.weight != 0 and one.trained_token_share != 0]
 
 
 class Packing(Section):
@@ -296,9 +182,7 @@ class Runtime(Section):
     store: str = Field("store", description="a folder, or a URL as s3://bucket/prefix")
     num_nodes: PositiveInt = Field(1, description="machines that train together, each a Metaflow task of its own")
     num_processes: PositiveInt = Field(1, description="training ranks of a machine: its GPUs")
-    distributed: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
-        "ddp", description="how ranks share the model: configs/accelerate/*.yaml"
-    )
+    distributed: StrategyName = Field(DEFAULT, description="how ranks share the model: configs/accelerate/*.yaml")
     num_threads: PositiveInt | None = Field(None, description="CPU threads a rank; default: cores / ranks")
     num_workers: PositiveInt | None = Field(None, description="processes that render and tokenize; default: cores")
     tokens_per_forward: PositiveInt | Literal["auto"] = Field(
@@ -321,6 +205,21 @@ class Runtime(Section):
     def num_ranks(self) -> int:
         """Training ranks on all machines."""
         return self.num_nodes * self.num_processes
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Ranks that get packs of their own: the global batch is divided among them."""
+        return STRATEGIES[self.distributed].num_data_ranks(self.num_ranks)
+
+    @model_validator(mode="after")
+    def _whole_groups_of_ranks(self) -> Runtime:
+        ranks_a_pack = STRATEGIES[self.distributed].ranks_a_pack
+        if self.num_ranks % ranks_a_pack:
+            raise ValueError(
+                f"num_nodes * num_processes is {self.num_ranks}; {self.distributed} computes each pack on "
+                f"{ranks_a_pack} ranks, so give a multiple of {ranks_a_pack}"
+            )
+        return self
 
     @field_validator("store")
     @classmethod

@@ -95,8 +95,9 @@ class Stage:
     says where things are (paths, where the section has digests); its values replace the section's of that name
     for the builder and are no part of the identity. `needs` names the outputs it reads, `mentions` those of which it
     reads the manifest alone: nothing else of them is downloaded. `version` replaces the digest of the builder's code
-    where a rename must not cost days of training. The builder returns counts for the manifest: plain JSON, shown on
-    cards.
+    where a rename must not cost days of training. `modules` names those that the builder reaches through an object
+    among `places`, which its imports do not show: their code counts as the builder's. The builder returns counts for
+    the manifest: plain JSON, shown on cards.
     """
 
     name: str
@@ -105,16 +106,17 @@ class Stage:
     places: Callable[[PinnedRecipe, Part], dict[str, Any]] = lambda pinned, part: {}
     needs: Callable[[PinnedRecipe, Part], Needs] = lambda pinned, part: {}
     mentions: Callable[[PinnedRecipe, Part], Needs] = lambda pinned, part: {}
+    modules: Callable[[PinnedRecipe, Part], tuple[str, ...]] = lambda pinned, part: ()
     version: int | None = None
     libraries: tuple[str, ...] = ()
     resumable: bool = False
     verify_inputs: bool = False
 
-    @property
-    def code(self) -> str | int:
+    def code(self, pinned: PinnedRecipe, part: Part) -> str | int:
+        """The code's part of the identity."""
         if self.version is not None:
             return self.version
-        return code_digest(self.build.__module__, self.libraries)
+        return code_digest(self.build.__module__, self.libraries, others=self.modules(pinned, part))
 
     def inputs(self, pinned: PinnedRecipe, part: Part) -> Needs:
         """All outputs that must be there before it is built: what they hold is part of the identity."""
@@ -179,7 +181,7 @@ class Store:
         for name, (needed, needed_part) in stage.inputs(pinned, part).items():
             found = self.locate(needed, pinned, needed_part, seen)
             inputs[name] = self.manifest(found.ref)["content"] if found.status == "hit" and found.ref else None
-        identity = {"stage": stage.name, "part": part, "inputs": inputs, "code": stage.code}
+        identity = {"stage": stage.name, "part": part, "inputs": inputs, "code": stage.code(pinned, part)}
         try:
             identity["section"] = stage.section(pinned, part)
         except Unresolved:

@@ -4,8 +4,8 @@ from typing import Any
 
 from sft_core.data.overlap.deduplication import build_duplicates
 from sft_core.data.overlap.signatures import build_signatures
+from sft_core.datasets.mixture import Deduplication
 from sft_core.pins import PinnedRecipe
-from sft_core.sections import Deduplication
 from sft_core.store import Needs, Part, Ref, Stage, Store
 from steps.cards import heading, table
 from steps.download import CONVERSATIONS

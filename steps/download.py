@@ -1,27 +1,33 @@
 """download: a source's raw rows as canonical conversations; bad rows are put aside and counted."""
 
-from sft_core.data.sources import build_conversations
+from typing import Any
+
+from sft_core.data.sources.read import build_conversations
+from sft_core.data.sources.registry import reader_module, source_of
 from sft_core.pins import PinnedRecipe
 from sft_core.store import Part, Stage
 
 
-def _section(pinned: PinnedRecipe, part: Part) -> dict:
+def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     dataset = pinned.recipe.dataset(part["source"])
-    return {
-        "id": dataset.id,
-        "config": dataset.config,
-        "split": dataset.split,
+    of_all_kinds = {
         "columns": list(dataset.columns) if dataset.columns else None,
         "format": dataset.format,
         "pin": pinned.source_pin(part["source"]),
         "limit": pinned.recipe.limit,
         "max_rejected_share": pinned.phase(part).dataset_mixture.max_rejected_share,
     }
+    identity = source_of(dataset).identity()
+    assert not identity.keys() & {*of_all_kinds, "source"}, f"{dataset.kind()}: its identity has a key that all have"
+    return {**identity, **of_all_kinds}
 
 
+# The builder reads through the source, whose module is no import of the builder's: a new kind of source changes the
+# key of no other's conversations.
 CONVERSATIONS = Stage(
     "conversations",
     build_conversations,
     section=_section,
-    places=lambda pinned, part: {"paths": list(pinned.recipe.dataset(part["source"]).paths)},
+    places=lambda pinned, part: {"source": source_of(pinned.recipe.dataset(part["source"]))},
+    modules=lambda pinned, part: (reader_module(pinned.recipe.dataset(part["source"])),),
 )

@@ -10,14 +10,15 @@ import pyarrow.parquet as pq
 
 from sft_core.data import splits
 from sft_core.data.rejects import Rejected
-from sft_core.data.sources import accept, list_files, read_files
+from sft_core.data.sources.read import accept
+from sft_core.data.sources.registry import source_of
 from sft_core.evaluate import tasks
 from sft_core.evaluate.comparison import by_change
 from sft_core.evaluate.rows import read_rows
 from sft_core.evaluate.summary import compare, read_answers
 from sft_core.pins import PinnedRecipe
-from sft_core.recipe import BASE
 from sft_core.report.tables import score_rows
+from sft_core.rounds import BASE
 from sft_core.store import Needs, Part, Ref, Stage, Store
 from steps.cards import facts, heading, table, warnings
 from steps.download import CONVERSATIONS
@@ -27,7 +28,7 @@ from steps.train import checkpoint_of
 
 MAX_EXAMPLES = 8  # of the rows that were won, of those that were lost, and of the others
 MAX_ASKED = 200  # characters of a prompt, from its end
-MAX_SCANNED_BYTES = 256 * 2**20  # larger local sources are counted once they are downloaded
+MAX_SCANNED_BYTES = 256 * 2**20  # larger sources are counted once they are downloaded
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
@@ -193,13 +194,11 @@ def _prompt_hashes(store: Store, pinned: PinnedRecipe, task: str) -> np.ndarray 
         with store.open(located.ref, "conversations.parquet") as file:
             return pq.read_table(file, columns=["prompt_hash"])["prompt_hash"].to_numpy()
     dataset, mixture = pinned.recipe.dataset(task), pinned.phase({"task": task}).dataset_mixture
-    if not dataset.paths:
-        return None
-    files = list_files(dataset.paths)
-    if sum(path.stat().st_size for path in files) > MAX_SCANNED_BYTES:
+    rows = source_of(dataset).peek(MAX_SCANNED_BYTES, list(dataset.columns) if dataset.columns else None)
+    if rows is None:
         return None
     hashes, num_rejected = [], 0
-    for number, (_, raw) in enumerate(read_files(files, list(dataset.columns) if dataset.columns else None)):
+    for number, (_, raw) in enumerate(rows):
         if number == pinned.recipe.limit:
             break
         try:
@@ -207,5 +206,5 @@ def _prompt_hashes(store: Store, pinned: PinnedRecipe, task: str) -> np.ndarray 
         except Rejected:
             num_rejected += 1
     faulty = num_rejected > mixture.max_rejected_share * (len(hashes) + num_rejected)
-    # An empty or faulty source is told of by its download, which knows what is wrong with it.
+    # The download of an empty or faulty source fails, and says what is wrong with it.
     return None if faulty or not hashes else np.array(hashes, dtype=np.uint64)

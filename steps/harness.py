@@ -10,8 +10,8 @@ from sft_core.evaluate.harness import build_harness
 from sft_core.evaluate.summary import compare
 from sft_core.measuring import LM_EVAL, LmEval
 from sft_core.pins import PinnedRecipe
-from sft_core.recipe import BASE
 from sft_core.report.tables import score_rows
+from sft_core.rounds import BASE
 from sft_core.store import Needs, Part, Ref, Stage, Store
 from steps import evaluate
 from steps.cards import facts, table, warnings

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sft_core.pins import is_local
-from sft_core.sections import RESERVED, Dataset
+from sft_core.datasets.mixture import RESERVED
+from sft_core.datasets.union import section_of
+from sft_core.local_files import is_local, looks_like_files
 from steps.import_account import Imported
-from steps.new_recipe import looks_like_files
 
 _HANDBOOK = {"id": "id", "config": "config", "split": "split", "columns": "columns", "weight": "weight"}
 _TRL = {"path": "id", "name": "config", "split": "split", "columns": "columns"}
@@ -148,7 +148,7 @@ def _files(files: Any, split: str, place: str) -> Any:
 def _name_apart(found: Imported) -> None:
     """Gives datasets of one name each their own: ours are called by their split, unless that says nothing."""
     datasets = found.data["dataset_mixture"]["datasets"]
-    sources = [Dataset.model_construct(**one).source for one in datasets]
+    sources = [_source_of(dataset) for dataset in datasets]
     taken = set(RESERVED) | {source for source in sources if sources.count(source) == 1}
     for index, (dataset, source) in enumerate(zip(datasets, sources, strict=True)):
         if sources.count(source) == 1 and source not in RESERVED:
@@ -163,3 +163,10 @@ def _name_apart(found: Imported) -> None:
         taken.add(name)
         dataset["name"] = name
         found.assumed[f"dataset_mixture.datasets[{index}].name"] = "another one has its split's name too"
+
+
+def _source_of(dataset: dict[str, Any]) -> str:
+    """The name of a dataset whose values nobody has checked yet."""
+    section = section_of(dataset)
+    assert section is not None, "an imported dataset has an id or a path"
+    return section.model_construct(**dataset).source

@@ -8,15 +8,17 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from sft_core.datasets.dataset import Dataset
+from sft_core.datasets.mixture import DatasetMixture
+from sft_core.datasets.union import section_of
 from sft_core.recipe import Recipe
-from sft_core.sections import Dataset, DatasetMixture, Lora, Model, Packing, Runtime, Training
+from sft_core.sections import Lora, Model, Packing, Runtime, Training
 from steps.import_account import Imported, short
 
 # By the keys that hold them; what is not here is written in one line.
 _SECTIONS: dict[str, type[BaseModel]] = {
     "model": Model,
     "dataset_mixture": DatasetMixture,
-    "datasets": Dataset,
     "packing": Packing,
     "training": Training,
     "lora": Lora,
@@ -39,19 +41,27 @@ def _mapping(
     data: dict[str, Any], section: type[BaseModel] | None, where: str, indent: str, told: dict[str, str]
 ) -> list[str]:
     lines = []
-    for key in [key for key in (section.model_fields if section else data) if key in data]:
+    for key in [key for key in _keys(section, data) if key in data]:
         value, comment = data[key], f"  # {told[where + key]}" if where + key in told else ""
         below = _SECTIONS.get(key)
         if key == "datasets":
             lines.append(f"{indent}{key}:{comment}")
             for index, element in enumerate(value):
-                first, *others = _mapping(element, below, f"{where}{key}[{index}].", f"{indent}    ", told)
+                place = f"{where}{key}[{index}]."
+                first, *others = _mapping(element, section_of(element), place, f"{indent}    ", told)
                 lines += [f"{indent}  - {first.strip()}", *others]
         elif (below or key in _OTHERS) and value:
             lines += [f"{indent}{key}:{comment}", *_mapping(value, below, f"{where}{key}.", f"{indent}  ", told)]
         else:
             lines.append(f"{indent}{key}: {json.dumps(value, ensure_ascii=False)}{comment}")
     return lines
+
+
+def _keys(section: type[BaseModel] | None, data: dict[str, Any]) -> list[str]:
+    """In the order in which a person reads them; of no section as they stand in the data."""
+    if section is None:
+        return list(data)
+    return section.ordered_keys() if issubclass(section, Dataset) else list(section.model_fields)
 
 
 def account_text(found: Imported) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sft_core.data.sources.registry import origin_of
 from sft_core.source_code import told
 from sft_core.store import Ref, Store
 from steps.runs import is_run, recorded
@@ -171,10 +172,7 @@ def _origins(store: Store, ref: Ref, manifest: dict[str, Any]) -> dict[str, dict
     """What an output was made from that is no output: files or a hub revision, a start model, a template."""
     section = manifest["identity"]["section"]
     if ref.stage == "conversations":
-        if section["id"]:
-            config = {"config": section["config"]} if section["config"] else {}
-            return {"source": {"hub": section["id"], **config, "split": section["split"], "revision": section["pin"]}}
-        return {"source": {"files": _files(store, ref), "sha256": section["pin"]}}
+        return {"source": origin_of(section, lambda: _files(store, ref))}
     if ref.stage == "rendered":
         template, tokenizer = section["template"], section["tokenizer"]
         pin = template["pin"] or f"of the tokenizer {tokenizer['pin']}"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 from sft_core.data.rejects import Rejected
-from sft_core.data.sources import accept, list_files, read_files
-from sft_core.pins import is_local
+from sft_core.data.sources.read import accept
+from sft_core.data.sources.registry import source_of
+from sft_core.datasets.dataset import Dataset
+from sft_core.datasets.union import parse_dataset, section_claiming
 from sft_core.recipe import parse_recipe, read_yaml
 
 ENOUGH_ROWS = 2000  # for a report share of 0.05
@@ -62,21 +63,16 @@ runtime:
 """
 
 
-def looks_like_files(source: str) -> bool:
-    return "*" in source or source.count("/") != 1 or source.endswith((".jsonl", ".json", ".parquet", ".gz", ".zst"))
-
-
 def write_recipe(model: str, data: tuple[str, ...], output: Path) -> None:
-    """Writes a recipe that loads. Raises FileExistsError rather than replace one."""
+    """Writes a recipe that loads. Raises FileExistsError rather than replace a file."""
     if output.exists():
         raise FileExistsError(f"{output} exists; name another with --output")
-    datasets = ""
-    for source in data:
-        key = "path" if is_local(source) or looks_like_files(source) else "id"
-        datasets += (
-            f"    - {key}: {json.dumps(source)}\n      weight: 1.0             # share of the rows; over 1 repeats\n"
-        )
-    report_share, min_report_rows = _held_out(data)
+    keys = {text: section_claiming(text).key for text in data}
+    datasets = "".join(
+        f"    - {keys[text]}: {json.dumps(text)}\n      weight: 1.0             # share of the rows; over 1 repeats\n"
+        for text in data
+    )
+    report_share, min_report_rows = _held_out([parse_dataset({keys[text]: text}) for text in data])
     text = _RECIPE.format(
         report_share=report_share,
         min_report_rows=min_report_rows,
@@ -86,24 +82,24 @@ def write_recipe(model: str, data: tuple[str, ...], output: Path) -> None:
         template="thinking",
         datasets=datasets,
     )
-    parse_recipe(read_yaml(text))  # Before it is written: a faulty file would stand in the way of the next try.
+    parse_recipe(read_yaml(text))  # Parse before writing: a faulty file would stand in the way of the next try.
     output.write_text(text, encoding="utf-8")
 
 
-def _held_out(data: tuple[str, ...]) -> tuple[float, int]:
-    """A report share that holds out some 80 prompts of the smallest local source, and how few of them will do."""
-    sizes = []
-    for source in data:
-        if Path(source).is_file() or glob.glob(source):
-            rows = itertools.islice(read_files(list_files([source]), None), ENOUGH_ROWS)
-            sizes.append(len({found for _, raw in rows if (found := _prompt(raw)) is not None}))
-    smallest = min(sizes, default=ENOUGH_ROWS)
+def _held_out(datasets: list[Dataset]) -> tuple[float, int]:
+    """(report share, least number of rows): about 80 prompts of the smallest source on this machine are held out."""
+    nums_prompts = []
+    for dataset in datasets:
+        if (rows := source_of(dataset).peek(None, None)) is not None:
+            first_rows = itertools.islice(rows, ENOUGH_ROWS)
+            nums_prompts.append(len({hash for _, raw in first_rows if (hash := _prompt_hash(raw)) is not None}))
+    smallest = min(nums_prompts, default=ENOUGH_ROWS)
     share = min(0.3, max(0.05, round(80 / max(smallest, 1), 2)))
     return share, max(1, min(50, int(smallest * share * 0.6)))
 
 
-def _prompt(raw: Any) -> int | None:
+def _prompt_hash(raw: Any) -> int | None:
     try:
         return accept(raw, "auto").prompt_hash
     except Rejected:
-        return None  # the download counts it
+        return None  # the download counts rejected rows

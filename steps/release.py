@@ -6,9 +6,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from sft_core.data.sources.registry import source_of
 from sft_core.evaluate import harness
 from sft_core.evaluate.metrics.registry import metric_class
-from sft_core.pins import PinnedRecipe, is_local
+from sft_core.local_files import is_local
+from sft_core.pins import PinnedRecipe
 from sft_core.release.folder import build_release
 from sft_core.release.push import build_pushed
 from sft_core.store import Needs, Part, Stage
@@ -55,8 +57,8 @@ def shown_recipe(pinned: PinnedRecipe) -> dict[str, Any]:
         lm_eval["include_path"] = Path(lm_eval["include_path"]).name
     for name, phase in pinned.recipe.phases.items():
         keys = recipe["phases"][name] if "phases" in recipe else recipe
-        for shown, dataset in zip(keys["dataset_mixture"]["datasets"], phase.dataset_mixture.datasets, strict=True):
-            shown["path"] = [Path(path).name for path in dataset.paths] or None
+        datasets = phase.dataset_mixture.datasets
+        keys["dataset_mixture"]["datasets"] = [source_of(dataset).shown() for dataset in datasets]
     return recipe
 
 
@@ -82,17 +84,9 @@ def _base(pinned: PinnedRecipe) -> dict[str, Any]:
 
 
 def _source(pinned: PinnedRecipe, name: str) -> dict[str, Any]:
-    dataset = pinned.recipe.dataset(name)
-    return {
-        "name": name,
-        "phase": pinned.recipe.phase_of(name),
-        "hub_id": dataset.id,
-        "config": dataset.config,
-        "split": dataset.split if dataset.id else None,
-        "files": [Path(path).name for path in dataset.paths],
-        "revision": pinned.source_pin(name),
-        "licence": _licences(pinned).get(f"dataset {dataset.id}"),
-    }
+    description = source_of(pinned.recipe.dataset(name)).describe(_licences(pinned))
+    phase = pinned.recipe.phase_of(name)
+    return {"name": name, "phase": phase, **description._asdict(), "revision": pinned.source_pin(name)}
 
 
 def _licences(pinned: PinnedRecipe) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_core.pins import is_local
+from sft_core.local_files import is_local
 from sft_core.source_code import SourceCode, source_code, told
 
 if TYPE_CHECKING:

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from sft_core import code
+from sft_core.pins import pin
+from sft_core.recipe import parse_recipe
 from sft_core.store import Stage
+from steps.download import CONVERSATIONS
 from steps.pipeline import ORDER
 
 FILES = {
@@ -34,7 +37,7 @@ def build(rows: T):
     "sft_core/unrelated.py": "THREE = 3\n",
 }
 DATA_BUILDERS = (
-    *("sources", "rendering", "tokens"),
+    *("sources.read", "rendering", "tokens"),
     *("overlap.signatures", "overlap.deduplication", "overlap.report_prompts", "overlap.decontamination"),
     *("mixture", "windows", "packing"),
 )
@@ -157,6 +160,22 @@ def test_data_builder_closure_holds_no_training_and_no_evaluation(name: str):
     assert len(code.code_digest(f"sft_core.data.{name}")) == 64
 
 
+def test_source_reader_is_part_of_the_code_of_its_own_sources(small_recipe):
+    hub = {"id": "org/chat", "name": "of_hub", "revision": "a" * 40}
+    small_recipe["dataset_mixture"]["datasets"].append(hub)
+    pinned = pin(parse_recipe(small_recipe))
+    readers = {"copy_no_think": "sft_core.data.sources.files", "of_hub": "sft_core.data.sources.hub"}
+    digests = {code.code_digest("sft_core.data.sources.read")}
+    for source, reader in readers.items():
+        assert CONVERSATIONS.modules(pinned, {"source": source}) == (reader,)
+        closure = code.closure(reader)
+        assert {module.split(".")[1] for module in closure if "." in module} <= {"data", "local_files"}
+        digests.add(CONVERSATIONS.code(pinned, {"source": source}))
+    assert len(digests) == 3
+    same_kind = CONVERSATIONS.code(pinned, {"source": "checksum_think"})
+    assert same_kind == CONVERSATIONS.code(pinned, {"source": "copy_no_think"})
+
+
 def data_stages() -> tuple[Stage, ...]:
     from steps import decontaminate, deduplicate, download, mix, pack, render, tokenize, windows
 
@@ -172,7 +191,7 @@ def test_data_builders_are_those_of_the_stages():
     stages = data_stages()
     assert tuple(stage.build.__module__ for stage in stages) == tuple(f"sft_core.data.{n}" for n in DATA_BUILDERS)
     assert [stage.name for stage in stages] == ORDER[: len(stages)]
-    assert all(stage.version is None and isinstance(stage.code, str) for stage in stages)
+    assert all(stage.version is None for stage in stages)
 
 
 def test_data_builder_libraries_that_shape_bytes_are_counted():

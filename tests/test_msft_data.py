@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sft_core.data.sources import accept
+from sft_core.data.sources.read import accept
 from sft_core.recipe import load_recipe
 from tests.hub_server import HubServer
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from sft_core.pins import pin
-from sft_core.recipe import ONLY, parse_recipe
+from sft_core.recipe import parse_recipe
+from sft_core.rounds import ONLY
 from sft_core.store import Located, Store
 from steps.pipeline import differences, plan
 from steps.train import TRAINED

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from sft_core.pins import PinnedRecipe, Unresolved, is_local, pin, resolve, template_path
+from sft_core.local_files import is_local
+from sft_core.pins import PinnedRecipe, Unresolved, pin, resolve, template_path
 from sft_core.recipe import override, parse_recipe
 from tests.hub_server import HubServer
 

@@ -8,6 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sft_core.datasets.dataset import Dataset
+from sft_core.datasets.kinds.files import FileDataset
+from sft_core.datasets.kinds.hub import HubDataset
 from sft_core.recipe import Recipe, load_recipe, override, parse_recipe, read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -274,6 +277,45 @@ def test_load_recipe_limit_and_overrides_are_applied(small_recipe, save_recipe):
 def test_parse_keys_that_contradict_are_told(small_recipe, overrides: tuple[str, ...], expected: str):
     assert parse_recipe(small_recipe)
     assert expected in error_of(changed(small_recipe, *overrides))
+
+
+NO_KIND = "give either id (a hub dataset) or path (local files)"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ({}, f": {NO_KIND}"),
+        ({"path": None, "split": "x"}, f": {NO_KIND}"),
+        ({"path": "a", "id": "b/c"}, f": {NO_KIND}"),
+        ({"pth": "a"}, ".pth: unknown key; did you mean 'path'?"),
+        ({"path": "a", "weigth": None}, ".weigth: unknown key; did you mean 'weight'?"),
+        ({"path": "a", "split": "x"}, ".split: a dataset with path has no such key, only one with id has; remove it"),
+        ({"path": "a", "id": 5}, f": {NO_KIND}"),
+        ([1], ": found [1]; a dataset is a mapping with the key id (a hub dataset) or path (local files)"),
+        (None, ": found None; a dataset is a mapping with the key id (a hub dataset) or path (local files)"),
+    ],
+)
+def test_parse_dataset_of_no_kind_is_told(small_recipe, dataset: Any, message: str):
+    small_recipe["dataset_mixture"]["datasets"] = [dataset]
+    assert error_of(small_recipe) == f"dataset_mixture.datasets[0]{message}"
+
+
+def test_parse_keys_of_another_kind_at_their_defaults_say_nothing(small_recipe):
+    """As in recipes on model cards, which were written when every dataset had the keys of a hub dataset."""
+    small_recipe["dataset_mixture"]["datasets"] = [
+        {"id": None, "config": None, "split": "train", "revision": "main", "path": ["a.jsonl"], "columns": None},
+        {"id": "org/chat", "config": None, "split": "test", "revision": "main", "path": None},
+    ]
+    files, hub = parse_recipe(small_recipe).datasets
+    assert files.model_dump() == {**dict.fromkeys(Dataset.model_fields), "path": ("a.jsonl",), "format": "auto"}
+    assert isinstance(hub, HubDataset) and (hub.id, hub.split) == ("org/chat", "test")
+
+
+def test_override_turns_a_hub_dataset_into_local_files(small_recipe):
+    small_recipe["dataset_mixture"]["datasets"] = [{"name": "chat", "id": "org/chat"}]
+    data = changed(small_recipe, "dataset_mixture.datasets.chat.path=a.jsonl", "dataset_mixture.datasets.chat.id=")
+    assert isinstance(parse_recipe(data).dataset("chat"), FileDataset)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sft_core.data.shards import read_index
-from sft_core.data.sources import accept
+from sft_core.data.sources.read import accept
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import Recipe, load_recipe, parse_recipe, read_yaml
 from sft_core.store import Store

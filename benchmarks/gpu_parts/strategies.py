@@ -1,4 +1,4 @@
-"""h: zero2, zero3 and fsdp2 on one rank beside ddp: the same losses, their speed and their memory.
+"""h: every other strategy on one rank beside ddp: the same losses, their speed and their memory.
 
 On one rank nothing is shared. ZeRO trains bf16 weights, with fp32 masters in its optimizer; ddp and fsdp2 train fp32
 weights under autocast, which converts each weight in each forward.
@@ -13,19 +13,20 @@ from benchmarks.gpu_parts.jobs import Work
 from benchmarks.gpu_parts.process import Ahead, alone_of_its_group
 from benchmarks.gpu_parts.rows import Case, Context, Row, cases
 from benchmarks.gpu_parts.shapes import config_of, documents, tokens
+from sft_core.rank_strategies import DEFAULT, STRATEGIES
 from sft_core.train.launch import variables
 
 ALIKE = 0.02  # of a loss: bf16 weights round otherwise than autocast over fp32 ones
 MOST_S = 60.0
-HOW = {"ddp": "fp32 weights under autocast", "zero2": "bf16 weights, fp32 masters in the optimizer"}
 
 
 def run(context: Context) -> Iterator[Row]:
     log = context.folder / "ranks.log"
-    names = ["ddp", "zero2", "zero3", "fsdp2"]
+    names = [DEFAULT, *(name for name in STRATEGIES if name != DEFAULT)]
     if not context.on_gpu:
-        names.remove("fsdp2")
-        yield context.row("fsdp2", note="not to be had: accelerate has it on accelerators alone")
+        for name in [name for name in names if STRATEGIES[name].needs_gpu]:
+            names.remove(name)
+            yield context.row(name, note="not to be had: accelerate has it on accelerators alone")
     processes: dict[str, Ahead] = {}
 
     def start(name: str) -> Ahead:
@@ -68,7 +69,8 @@ def strategy_rows(context: Context, name: str, process: Ahead, found: dict[str, 
     process.wait_until_ready(max(1.0, context.left()))
     (told,) = process.go(order, min(MOST_S, max(1.0, context.left())))
     found[name] = told
-    note = f"weights in {told['weights']}; {HOW.get(name, '')}".rstrip("; ")
+    how = "bf16 weights, fp32 masters in the optimizer" if STRATEGIES[name].master_weights else "under autocast"
+    note = f"weights in {told['weights']}; {how}"
     yield context.row(
         f"{name}: tokens/s", work.tokens_a_step / told["step_s"], "tokens/s", note, key=f"{name}.tokens_per_s"
     )
@@ -79,15 +81,15 @@ def strategy_rows(context: Context, name: str, process: Ahead, found: dict[str, 
         f"estimated {work.estimated_gib():.1f} GiB",
         key=f"{name}.peak_gib",
     )
-    if name == "ddp" or "ddp" not in found:
+    if name == DEFAULT or DEFAULT not in found:
         return
-    expected = found["ddp"]
+    expected = found[DEFAULT]
     differs = max(abs(one / other - 1) for one, other in zip(told["losses"], expected["losses"], strict=True))
     speed = expected["step_s"] / told["step_s"]
     yield context.row(
-        f"{name}: losses beside ddp's",
+        f"{name}: losses beside {DEFAULT}'s",
         differs,
         "",
-        f"over {len(told['losses'])} steps; {speed:.2f} x ddp's speed",
+        f"over {len(told['losses'])} steps; {speed:.2f} x {DEFAULT}'s speed",
         passed=differs < ALIKE,
     )

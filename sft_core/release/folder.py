@@ -14,8 +14,8 @@ from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.evaluate.summary import GAIN_HEADER
 from sft_core.links import link_files
 from sft_core.measuring import LM_EVAL
-from sft_core.recipe import BASE
 from sft_core.report.model_card import Base, Card, CutOff, Score, Source, Value, model_card
+from sft_core.rounds import BASE
 
 if TYPE_CHECKING:
     from sft_core.store import Build

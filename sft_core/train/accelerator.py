@@ -9,6 +9,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft_core.rank_strategies import STRATEGIES
+from sft_core.wording import alternatives
+
 if TYPE_CHECKING:
     from sft_core.recipe import PhaseRecipe
 
@@ -34,6 +37,7 @@ def liger(asked: bool | str) -> bool:
 def unmet_demands(recipe: PhaseRecipe, *, on_gpu: bool | None = None) -> str | None:
     """What this machine, which trains, cannot do. on_gpu: whether it has a GPU; None: as has_gpu sees it."""
     lora, attention = recipe.training.lora, recipe.model.attn_implementation
+    strategy = STRATEGIES[recipe.runtime.distributed]
     if has_gpu() if on_gpu is None else on_gpu:
         if lora is not None and lora.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
             return "training.lora.load_in_4bit: true needs bitsandbytes; pip install bitsandbytes"
@@ -52,7 +56,7 @@ def unmet_demands(recipe: PhaseRecipe, *, on_gpu: bool | None = None) -> str | N
         "model.attn_implementation: flash_attention_2": attention == "flash_attention_2",
         "training.use_liger_kernel: true": recipe.training.use_liger_kernel is True,
         "training.lora.load_in_4bit: true (QLoRA)": lora is not None and lora.load_in_4bit,
-        "runtime.distributed: fsdp2": recipe.runtime.distributed == "fsdp2",
+        f"runtime.distributed: {strategy.name}": strategy.needs_gpu,
         "model.attn_implementation: flex_attention (which has no backward pass on a CPU)": (
             attention == "flex_attention"
         ),
@@ -87,12 +91,13 @@ def slow_precision(recipe: PhaseRecipe) -> str | None:
 
 def lost_updates(recipe: PhaseRecipe) -> str | None:
     """A warning where weights are in bfloat16 alone: an update under 1/256 of a weight is rounded away."""
-    sharded_by_deepspeed = recipe.runtime.distributed in ("zero2", "zero3")  # which keeps fp32 masters by itself
-    if recipe.model.dtype != "bfloat16" or recipe.training.lora is not None or sharded_by_deepspeed:
+    has_masters = STRATEGIES[recipe.runtime.distributed].master_weights
+    if recipe.model.dtype != "bfloat16" or recipe.training.lora is not None or has_masters:
         return None
+    with_masters = alternatives(name for name, strategy in STRATEGIES.items() if strategy.master_weights)
     return (
         "model.dtype bfloat16 keeps no fp32 master weights: updates under 1/256 of a weight are lost. Set model.dtype: "
-        "float32 with training.bf16: true, or runtime.distributed: zero2 or zero3"
+        f"float32 with training.bf16: true, or runtime.distributed: {with_masters}"
     )
 
 

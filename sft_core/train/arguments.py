@@ -76,9 +76,9 @@ def check_report_to(trackers: Sequence[str]) -> None:
 
 
 def training_arguments(
-    training: dict[str, Any], *, num_steps: int, world_size: int, staging: str, runtime: dict[str, Any]
+    training: dict[str, Any], *, num_steps: int, num_data_ranks: int, staging: str, runtime: dict[str, Any]
 ) -> SFTConfig:
-    """SFTConfig for one pack a micro-batch; accumulation follows from the global batch and the ranks.
+    """SFTConfig for one pack a micro-batch; accumulation follows from the global batch and the ranks that divide it.
 
     On a GPU products of fp32 matrices are TF32's, copies to the device do not make the host wait, and a process loads
     what comes next: all free in `extra`.
@@ -93,7 +93,7 @@ def training_arguments(
         output_dir=staging,
         max_steps=num_steps,
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=training["global_batch_size"] // world_size,
+        gradient_accumulation_steps=training["global_batch_size"] // num_data_ranks,
         average_tokens_across_devices=True,
         learning_rate=training["learning_rate"],
         lr_scheduler_type=training["lr_scheduler_type"],

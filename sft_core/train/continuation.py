@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the Trainer's own state: who wrote it, and the sums of the next line in the log.
+"""What a checkpoint holds beside the Trainer's own state: which ranks wrote it, and the sums of the log's next line.
 
 Invariant: a resumed run writes the log that it would have written without the interruption, speeds aside.
 """
@@ -10,18 +10,21 @@ import json
 import logging
 from pathlib import Path
 
+from sft_core.rank_strategies import STRATEGIES
 from sft_core.train.checkpoints import latest
 
 log = logging.getLogger(__name__)
 _FILE = "continuation.json"
-_FIXED_RANKS = ("zero2", "zero3")  # DeepSpeed stores a rank's share of the optimizer, and reads it by that rank alone
 
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """losses, sums: by rank, since the log's last line, which was at step `logged`: the Trainer's own running sum (of a
-    loss that each rank scales by their number), and LossBySource's. packs_a_forward: another number of them rounds
-    otherwise."""
+    """What the ranks of a resumed run begin with.
+
+    losses, sums: by rank, since the log's last line, which was at step `logged`. losses is the Trainer's running sum of
+    a loss that each rank scales by the number of ranks, sums is LossBySource's. packs_a_forward: a resumed run keeps
+    it, because another number of packs in a forward rounds otherwise.
+    """
 
     strategy: str
     num_ranks: int
@@ -38,7 +41,7 @@ class Continuation:
         return cls(**json.loads((checkpoint / _FILE).read_text()))
 
     def share(self, rank: int, num_ranks: int) -> tuple[float, list[list[float]]]:
-        """(loss, sums) that a rank goes on from; on another number of ranks their total is the same."""
+        """(loss, sums) with which a rank goes on. Their total over the ranks is the same for any number of ranks."""
         mine = range(rank, self.num_ranks, num_ranks)
         loss = sum(self.losses[old] for old in mine) * (num_ranks / self.num_ranks)
         num_sources = len(self.sums[0][0])
@@ -46,24 +49,28 @@ class Continuation:
 
 
 def resumable(folder: Path, strategy: str, num_ranks: int) -> Path | None:
-    """The newest whole checkpoint. Raises ValueError where it was written in a way that cannot be gone on with here.
+    """The newest whole checkpoint. Raises ValueError where this strategy or number of ranks cannot resume from it.
 
-    Under ddp the Trainer would pass over DeepSpeed's optimizer and schedule without a word, and begin with new ones.
+    Without the check, the Trainer under ddp would silently begin with a new optimizer and schedule, because it does not
+    read DeepSpeed's.
     """
     checkpoint = latest(folder)
     if checkpoint is None:
         return None
     written = Continuation.read(checkpoint)
-    how = f"{checkpoint.name} was written under {written.strategy} by {_ranks(written.num_ranks)}"
+    writer = f"{checkpoint.name} was written under {written.strategy} by {_ranks(written.num_ranks)}"
     as_written = f"runtime.distributed: {written.strategy}"
-    if written.strategy in _FIXED_RANKS:
+    if (writers := STRATEGIES.get(written.strategy)) is not None and writers.fixed_ranks:
         as_written += f" and {_ranks(written.num_ranks)} (runtime.num_processes)"
     advice = f"Go on with {as_written}, or remove {folder} to train from the start"
     if written.strategy != strategy:
-        raise ValueError(f"runtime.distributed: found {strategy}, and {how}; each keeps an optimizer its way. {advice}")
-    if strategy in _FIXED_RANKS and written.num_ranks != num_ranks:
         raise ValueError(
-            f"runtime.num_processes: found {_ranks(num_ranks)}, and {how}; DeepSpeed goes on with as many. {advice}"
+            f"runtime.distributed: found {strategy}, and {writer}; each keeps an optimizer its way. {advice}"
+        )
+    if STRATEGIES[strategy].fixed_ranks and written.num_ranks != num_ranks:
+        raise ValueError(
+            f"runtime.num_processes: found {_ranks(num_ranks)}, and {writer}; {strategy} resumes on as many only. "
+            f"{advice}"
         )
     log.info("resume checkpoint=%s", checkpoint.name)
     return checkpoint

@@ -1,4 +1,4 @@
-"""What training will take of a GPU's memory and how much it computes, before anything is loaded."""
+"""Estimates the memory that training takes of each GPU and the FLOPs it computes, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+from sft_core.rank_strategies import STRATEGIES
 from sft_core.train.accelerator import computes_in_half, liger
 from sft_core.train.flops import training_flops
 from sft_core.train.schedule import num_steps_of
@@ -18,37 +19,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes on each GPU, and FLOPs of the whole training (None: not known before there are packs)."""
+    """Bytes on each GPU, and FLOPs of the whole training (None before there are packs)."""
 
     num_parameters: int
     states: float  # weights, gradients, AdamW's two moments
-    activations: Activations | None  # of a full pack that is trained whole
-    why_unknown: str | None  # why there are none
+    activations: Activations | None  # of a full pack whose tokens are all trained
+    why_unknown: str | None  # the reason where activations is None
     flops: float | None
 
 
-# Bytes a parameter of what each rank holds whole, and of what the ranks share. AdamW has two fp32 moments.
-# ddp and fsdp2 train fp32 weights under autocast: 4 + 4 gradient + 8. DeepSpeed trains bf16 weights and gradients with
-# fp32 masters: 2 + 2 + 12 (ZeRO, arXiv 1910.02054, section 3); in fp32 it needs no masters.
-_STATES = {
-    ("ddp", False): (16, 0),
-    ("ddp", True): (16, 0),
-    ("fsdp2", False): (0, 16),
-    ("fsdp2", True): (0, 16),
-    ("zero2", False): (4, 12),
-    ("zero2", True): (2, 14),
-    ("zero3", False): (0, 16),
-    ("zero3", True): (0, 16),
-}
-_COMPUTES_IN_BF16 = ("fsdp2", "zero2", "zero3")  # with weights that are in bf16 then, not copied by autocast
-_WITHOUT_AUTOCAST = ("zero2", "zero3")
-
-
 def estimate(recipe: PhaseRecipe, shape: Any, plan: Any | None, *, trained_share: float = 1.0) -> Estimate:
-    """shape: the model without weights (model.skeleton). plan: the packs, where there are any.
+    """The estimate for the training of a phase.
 
-    trained_share: of the plan's tokens, for the FLOPs. A pack may be trained whole, so the activations are of one that
-    is.
+    shape: the model without weights (model.skeleton). plan: the packs, where there are any. trained_share: the share of
+    the plan's tokens that is trained, for the FLOPs. Activations are those of a pack whose tokens are all trained,
+    since any pack may be such a one.
     """
     from sft_core.train.activations import UnknownActivations
 
@@ -67,24 +52,25 @@ def estimate(recipe: PhaseRecipe, shape: Any, plan: Any | None, *, trained_share
 
 
 def bytes_a_parameter(training: Training, runtime: Runtime) -> float:
-    """Of weights, gradients and AdamW's moments on each rank."""
+    """Bytes of weights, gradients and AdamW's moments on each rank."""
+    strategy = STRATEGIES[runtime.distributed]
     whole: float
     shared: float
-    whole, shared = _STATES[runtime.distributed, training.bf16]
+    whole, shared = strategy.bytes_a_parameter(bf16=training.bf16)
     if training.lora is not None:
         base = 0.55 if training.lora.load_in_4bit else 4  # NF4 with double quantization (QLoRA, arXiv 2305.14314)
-        whole, shared = (0, base) if runtime.distributed in ("fsdp2", "zero3") else (base, 0)
+        whole, shared = (0, base) if strategy.shards_weights else (base, 0)
     return whole + shared / runtime.num_processes
 
 
 def _activations(recipe: PhaseRecipe, shape: Any) -> Activations:
-    """Of a full pack on a GPU, with the attention that it takes there."""
+    """The activations of a full pack on a GPU, with the attention that the model has there."""
     from sft_core.train.attention import VARLEN, allows_varlen
 
     attention: str = recipe.model.attn_implementation
     if attention == "auto":
-        by_varlen = computes_in_half(recipe) and allows_varlen(shape.config, recipe.model.trust_remote_code)
-        attention = VARLEN if by_varlen else "sdpa"
+        takes_varlen = computes_in_half(recipe) and allows_varlen(shape.config, recipe.model.trust_remote_code)
+        attention = VARLEN if takes_varlen else "sdpa"
     return activations_of(
         recipe.training,
         recipe.runtime,
@@ -98,16 +84,16 @@ def _activations(recipe: PhaseRecipe, shape: Any) -> Activations:
 def activations_of(
     training: Training, runtime: Runtime, shape: Any, *, tokens: int, dtype: str, attention: str
 ) -> Activations:
-    """Of a forward of so many tokens on a GPU. dtype: of the weights. Raises UnknownActivations."""
+    """The activations of a forward of `tokens` tokens on a GPU. dtype: of the weights. Raises UnknownActivations."""
     from sft_core.train.activations import activation_bytes
     from sft_core.train.main import lora_config
 
-    distributed, lora = runtime.distributed, training.lora
+    strategy, lora = STRATEGIES[runtime.distributed], training.lora
     return activation_bytes(
         shape,
         tokens=tokens,
-        bf16=training.bf16 and distributed not in _WITHOUT_AUTOCAST,
-        dtype="bfloat16" if training.bf16 and distributed in _COMPUTES_IN_BF16 else dtype,
+        bf16=training.bf16 and not strategy.master_weights,  # autocast
+        dtype="bfloat16" if training.bf16 and strategy.computes_with_bf16_weights else dtype,
         checkpointing=training.gradient_checkpointing,
         attention=attention,
         liger=liger(training.use_liger_kernel),

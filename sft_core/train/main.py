@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_core.lifetime import die_with_parent
+from sft_core.rank_strategies import STRATEGIES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,6 +113,7 @@ def trained(
 
     prepare_deepspeed()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    num_data_ranks = STRATEGIES[job["runtime"]["distributed"]].num_data_ranks(world_size)
     torch.set_num_threads(job["runtime"]["num_threads"])
     training = job["training"]
     shape = skeleton(**{name: job["model"][name] for name in ("path", "revision", "config", "trust_remote_code")})
@@ -151,7 +153,7 @@ def trained(
     # the arguments, which tell transformers that each rank loads its share alone.
     loaded = load() if job["model"]["config"] is not None else None
     arguments = training_arguments(
-        training, num_steps=len(schedule), world_size=world_size, staging=str(staging), runtime=job["runtime"]
+        training, num_steps=len(schedule), num_data_ranks=num_data_ranks, staging=str(staging), runtime=job["runtime"]
     )
     # The arguments have joined the ranks. One reads for all: a checkpoint has many gigabytes.
     checkpoint = on_first_rank(lambda: resumable(out / "checkpoints", job["runtime"]["distributed"], world_size))
@@ -161,24 +163,24 @@ def trained(
         job["runtime"]["tokens_per_forward"],
         written=None if checkpoint is None else Continuation.read(checkpoint).packs_a_forward,
         plan=collator.plan,
-        packs_a_rank=training["global_batch_size"] // world_size,
+        packs_a_rank=training["global_batch_size"] // num_data_ranks,
         attention=model.config._attn_implementation,
         together=of_class is None or of_class.told_by is not None,
         busiest=_busiest(job, shape, model.config._attn_implementation),
     )
     arguments.per_device_train_batch_size = num_packs
-    arguments.gradient_accumulation_steps = training["global_batch_size"] // (world_size * num_packs)
+    arguments.gradient_accumulation_steps = training["global_batch_size"] // (num_data_ranks * num_packs)
     slots = schedule if online is None else np.arange(schedule.size).reshape(schedule.shape)
     if int(os.environ.get("RANK", "0")) == 0 and online is None:
         strategy = job["runtime"]["distributed"]
-        tell_balance(out / "logs" / "balance.jsonl", costs, schedule, world_size, strategy, num_packs)
+        tell_balance(out / "logs" / "balance.jsonl", costs, schedule, num_data_ranks, strategy, num_packs)
     score_answers = None
     if answers is not None:  # a forward pass is a third of what training takes
         score_answers = functools.partial(answers, tokenizer=tokenizer, flops_a_token=flops.of(1.0, 0.0, 1.0) / 3)
     trainer = PackTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_dict({"pack": in_forwards(slots, world_size, num_packs).ravel()}),
+        train_dataset=Dataset.from_dict({"pack": in_forwards(slots, num_data_ranks, num_packs).ravel()}),
         data_collator=collator if online is None else slot_alone,
         processing_class=tokenizer,
         peft_config=lora_config(training["lora"], model, job["tokenizer"]["add_special_tokens"], tokenizer),
@@ -268,11 +270,10 @@ def tell_balance(
 
     from sft_core.data.balance import slowest_over_mean
     from sft_core.train.schedule import EMPTY
-    from sft_core.train.strategy import SHARED
 
     slots = np.where(schedule == EMPTY, 0.0, costs[schedule])
     slots = slots.reshape(len(slots), -1, packs_a_forward, num_ranks).sum(axis=2).reshape(len(slots), -1)
-    ratio = slowest_over_mean(slots, num_ranks, each_micro_step=strategy in SHARED)
+    ratio = slowest_over_mean(slots, num_ranks, each_micro_step=STRATEGIES[strategy].shards_weights)
     told = {"ranks": num_ranks, "packs_a_step": schedule.shape[1], "slowest_over_mean": round(ratio, 6)}
     path.write_text(json.dumps(told) + "\n")  # as a log, of which a card never reads half a line
 
@@ -316,15 +317,14 @@ def _selection(
 
 
 def bytes_on_disk(num_parameters: int, job: dict[str, Any]) -> int:
-    """At most what checkpoints and the model take: fp32 weights and AdamW's two moments, 12 bytes a parameter.
+    """At most what checkpoints and the model take.
 
-    DeepSpeed's hold the weights in 16 bits besides, twice under zero3. One more checkpoint than are kept is there while
-    it is staged, and the best one. A roll-out keeps the weights of its tasks' peaks, of its last and of the best
-    evaluation. LoRA's are left out: they are small.
+    One more checkpoint than are kept is there while it is staged, and the best one. A roll-out keeps the weights of its
+    tasks' peaks, of its last and of the best evaluation. LoRA's are left out: they are small.
     """
     training, runtime, rollout = job["training"], job["runtime"], job.get("rollout")
-    by_deepspeed = runtime["distributed"] in ("zero2", "zero3")
-    checkpoint = 0 if training["lora"] is not None else (16 if by_deepspeed else 12) * num_parameters
+    bytes_a_parameter = STRATEGIES[runtime["distributed"]].checkpoint_bytes
+    checkpoint = 0 if training["lora"] is not None else bytes_a_parameter * num_parameters
     num_kept = runtime["keep_checkpoints"] + 1 + bool("selection" in job and job["selection"]["keep_best"])
     num_models = 1
     if rollout is not None:

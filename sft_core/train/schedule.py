@@ -21,9 +21,10 @@ def step_packs(
     costs: shape (packs,), what training on each pack takes. Each epoch is a seeded order in which every pack stands
     once and a batch holds packs of like cost; `max_steps` wins over `num_epochs`.
 
-    Slot j * ranks + r is what rank r gets at micro-step j: with one pack a micro-batch, accelerate's
-    BatchSamplerShard._iter_with_no_split (1.15; split_batches is off) gives batch i to rank i % ranks, and the
-    Trainer's get_batch_samples (transformers 5.23) takes the next global_batch_size / ranks of them for each step.
+    Slot j * ranks + r is what rank r gets at micro-step j, where ranks counts those that get packs of their own
+    (Runtime.num_data_ranks): with one pack a micro-batch, accelerate's BatchSamplerShard._iter_with_no_split (1.15;
+    split_batches is off) gives batch i to rank i % ranks, and the Trainer's get_batch_samples (transformers 5.23) takes
+    the next global_batch_size / ranks of them for each step.
     """
     num_packs = len(costs)
     steps_per_epoch = math.ceil(num_packs / global_batch_size)

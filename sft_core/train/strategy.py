@@ -1,7 +1,7 @@
-"""How ranks share a model: ddp, fsdp2, zero2, zero3, each an accelerate config; and that it is what was asked for.
+"""Tells accelerate in each rank how to share the model, and checks that it does. The strategies: rank_strategies.py.
 
-`accelerate launch --config_file configs/accelerate/zero3.yaml` sets environment variables, from which accelerate and
-the Trainer take the strategy in each rank. torchrun starts our ranks, on one node or on several, with the same ones.
+`accelerate launch --config_file configs/accelerate/NAME.yaml` sets environment variables, from which accelerate and the
+Trainer take the strategy in each rank. torchrun starts our ranks, on one node or on several, with the same variables.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from sft_core.rank_strategies import PLAIN, STRATEGIES
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "accelerate"
-STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
-SHARED = ("fsdp2", "zero3")  # a rank holds but a share of the parameters
 # Names that accelerate's launcher does not derive from its keys (accelerate 1.15, utils/launch.py).
 _DEEPSPEED = {
     "zero_stage": "ZERO_STAGE",
@@ -27,27 +27,29 @@ _FSDP = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
 
 
 class WrongStrategy(RuntimeError):
-    """Another strategy is engaged than the recipe asks for."""
+    """Accelerate engaged another strategy than the recipe asks for."""
 
 
 def environment(strategy: str) -> dict[str, str]:
-    """What `accelerate launch` sets for the strategy's config. Raises KeyError for a setting that it does not know."""
+    """The variables that `accelerate launch` sets for the strategy's config. Raises KeyError for an unknown setting."""
     config = YAML(typ="safe", pure=True).load(CONFIGS / f"{strategy}.yaml")
-    found: dict[str, str] = {}
+    variables: dict[str, str] = {}
     if config["distributed_type"] == "DEEPSPEED":
-        found["ACCELERATE_USE_DEEPSPEED"] = "true"
+        variables["ACCELERATE_USE_DEEPSPEED"] = "true"
         for key, value in config["deepspeed_config"].items():
-            found[f"ACCELERATE_DEEPSPEED_{_DEEPSPEED[key]}"] = _text(value)
+            variables[f"ACCELERATE_DEEPSPEED_{_DEEPSPEED[key]}"] = _text(value)
     if config["distributed_type"] == "FSDP":
-        found["ACCELERATE_USE_FSDP"] = "true"
+        variables["ACCELERATE_USE_FSDP"] = "true"
         for key, value in config["fsdp_config"].items():
-            found[_FSDP.get(key, key.upper())] = _text(value)
-    return found
+            variables[_FSDP.get(key, key.upper())] = _text(value)
+    return variables
 
 
 def prepare_deepspeed() -> None:
-    """Where torch sees no GPU: DeepSpeed on the CPU, without the shared-memory collectives, which it would compile for
-    two minutes at the first start."""
+    """Sets DeepSpeed to the CPU where torch sees no GPU.
+
+    It does without its shared-memory collectives, whose compilation at the first start would take two minutes.
+    """
     import torch
 
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.cuda.is_available():
@@ -58,27 +60,30 @@ def prepare_deepspeed() -> None:
 
 
 def check_engaged(strategy: str, accelerator: Any, wrapped: Any) -> None:
-    """Raises WrongStrategy when accelerate took another one, as it does for FSDP where there is no accelerator.
+    """Raises WrongStrategy when accelerate took another strategy, as it does for FSDP on a machine without a GPU.
 
     wrapped: the model as it is trained.
     """
-    from torch.distributed.tensor import DTensor
-    from torch.nn.parallel import DistributedDataParallel
+    asked, ranks, engaged = STRATEGIES[strategy], accelerator.num_processes, _engaged(accelerator, wrapped)
+    if engaged == asked.engaged_as or (engaged == PLAIN and ranks == 1 and asked.plain_on_one_rank):
+        return
+    name = next((known.name for known in STRATEGIES.values() if known.engaged_as == engaged), engaged)
+    raise WrongStrategy(
+        f"runtime.distributed: asked for {strategy} on {ranks} ranks ({accelerator.device.type}), and {name} is "
+        f"engaged ({accelerator.distributed_type}); see `accelerate env`"
+    )
 
-    ranks = accelerator.num_processes
-    stage = getattr(accelerator.state.deepspeed_plugin, "zero_stage", None)
-    found = "a plain model"
-    if type(wrapped).__name__ == "DeepSpeedEngine":
-        found = f"zero{stage}"
-    elif any(isinstance(parameter, DTensor) for parameter in wrapped.parameters()):
-        found = "fsdp2"
-    elif isinstance(wrapped, DistributedDataParallel):
-        found = "ddp"
-    if found != strategy and not (strategy == "ddp" and ranks == 1 and found == "a plain model"):
-        raise WrongStrategy(
-            f"runtime.distributed: asked for {strategy} on {ranks} ranks ({accelerator.device.type}), and {found} is "
-            f"engaged ({accelerator.distributed_type}); see `accelerate env`"
-        )
+
+def _engaged(accelerator: Any, wrapped: Any) -> str:
+    """The strategy that is at work, as RankStrategy.engaged_as has it."""
+    from torch.distributed.tensor import DTensor
+
+    wrapper = type(wrapped).__name__
+    if wrapper == "DeepSpeedEngine":
+        return f"{wrapper}, stage {accelerator.state.deepspeed_plugin.zero_stage}"
+    if any(isinstance(parameter, DTensor) for parameter in wrapped.parameters()):
+        return "DTensor"
+    return wrapper if any(wrapper == known.engaged_as for known in STRATEGIES.values()) else PLAIN
 
 
 def _text(value: Any) -> str:

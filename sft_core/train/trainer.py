@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTTrainer
 
 from sft_core.digests import is_whole
+from sft_core.rank_strategies import STRATEGIES
 from sft_core.train import checkpoints
 from sft_core.train.collate import Batch, to_device
 from sft_core.train.continuation import Continuation
@@ -32,7 +33,7 @@ from sft_core.train.router import RouterLoss
 from sft_core.train.schedule import EMPTY
 from sft_core.train.selection import AnswerScorer, EvaluateSelection, RowLosses, Selection, SelectionLosses
 from sft_core.train.speed import batch_flops, peak_flops_per_s, peak_memory_gib
-from sft_core.train.strategy import SHARED, check_engaged
+from sft_core.train.strategy import check_engaged
 
 
 class PackTrainer(SFTTrainer):
@@ -82,9 +83,8 @@ class PackTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True  # the count comes to compute_loss, whatever the model's forward takes
         self._sources = sources
         self._packs_a_forward = self.args.per_device_train_batch_size
-        self._global_batch_size = (
-            self._packs_a_forward * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        )
+        self._num_data_ranks = STRATEGIES[strategy].num_data_ranks(self.accelerator.num_processes)
+        self._global_batch_size = self._packs_a_forward * self.args.gradient_accumulation_steps * self._num_data_ranks
         self._strategy, self._is_engaged = strategy, False  # until it is seen at work
         self._folder, self._keep = folder, keep
         self._write_model = write_model
@@ -147,7 +147,7 @@ class PackTrainer(SFTTrainer):
         if losses.router is not None and forward.router is not None:
             loss = loss + forward.router.coefficient * losses.router / self._tokens_in_batch
         # DDP averages over ranks, and the batch's sums are over all of them: the product restores the sum.
-        return loss * self.accelerator.num_processes
+        return loss * self._num_data_ranks
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]
         """Of one forward and backward. The Trainer's own goes through all parameters at each micro-batch."""
@@ -182,7 +182,7 @@ class PackTrainer(SFTTrainer):
 
     def _num_forwards(self, batch: Batch, forward: Forward) -> int | None:
         """Of all ranks the most, where each document is a forward and a rank waits in each for the others' weights."""
-        if not forward.alone or self._strategy not in SHARED:
+        if not forward.alone or not STRATEGIES[self._strategy].shards_weights:
             return None
         own = torch.tensor([len(batch["lengths"])], device=self.args.device)
         return int(self.accelerator.gather(own).max())
@@ -278,7 +278,7 @@ class PackTrainer(SFTTrainer):
 
     def save_weights(self, folder: Path) -> None:
         """Writes the model of now to a folder that is whole or absent. On all ranks together."""
-        is_shared = self._strategy in SHARED  # then all ranks gather the weights, for the first
+        is_shared = STRATEGIES[self._strategy].shards_weights  # then all ranks gather the weights, for the first
         weights = self.accelerator.get_state_dict(self.model_wrapped) if is_shared else None
         if self.accelerator.is_main_process:
             unfinished = folder.with_name(f".unfinished-{folder.name}")

@@ -32,7 +32,7 @@ NUM_SHARDS, NUM_WORKERS = 6, 2
 
 @pytest.fixture
 def recipe(write_rows: Callable, pinned: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], PinnedRecipe]:
-    monkeypatch.setattr("sft_core.data.sources.ROWS_A_GROUP", 20)
+    monkeypatch.setattr("sft_core.data.sources.read.ROWS_A_GROUP", 20)
 
     def talk(number: int) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": "Yes."}]}

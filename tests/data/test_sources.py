@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, which holds hub_se
 
 from hub_server import HubServer
 
-from sft_core.data.sources import list_files, read_files
+from sft_core.data.sources.files import list_files, read_files
 from sft_core.data.splits import prompt_hash
 from steps.download import CONVERSATIONS
 

@@ -92,7 +92,8 @@ def test_code_that_goes_along_is_whole(compiled: tuple[dict[str, Any], Path]):
     _, folder = compiled
     (flow,) = folder.rglob("sft_flow.py")
     look = (
-        "from sft_core.train.strategy import environment, STRATEGIES; from sft_core import pins; import steps.cli, sys;"
+        "from sft_core.train.strategy import environment; from sft_core.rank_strategies import STRATEGIES;"
+        "from sft_core import pins; import steps.cli, sys;"
         "print([environment(one) != {} for one in STRATEGIES], pins.__file__, steps.cli.__file__)"
     )
     done = subprocess.run(

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sft_core.pins import pin
-from sft_core.recipe import ONLY, parse_recipe
+from sft_core.recipe import parse_recipe
+from sft_core.rounds import ONLY
 from sft_core.store import Ref, Store
 from steps.search import Searched, progress
 from steps.train import CHECKPOINT

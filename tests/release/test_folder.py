@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from sft_core.datasets.dataset import Dataset
 from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.links import link_files
 from sft_core.manifest import digest
@@ -131,7 +132,18 @@ def test_card_lineage_leads_from_the_scores_to_the_files(readme: str, store: Sto
 def test_card_recipe_is_the_recipe_without_where_it_ran(readme: str, pinned: PinnedRecipe, tmp_path: Path):
     block = re.search(r"^```yaml\n(.*?)\n```$", readme, re.MULTILINE | re.DOTALL)
     assert block and str(ROOT) not in readme and str(tmp_path) not in readme
-    shown, whole = read_yaml(block[1]), pinned.recipe.model_dump(mode="json", exclude={"runtime", "hub"})
+    data, whole = read_yaml(block[1]), pinned.recipe.model_dump(mode="json", exclude={"runtime", "hub"})
+    keys = [
+        "name",
+        "id",
+        "config",
+        "split",
+        "revision",
+        "path",
+        *(key for key in Dataset.model_fields if key != "name"),
+    ]
+    assert [list(dataset) for dataset in data["dataset_mixture"]["datasets"]] == [keys] * len(SOURCES)
+    shown = parse_recipe(data).model_dump(mode="json", exclude={"runtime", "hub"})
     assert [dataset.pop("path") for dataset in shown["dataset_mixture"]["datasets"]] == [
         [f"{source}.jsonl"] for source in SOURCES
     ]

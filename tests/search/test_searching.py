@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from sft_core.data.packing import PackPlan
 from sft_core.pins import PinnedRecipe, pin
-from sft_core.recipe import ONLY, parse_recipe
+from sft_core.recipe import parse_recipe
+from sft_core.rounds import ONLY
 from sft_core.search.journal import CURVES, read_journal
 from sft_core.search.rollouts import Curves, Decision
 from sft_core.store import Store, Unresolved

@@ -220,7 +220,7 @@ def test_init_writes_a_recipe_that_loads(sft, tmp_path: Path, data: str, expecte
     recipe = load_recipe(output)
     assert recipe.name == "my-recipe" and recipe.model.model_name_or_path == "org/model"
     (dataset,) = recipe.last_phase.dataset_mixture.datasets
-    assert {key: getattr(dataset, key) for key in ("path", "id") if getattr(dataset, key)} == expected
+    assert {key: getattr(dataset, key) for key in ("path", "id") if getattr(dataset, key, None)} == expected
     assert dataset.weight == 1.0
     assert recipe.hub is None
     output.write_text(output.read_text().replace("# hub:", "hub:"))

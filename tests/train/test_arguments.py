@@ -12,10 +12,10 @@ from sft_core.train.arguments import OWNED, check_extra, training_arguments
 from tests.train.tiny import Run, tiny_recipe
 
 
-def arguments(world_size: int = 1, **training: Any) -> Any:
+def arguments(num_data_ranks: int = 1, **training: Any) -> Any:
     runtime = {"save_steps": 7, "logging_steps": 3, "report_to": []}
     values = Training(**training).model_dump(mode="json")
-    return training_arguments(values, num_steps=50, world_size=world_size, staging="staging", runtime=runtime)
+    return training_arguments(values, num_steps=50, num_data_ranks=num_data_ranks, staging="staging", runtime=runtime)
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def test_extra_known_reaches_the_arguments() -> None:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 8), (2, 4), (8, 1)])
-def test_global_batch_any_ranks_is_the_product(world_size: int, accumulation: int) -> None:
-    found = arguments(world_size, global_batch_size=8)
+@pytest.mark.parametrize(("num_data_ranks", "accumulation"), [(1, 8), (2, 4), (8, 1)])
+def test_global_batch_any_ranks_is_the_product(num_data_ranks: int, accumulation: int) -> None:
+    found = arguments(num_data_ranks, global_batch_size=8)
     assert found.per_device_train_batch_size == 1
     assert found.gradient_accumulation_steps == accumulation
 

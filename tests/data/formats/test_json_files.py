@@ -139,7 +139,8 @@ GROWTH = """
     import json, resource, sys
     sys.path.insert(0, {root!r})
     from pathlib import Path
-    from sft_core.data.sources import read_files, read_hub
+    from sft_core.data.sources.files import read_files
+    from sft_core.data.sources.hub import read_hub
 
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sft_core.data.formats.conversations import canonical, row_id, to_json
 from sft_core.data.rejects import Rejected
-from sft_core.data.sources import read_files
+from sft_core.data.sources.files import read_files
 from sft_core.data.splits import prompt_hash
 
 WEATHER = {

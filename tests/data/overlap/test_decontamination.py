@@ -194,7 +194,7 @@ def test_matches_of_several_tasks_and_prompts_are_told_apart():
 
 
 def test_rows_and_prompts_of_any_shard_are_searched(search, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sft_core.data.sources.ROWS_A_GROUP", 3)
+    monkeypatch.setattr("sft_core.data.sources.read.ROWS_A_GROUP", 3)
     rows = [trained(lambda n: chat(prose(n, 40)), start=10_000 + 200 * n) for n in range(10)]
     question = TASK[7]["messages"][0]["content"]
     rows[8] = trained(lambda n: chat(f"{prose(900 + n)} {question}"))

@@ -21,7 +21,7 @@ from sft_core.data.overlap.minhash import sign
 from sft_core.data.overlap.signatures import gram_sets, similarity
 from sft_core.data.overlap.words import Turn, exact_digest, hash_turns, ngrams, turns, words
 from sft_core.data.shards import read_index
-from sft_core.data.sources import accept
+from sft_core.data.sources.read import accept
 from steps.deduplicate import DUPLICATES, SIGNATURES
 from steps.mix import MIXTURE
 from steps.tokenize import TOKENS
@@ -233,7 +233,7 @@ def test_raw_text_is_compared_as_it_stands(write_rows, pinned, ensure):
 
 
 def test_rows_of_any_shard_are_compared(find: Duplicates, monkeypatch: pytest.MonkeyPatch, ensure):
-    monkeypatch.setattr("sft_core.data.sources.ROWS_A_GROUP", 3)
+    monkeypatch.setattr("sft_core.data.sources.read.ROWS_A_GROUP", 3)
     rows = [chat(prose(n), prose(100 + n)) for n in range(20)]
     again = [chat(edited(prose(n), 2), edited(prose(100 + n), 2)) for n in (17, 4, 9)]
     table, counts = find(a=rows, b=[chat(prose(500), prose(501)), *again])

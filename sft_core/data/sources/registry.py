@@ -1,0 +1,41 @@
+"""The source of each dataset, found by the name of the dataset's kind.
+
+No builder imports this module: a stage names the reader's module, so that a new kind builds nothing anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from sft_core.datasets.dataset import Dataset
+from sft_core.datasets.union import KINDS
+
+if TYPE_CHECKING:
+    from sft_core.data.sources.source import Source
+
+_PACKAGE = __name__.rpartition(".")[0]
+
+
+def source_of(dataset: Dataset) -> Source:
+    """The source that reads a dataset of the recipe."""
+    source: Source = _class_of(dataset.kind())(dataset)
+    return source
+
+
+def reader_module(dataset: Dataset) -> str:
+    """The module whose code reads the dataset: part of the identity of what is read."""
+    return f"{_PACKAGE}.{dataset.kind()}"
+
+
+def origin_of(section: Mapping[str, Any], list_files: Callable[[], list[str]]) -> dict[str, Any]:
+    """Where conversations in the store come from: the words of the kind that wrote the section, else the pin alone."""
+    origins = (_class_of(dataset.kind()).origin(section, list_files) for dataset in KINDS.values())
+    return next((origin for origin in origins if origin is not None), {"pin": section["pin"]})
+
+
+@functools.cache
+def _class_of(kind: str) -> Any:
+    return importlib.import_module(f"{_PACKAGE}.{kind}").SOURCE
