@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from sft_core.measuring import LM_EVAL, Evaluation, Search
+from sft_core.measuring import LM_EVAL, Evaluation
+from sft_core.search_settings.section import Search
 from sft_core.sections import (
     ChatTemplate,
     Dataset,
@@ -77,13 +78,13 @@ class Recipe(Section):
         for key in ("num_train_epochs", "max_steps"):
             if key in training.model_fields_set:
                 raise ValueError(f"training.{key}: a search trains search.epochs_per_rollout at a time; remove it")
-        if training.lr_scheduler_type not in ("constant", "constant_with_warmup") and search.strategy != "sft":
+        if training.lr_scheduler_type not in ("constant", "constant_with_warmup") and not search.needs.any_scheduler:
             raise ValueError(
                 f"training.lr_scheduler_type: found {training.lr_scheduler_type!r}; a search does not know how long it "
                 "will train: constant, or constant_with_warmup at the start of each roll-out"
             )
-        wanting = "dynamix" if search.strategy == "dynamix" else "search.score answers"
-        if (search.strategy == "dynamix" or search.score == "answers") and self.runtime.distributed != "ddp":
+        wanting = search.strategy if search.needs.whole_weights else "search.score answers"
+        if (search.needs.whole_weights or search.score == "answers") and self.runtime.distributed != "ddp":
             raise ValueError(
                 f"runtime.distributed: found {self.runtime.distributed!r}; {wanting} works on each rank by itself, for "
                 "which it holds all weights: ddp"

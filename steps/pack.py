@@ -15,8 +15,7 @@ from steps.windows import WINDOWS
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict:
     packing, search = pinned.recipe.packing, pinned.recipe.search
-    # A task is drawn by the pack there.
-    by_source = {"by_source": True} if search is not None and search.strategy == "dynamix" else {}
+    by_source = {"by_source": True} if search is not None and search.needs.packs_by_source else {}
     return by_source | {
         "sources": pinned.recipe.sources,
         "packing_strategy": packing.packing_strategy,

@@ -14,8 +14,9 @@ import numpy as np
 from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import rollouts
 from sft_core.search.journal import CURVES, Cost, Drawn, read_journal
+from sft_core.search.registry import make_search
 from sft_core.search.rollouts import Curves, Decision, Point, Rollout
-from sft_core.search.strategies import make_search
+from sft_core.search.strategy import SearchInput
 from sft_core.store import Store
 from steps.cards import chart, facts, heading, table
 from steps.mix import MIXTURE
@@ -47,11 +48,11 @@ class Progress:
 
 def progress(store: Store, pinned: PinnedRecipe) -> Progress:
     """How far the recipe's training is; without a search it is one round over everything."""
-    if pinned.recipe.search is None:
+    if (settings := pinned.recipe.search) is None:
         return Progress(pinned, store.locate(TRAINED, pinned, {"round": 0}).status == "hit")
-    settings: dict[str, Any] = pinned.recipe.search.model_dump(mode="json")
     pinned = dataclasses.replace(pinned, sizes=_sizes(store, pinned))
-    search = make_search(settings, pinned.recipe.dataset_mixture.trained_sources, dict(pinned.sizes))
+    tasks = pinned.recipe.dataset_mixture.trained_sources
+    search = make_search(SearchInput(settings, tasks, dict(pinned.sizes)))
     measured: list[Measured] = []
     proposed: list[Rollout] = []
     while (rollout := search.propose()) is not None:
@@ -97,7 +98,7 @@ def card(store: Store, pinned: PinnedRecipe) -> list[Any]:
     if pinned.recipe.search is None or not (found := progress(store, pinned)).measured:
         return []
     shown: dict[str, Any] = {
-        "strategy": _strategy(found.pinned),
+        "strategy": pinned.recipe.search.title,
         "roll-outs": len(found.measured),
         "epochs kept": f"{found.measured[-1].decision.epochs:g}",
         **_costs(found),
@@ -149,12 +150,6 @@ def _what_was_drawn(drawn: list[Drawn]) -> list[Any]:
     moments = [drawn[round(place)] for place in np.linspace(0, len(drawn) - 1, min(len(drawn), 12))]
     rows = [(f"{one.epochs:.3g}", *(f"{share:.1%}" for share in one.shares.values())) for one in moments]
     return [heading("Share of each task, by epoch"), table(("epoch", *moments[0].shares), rows)]
-
-
-def _strategy(pinned: PinnedRecipe) -> str:
-    search = pinned.recipe.search
-    assert search is not None
-    return f"{search.strategy} ({search.preset})" if search.strategy == "msft" else search.strategy
 
 
 def _place(point: Point | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 import zlib
@@ -12,10 +13,14 @@ from typing import Any
 
 from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import by_step, loss_by_source, loss_curve
-from sft_core.search.strategies import CAPS
-from sft_core.store import Needs, Part, Stage, Store
+from sft_core.search.job import RolloutSpec, SearchSpec
+from sft_core.search.launch import CONVERSATIONS as OF_CONVERSATIONS
+from sft_core.search.launch import build_rollout
+from sft_core.sections import Training
+from sft_core.store import Build, Needs, Part, Stage, Store
 from sft_core.train import accelerator
-from sft_core.train.launch import among_nodes, build_trained, train_along
+from sft_core.train.job import ModelLoader, SelectionSpec, TokenizerLoader, TrainSpec
+from sft_core.train.launch import build_trained, join_training, node_environment
 from sft_core.train.log_file import read_events
 from steps.cards import chart, facts, heading, progress_bar, redraw, table
 from steps.download import CONVERSATIONS
@@ -40,10 +45,10 @@ MEASURED = (("TFLOP/s a rank", "tflops_per_s", 3), ("MFU", "mfu", 3), ("memory, 
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
-    training = pinned.recipe.training.model_dump(mode="json")
+    training = _training(pinned, part).model_dump(mode="json")
     del training["loss_scope"]  # in the tokens already
     if training["router_aux_loss_coef"] is None:
-        del training["router_aux_loss_coef"]  # what was trained before there was this key stays what it is
+        del training["router_aux_loss_coef"]  # outputs that were trained before there was this key keep their keys
     job = {
         "model": pinned.model_identity,
         "tokenizer": pinned.tokenizer_identity,
@@ -51,31 +56,61 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
         "training": training,
         "sources": pinned.recipe.sources,
     }
-    if (during := pinned.recipe.evaluation.during_training) is not None:
-        job["selection"] = {"every_epochs": during.every_epochs, "keep_best": during.keep_best}
-    if (search := pinned.recipe.search) is not None:
-        rollout = pinned.rollouts[part["round"]]
-        training["num_train_epochs"] = rollout.epochs
-        job["selection"] = {"every_epochs": 1 / search.evaluations_per_epoch, "keep_best": False}
-        job["rollout"] = {
-            "search": {name: value for name, value in search.model_dump(mode="json").items() if name not in CAPS},
-            "tasks": pinned.recipe.dataset_mixture.trained_sources,
-            "sizes": dict(pinned.sizes) if search.strategy == "soft_sro" else {},
-            "active": list(rollout.active),
-            "start": None if rollout.start is None else rollout.start._asdict(),
-        }
-        if search.score == "answers":
-            job["rollout"]["answers"] = {task: asked_of_answers(pinned, task) for task in job["rollout"]["tasks"]}
-        if search.strategy == "ies":
-            packing = pinned.recipe.packing  # its rows are packed anew
-            job["rollout"]["max_length"] = packing.max_length if packing.packing_strategy == "ffd" else None
+    if (selection := _selection_spec(pinned)) is not None:
+        job["selection"] = dataclasses.asdict(selection)
+    if (rollout := _rollout_spec(pinned, part)) is not None:
+        job["rollout"] = rollout.identity
     return {"job": job, "round": part["round"]}
 
 
 def _places(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
-    job = _section(pinned, part)["job"]
-    loaders = {"model": pinned.model_loader, "tokenizer": pinned.tokenizer_loader}
-    return {"job": {**job, **loaders, "chat_template": pinned.template_text}}
+    rollout = _rollout_spec(pinned, part)
+    spec = TrainSpec(
+        rank_module=_rank_module(pinned),
+        model=ModelLoader(**pinned.model_loader),
+        tokenizer=TokenizerLoader(**pinned.tokenizer_loader),
+        chat_template=pinned.template_text,
+        training=_training(pinned, part),
+        sources=pinned.recipe.sources,
+        selection=_selection_spec(pinned),
+    )
+    return {"job": spec if rollout is None else SearchSpec(spec, rollout)}
+
+
+def _rank_module(pinned: PinnedRecipe) -> str:
+    """The module that each rank runs."""
+    return "sft_core.train.main" if pinned.recipe.search is None else "sft_core.search.main"
+
+
+def _training(pinned: PinnedRecipe, part: Part) -> Training:
+    if pinned.recipe.search is None:
+        return pinned.recipe.training
+    return pinned.recipe.training.model_copy(update={"num_train_epochs": pinned.rollouts[part["round"]].epochs})
+
+
+def _selection_spec(pinned: PinnedRecipe) -> SelectionSpec | None:
+    if (search := pinned.recipe.search) is not None:
+        return SelectionSpec(1 / search.evaluations_per_epoch, keep_best=False)
+    during = pinned.recipe.evaluation.during_training
+    return SelectionSpec(during.every_epochs, during.keep_best) if during is not None else None
+
+
+def _rollout_spec(pinned: PinnedRecipe, part: Part) -> RolloutSpec | None:
+    """None without a search."""
+    if (search := pinned.recipe.search) is None:
+        return None
+    rollout, packing = pinned.rollouts[part["round"]], pinned.recipe.packing
+    tasks = pinned.recipe.dataset_mixture.trained_sources
+    repacks = search.needs.repacks and packing.packing_strategy == "ffd"
+    return RolloutSpec(
+        search=search,
+        tasks=tasks,
+        sizes=dict(pinned.sizes) if search.needs.sizes else {},
+        active=list(rollout.active),
+        start=rollout.start,
+        answers={task: asked_of_answers(pinned, task) for task in tasks} if search.score == "answers" else None,
+        max_length=packing.max_length if repacks else None,
+    )
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
@@ -85,8 +120,8 @@ def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
     if (search := pinned.recipe.search) is not None and search.score == "answers":
         for task in pinned.recipe.dataset_mixture.trained_sources:
             if wants_conversation(pinned, task):
-                needs[f"conversations:{task}"] = (CONVERSATIONS, {"source": task})
-    # Decisions rest on all that was measured before.
+                needs[f"{OF_CONVERSATIONS}{task}"] = (CONVERSATIONS, {"source": task})
+    # A search decides by all that was measured before.
     return needs | {f"round:{number}": (TRAINED, {"round": number}) for number in range(part["round"])}
 
 
@@ -100,10 +135,17 @@ def _packs_of(pinned: PinnedRecipe, part: Part) -> Part:
     return {} if list(rollout.active) == pinned.recipe.sources else {"active": ",".join(rollout.active)}
 
 
+def build(build: Build, *, job: TrainSpec | SearchSpec, round: int) -> dict[str, Any]:
+    """Trains, in a process group of its own. Raises RuntimeError with the error of the rank that failed first."""
+    if isinstance(job, SearchSpec):
+        return build_rollout(build, job=job, round=round)
+    return build_trained(build, job=job, round=round)
+
+
 # The version stands for sft_core/train: raise it when a change there changes what is trained.
 TRAINED = Stage(
     "trained",
-    build_trained,
+    build,
     section=_section,
     places=_places,
     needs=_needs,
@@ -231,16 +273,17 @@ def meet_other_nodes(parallel: Any, attempt: str) -> None:
     """
     port = 20_000 + zlib.crc32(attempt.encode()) % 10_000
     nodes = {"node": parallel.node_index, "num_nodes": parallel.num_nodes}
-    os.environ.update(among_nodes(**nodes, address=parallel.main_ip, port=port))
+    os.environ.update(node_environment(**nodes, address=parallel.main_ip, port=port))
 
 
 def along(store: Store, pinned: PinnedRecipe, part: Part) -> str:
-    """Trains along with the gang's first task; the address of what that one stores."""
+    """Joins the training of the gang's first task, and returns the address of the output that the first task stores."""
     located = store.locate(TRAINED, pinned, part)
     assert located.ref is not None, "the packs were made before"
-    train_along(
+    join_training(
         store.scratch(located.ref),
         pinned.recipe.runtime,
+        _rank_module(pinned),
         lambda: store.locate(TRAINED, pinned, part).status == "hit",
     )
     return str(located.ref)

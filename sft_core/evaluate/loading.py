@@ -160,6 +160,7 @@ def load_scored(model: dict[str, Any], tokenizer: dict[str, Any], bf16: bool, se
     """
     import torch
 
+    from sft_core.train.job import ModelLoader, TokenizerLoader
     from sft_core.train.model import load_model
 
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
@@ -167,15 +168,15 @@ def load_scored(model: dict[str, Any], tokenizer: dict[str, Any], bf16: bool, se
     network: Any
     if model["config"] is None and not _grows(model, tokenizer):
         network, vocabulary = load_model(
-            **{**model, "dtype": wanted},
-            tokenizer=tokenizer,
+            ModelLoader(**{**model, "dtype": wanted}),
+            TokenizerLoader(**tokenizer),
             seed=seed,
             half=bf16,
             device=None if device == "cpu" else device,
         )
     else:
         # Random numbers are those that training starts from: drawn on the CPU, in the weights' own dtype.
-        network, vocabulary = load_model(**model, tokenizer=tokenizer, seed=seed, half=bf16)
+        network, vocabulary = load_model(ModelLoader(**model), TokenizerLoader(**tokenizer), seed=seed, half=bf16)
         if bf16:
             _cast(network, torch.bfloat16)
         network.to(device)

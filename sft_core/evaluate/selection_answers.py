@@ -16,7 +16,7 @@ from sft_core.evaluate.answers import asked_of, generate_outputs, served_prompt,
 from sft_core.evaluate.generate import WithTransformers
 from sft_core.evaluate.metrics import strip_thinking
 from sft_core.evaluate.scorers import Asked, Metric, load_metric
-from sft_core.train.selection import RowLosses
+from sft_core.train.row_losses import RowLosses
 
 
 class AnswerScores:
@@ -38,7 +38,7 @@ class AnswerScores:
         conversations: Mapping[str, Path],
         tokenizer: Any,
         *,
-        batch_size: int,
+        batch_size: int | None,
         flops_a_token: float,
     ):
         self._plan, self._sources, self._folders = plan, sources, tokens

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from sft_core.search.evaluations import evaluation_folder
 from sft_core.search.rollouts import Curves, Search
-from sft_core.train.launch import evaluation_folder
-from sft_core.train.selection import RowLosses
+from sft_core.train.row_losses import RowLosses
 
 
 class RolloutWatch:

@@ -30,6 +30,11 @@ def check_room(out: Path, num_bytes: int) -> None:
         )
 
 
+def discard_staged(folder: Path) -> None:
+    """Removes what a killed run left half-written."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def publish(staged: Path, folder: Path, *, keep: int, best: int | None = None) -> Path:
     """Move a staged checkpoint-N into `folder` and remove all but the newest `keep` and that of step `best`.
 

@@ -100,7 +100,7 @@ def activations_of(
 ) -> Activations:
     """Of a forward of so many tokens on a GPU. dtype: of the weights. Raises UnknownActivations."""
     from sft_core.train.activations import activation_bytes
-    from sft_core.train.main import lora_config
+    from sft_core.train.lora import lora_config
 
     distributed, lora = runtime.distributed, training.lora
     return activation_bytes(
@@ -111,7 +111,7 @@ def activations_of(
         checkpointing=training.gradient_checkpointing,
         attention=attention,
         liger=liger(training.use_liger_kernel),
-        lora=lora_config(lora.model_dump(mode="json"), shape, [], None) if lora is not None else None,
+        lora=lora_config(lora, shape, [], None),
         in_4bit=lora is not None and lora.load_in_4bit,
     )
 

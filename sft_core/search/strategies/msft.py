@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from sft_core.search.peaks import fall_of, first_highest, peak_of
-from sft_core.search.rollouts import Best, Curves, Decision, Point, Rollout
+from sft_core.search.rollouts import Best, Curves, Decision, Point, Rollout, Search
+from sft_core.search.strategy import Implementation, SearchInput
+from sft_core.search_settings.strategies.msft import MsftSettings
 from sft_core.wording import counted
 
 
@@ -185,3 +187,23 @@ class RobustMsft(Msft):
         falls = {task: self._at_drop[task] - curves.rows[task][evaluation] for task in excluded}
         level = self.alpha / len(excluded)
         return tuple(task for task, fallen in falls.items() if fall_of(fallen).p < level)
+
+
+def msft(start: SearchInput) -> Search:
+    settings = start.search.settings
+    assert isinstance(settings, MsftSettings)
+    limits = Limits(settings.max_rollouts, settings.max_epochs, settings.max_idle)
+    epochs = start.search.epochs_per_rollout
+    if settings.preset == "paper":
+        return Msft(start.tasks, epochs, limits)
+    return RobustMsft(
+        start.tasks,
+        epochs,
+        limits,
+        alpha=settings.alpha,
+        readmit=settings.readmit,
+        max_kept=settings.max_kept,
+    )
+
+
+IMPLEMENTATIONS = {"msft": Implementation(msft)}

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sft_core.search.peaks import first_highest
-from sft_core.search.rollouts import Best, Curves, Decision, Point, Rollout
+from sft_core.search.rollouts import Best, Curves, Decision, Point, Rollout, Search
+from sft_core.search.strategy import Implementation, SearchInput
 from sft_core.wording import counted
 
 
@@ -130,3 +131,27 @@ class SoftSro(_Planned):
         scale = sum(self.sizes.values()) / total
         rows = {task: max(1, round(amount * scale)) for task, amount in amounts.items() if amount}
         self._planned.append(Rollout(1, None, tuple(rows), self.epochs_per_rollout, rows))
+
+
+def sft(start: SearchInput) -> Search:
+    return Sft(start.tasks, start.search.epochs_per_rollout)
+
+
+def continual(start: SearchInput) -> Search:
+    return Continual(start.tasks, start.search.epochs_per_rollout)
+
+
+def sro(start: SearchInput) -> Search:
+    return Sro(start.tasks, start.search.epochs_per_rollout)
+
+
+def soft_sro(start: SearchInput) -> Search:
+    return SoftSro(start.tasks, start.search.epochs_per_rollout, start.sizes)
+
+
+IMPLEMENTATIONS = {
+    "sft": Implementation(sft),
+    "continual": Implementation(continual),
+    "sro": Implementation(sro),
+    "soft_sro": Implementation(soft_sro),
+}
