@@ -36,7 +36,7 @@ LOGGED = (
     ("tokens/s", "tokens_per_s", ",.0f"),
     ("trained tokens/s", "trained_tokens_per_s", ",.0f"),
 )
-LAST_EVENTS, RECENT = 10, 10  # events that are told one by one, and that tell how long the rest takes
+LAST_EVENTS, RECENT = 10, 10  # log lines that the card's table shows, and by which the time to go is reckoned
 DOCUMENTS = {
     "together": "together, apart from each other",
     "alone": "each in a forward of its own: together this model lets them see each other",
@@ -156,70 +156,72 @@ TRAINED = Stage(
 
 
 def events(folder: Path, name: str = "log.jsonl") -> list[dict[str, Any]]:
-    """What a training has written down so far."""
+    """The events in a log of a training so far."""
     return read_events(folder / "logs" / name)
 
 
 def card(folder: Path) -> list[Any]:
     """The training so far, from its logs."""
-    seen = events(folder)
-    if not seen:
+    lines = events(folder)
+    if not lines:
         return facts("Training", {"state": "starting"})
-    losses = [_of_sources(event) for event in seen]
+    losses = [_of_sources(event) for event in lines]
     components = [
         heading("Training"),
-        progress_bar(seen[-1]["step"], seen[-1]["of"], label="optimizer steps"),
-        table(("", ""), list(_state(seen, folder).items())),
+        progress_bar(lines[-1]["step"], lines[-1]["of"], label="optimizer steps"),
+        table(("", ""), list(_state(lines, folder).items())),
         heading("Loss"),
-        chart(loss_curve(seen)),
+        chart(loss_curve(lines)),
     ]
     if any(len(by_source) > 1 for by_source in losses):
-        components += [chart(loss_by_source(seen, losses)), _first_to_last(losses)]
-    if measures := {title: key for title, key, _ in LOGGED if any(key in event for event in seen)}:
-        components += [heading("Speed and optimizer"), chart(by_step(seen, measures))]
+        components += [chart(loss_by_source(lines, losses)), _first_to_last(losses)]
+    if measures := {title: key for title, key, _ in LOGGED if any(key in event for event in lines)}:
+        components += [heading("Speed and optimizer"), chart(by_step(lines, measures))]
     shown = [column for column in LOGGED if column[0] in measures]
     last = [
         (event["step"], event["loss"], *(_number(event, key, form) for _, key, form in shown))
-        for event in seen[-LAST_EVENTS:]
+        for event in lines[-LAST_EVENTS:]
     ]
     components += [heading("Last events"), table(("step", "loss", *(title for title, _, _ in shown)), last)]
     return [*components, *_selection(events(folder, "selection.jsonl"))]
 
 
-def _times(seen: list[dict[str, Any]]) -> dict[str, str]:
-    """How long it took so far, and the rest will; nothing of a log that does not say so."""
-    last, seconds = seen[-1], sum(event.get("seconds", 0.0) for event in seen)
+def _times(lines: list[dict[str, Any]]) -> dict[str, str]:
+    """The time so far, and the time to go; nothing where the log has no seconds."""
+    last, seconds = lines[-1], sum(event.get("seconds", 0.0) for event in lines)
     if not seconds:
         return {}
-    told = {"time so far": _duration(seconds)}
-    left, between = last["of"] - last["step"], last["step"] - (seen[-2]["step"] if len(seen) > 1 else 0)
-    if left >= between:  # else nothing more will be logged
+    times = {"time so far": _duration(seconds)}
+    num_left, between = last["of"] - last["step"], last["step"] - (lines[-2]["step"] if len(lines) > 1 else 0)
+    if num_left >= between:  # else no further line will be logged
         # By the latest events: the first ones load and compile.
-        steps = last["step"] - seen[-RECENT - 1]["step"] if len(seen) > RECENT else last["step"]
-        told["time to go"] = _duration(sum(event.get("seconds", 0.0) for event in seen[-RECENT:]) / steps * left)
-    return told
+        steps = last["step"] - lines[-RECENT - 1]["step"] if len(lines) > RECENT else last["step"]
+        times["time to go"] = _duration(sum(event.get("seconds", 0.0) for event in lines[-RECENT:]) / steps * num_left)
+    return times
 
 
-def _state(seen: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    last = seen[-1]
-    speeds = [event["tokens_per_s"] for event in seen[1:] if "tokens_per_s" in event] or [last.get("tokens_per_s", 0.0)]
+def _state(lines: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    last = lines[-1]
+    speeds = [event["tokens_per_s"] for event in lines[1:] if "tokens_per_s" in event] or [
+        last.get("tokens_per_s", 0.0)
+    ]
     shown = {
         "step": f"{last['step']:,} of {last['of']:,}",
-        **_times(seen),
+        **_times(lines),
         "loss": f"{last['loss']:.4f}",
         "gradient norm": _number(last, "grad_norm", ".3g"),
         "learning rate": _number(last, "learning_rate", ".3g"),
         "tokens/s, mean": f"{sum(speeds) / len(speeds):,.0f}",
         **{name: f"{last[key]:.{digits}f}" for name, key, digits in MEASURED if key in last},
     }
-    for told in events(folder, "forward.jsonl")[-1:]:
-        shown["attention"] = told["attention"]
-        shown["documents of a pack"] = DOCUMENTS[told["documents"]]
-        shown["packs a forward"] = told["packs_a_forward"]
-    for told in events(folder, "balance.jsonl"):
-        if told["ranks"] > 1:
-            place = f"{told['ranks']} ranks, {told['packs_a_step']} packs a step"
-            shown["slowest rank / mean rank, FLOPs"] = f"{told['slowest_over_mean']:.4f} ({place})"
+    for forward in events(folder, "forward.jsonl")[-1:]:
+        shown["attention"] = forward["attention"]
+        shown["documents of a pack"] = DOCUMENTS[forward["documents"]]
+        shown["packs a forward"] = forward["packs_a_forward"]
+    for balance in events(folder, "balance.jsonl"):
+        if balance["ranks"] > 1:
+            place = f"{balance['ranks']} ranks, {balance['packs_a_step']} packs a step"
+            shown["slowest rank / mean rank, FLOPs"] = f"{balance['slowest_over_mean']:.4f} ({place})"
     return shown
 
 
@@ -229,15 +231,15 @@ def _of_sources(event: dict[str, Any]) -> dict[str, float]:
 
 def _first_to_last(losses: list[dict[str, float]]) -> Any:
     by_source: dict[str, list[float]] = {}
-    for one in losses:
-        for source, loss in one.items():
+    for of_event in losses:
+        for source, loss in of_event.items():
             by_source.setdefault(source, []).append(loss)
-    rows = [(source, found[0], min(found), found[-1]) for source, found in by_source.items()]
+    rows = [(source, curve[0], min(curve), curve[-1]) for source, curve in by_source.items()]
     return table(("source", "first loss", "lowest", "last"), rows)
 
 
 def _selection(measured: list[dict[str, Any]]) -> list[Any]:
-    """Loss on held-out rows, where it is measured while training goes on."""
+    """The loss on held-out rows, where it is measured while training goes on."""
     if not measured:
         return []
     best = min(measured[1:] or measured, key=lambda event: event["loss"])
@@ -267,9 +269,10 @@ def check_machine(store: Store, pinned: PinnedRecipe, part: Part) -> None:
 
 
 def meet_other_nodes(parallel: Any, attempt: str) -> None:
-    """Tells the ranks of this task where those of the gang's other tasks are. parallel: Metaflow's current.parallel.
+    """Sets the environment by which this task's ranks find those of the gang's other tasks.
 
-    attempt: names this try of this run. It gives the port, so that what is left of another try is not met.
+    parallel: Metaflow's current.parallel. attempt: names this try of this run. The port follows from it, so that the
+    ranks meet no leftover of another try.
     """
     port = 20_000 + zlib.crc32(attempt.encode()) % 10_000
     nodes = {"node": parallel.node_index, "num_nodes": parallel.num_nodes}
@@ -298,8 +301,8 @@ def live_card(store: Store, pinned: PinnedRecipe, part: Part, live: Any) -> Iter
     def follow_log() -> None:
         drawn = 0
         while not ended.wait(REFRESH_S):
-            if located.ref is not None and len(seen := events(store.scratch(located.ref))) > drawn:
-                drawn = len(seen)
+            if located.ref is not None and len(lines := events(store.scratch(located.ref))) > drawn:
+                drawn = len(lines)
                 redraw(live, card(store.scratch(located.ref)))
 
     thread = threading.Thread(target=follow_log, daemon=True)

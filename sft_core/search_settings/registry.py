@@ -1,6 +1,6 @@
 """All search strategies by their names in a recipe: whatever the modules of strategies/ declare.
 
-A strategy is two modules: one there, with its needs and settings, and one of sft_core/search/strategies, which decides.
+A strategy is two modules: one there with its needs and settings, and one in sft_core/search/strategies that decides.
 """
 
 from __future__ import annotations

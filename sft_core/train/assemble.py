@@ -216,8 +216,8 @@ def make_trainer(
 def bytes_on_disk(num_parameters: int, job: TrainJob) -> int:
     """At most what checkpoints and models take: fp32 weights and AdamW's two moments, 12 bytes a parameter.
 
-    DeepSpeed's checkpoints hold the weights in 16 bits besides, twice under zero3. While a checkpoint is staged there
-    is one more than are kept, and there is the best one. LoRA's are left out: they are small.
+    DeepSpeed's checkpoints hold the weights in 16 bits besides, twice under zero3. Beside those that are kept there is
+    the checkpoint that is staged, and the best one. LoRA's do not count: they are small.
     """
     spec = job.spec
     by_deepspeed = job.runtime.distributed in ("zero2", "zero3")

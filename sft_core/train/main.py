@@ -30,7 +30,7 @@ class Stopped(RuntimeError):
 
 @contextlib.contextmanager
 def as_rank(out: Path) -> Iterator[None]:
-    """What a rank does around its training: logs, one trainer a folder, an error that the launcher finds."""
+    """Around a rank's training: its logging, a lock on the folder, and a file with its error for the launcher."""
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
     try:
@@ -66,7 +66,7 @@ def main(job_path: Path) -> None:
 
 
 def train(job: TrainJob) -> None:
-    """Trains to the end of the schedule, from the last whole checkpoint when there is one, and writes model/."""
+    """Trains to the end of the schedule, from the last whole checkpoint if any, and writes model/."""
     trainer = trained(job)
     trainer.load_best()
     trainer.save_weights(job.out / "model")

@@ -117,7 +117,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerFast,
     chat_template: str | None,
     folder: Path,
-    weights: dict[str, Any] | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """A folder for AutoModelForCausalLM and AutoTokenizer, with the template that the rows were rendered with.
 
@@ -133,7 +133,9 @@ def save_checkpoint(
     tokenizer.save_pretrained(folder)
 
 
-def save_adapter(model: Any, weights: dict[str, Any] | None, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """What LoRA trained, for peft's PeftModel."""
+def save_adapter(
+    model: Any, weights: dict[str, torch.Tensor] | None, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
+    """Writes what LoRA trained, for peft's PeftModel."""
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

@@ -43,16 +43,16 @@ class RouterLoss:
 
     def of(self, layers: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The loss of one pack, as transformers computes it of one forward."""
-        found = load_balancing_loss_func(layers, layers[0].shape[-1], self.top_k)  # type: ignore[arg-type]
-        assert isinstance(found, torch.Tensor)
-        return found
+        loss = load_balancing_loss_func(layers, layers[0].shape[-1], self.top_k)  # type: ignore[arg-type]
+        assert isinstance(loss, torch.Tensor)
+        return loss
 
 
 def router_loss(config: Any, asked: float | None) -> RouterLoss | None:
     """None where there is no such loss: a model without experts, a coefficient of 0.
 
-    asked: training.router_aux_loss_coef; None for the model's own. Raises ValueError where one is asked of a model that
-    has no router.
+    asked: training.router_aux_loss_coef; None for the model's own. Raises ValueError where a coefficient is asked of a
+    model that has no router.
     """
     text = config.get_text_config()
     if not hasattr(text, "output_router_logits"):

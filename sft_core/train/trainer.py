@@ -109,7 +109,7 @@ class PackTrainer(SFTTrainer):
         step = 0 if checkpoint is None else checkpoints.step_of(checkpoint)
         parts = [part for part in (self._online, self._evaluation) if part is not None]
         if any([part.begin(step, writes=self.is_world_process_zero()) for part in parts]):  # all of them begin
-            # It was over there, before its last step. The Trainer trains nothing only where no data is left either.
+            # Training was over there, before its last step. The Trainer still trains a step where data is left.
             self.args.max_steps = step
             self.train_dataset = self.train_dataset.select(range(step * self._global_batch_size))  # type: ignore
         answers = self.selection.answers if self.selection is not None else None

@@ -15,12 +15,12 @@ from sft_core.train.hooks import Block, Pack
 
 @dataclasses.dataclass
 class Dynamix:
-    """DynamixSFT (arXiv 2508.12116): a bandit over tasks whose reward is what one step on a task gains.
+    """A bandit over tasks. Its reward is what an optimizer step on a task gains.
 
     Task k is drawn with p_k = (1 - gamma) softmax_k(beta * Q_k + log p0_k) + gamma / K, where p0 is its share of rows;
     every `every_steps` Q_k = alpha * Q_k + (1 - alpha) * reward_k. Inferred: the reward is the relative fall of the
-    loss on one pack of the task by one optimizer step on that pack, taken back; min-max scaled over tasks; beta 5. A
-    pack holds rows of one task; its packs come in a random order, each once before any comes again.
+    loss on one pack of the task by one optimizer step on that pack, which is undone; min-max scaled over tasks; beta 5.
+    A pack holds rows of one task. A task's packs come in a random order, each once before any comes again.
     """
 
     tasks: list[str]

@@ -15,11 +15,10 @@ from sft_core.train.hooks import Block, Pack
 
 @dataclasses.dataclass
 class Ies:
-    """Instance-dependent early stopping (ICLR 2025): a row is left out of an epoch while its loss hardly bends.
+    """Leaves a row out of an epoch while |L_t - 2 L_(t-1) + L_(t-2)| < delta, by its losses L in the last three epochs.
 
-    With the losses L of the last three epochs, it is left out while |L_t - 2 L_(t-1) + L_(t-2)| < delta, and comes back
-    when it is not. Its source takes the losses of trained rows as they are trained, and of the others by a forward
-    pass; here all are measured at the end of an epoch, by the same weights. The rows that stay are packed anew.
+    The paper takes the losses of trained rows as they are trained, and of the others by a forward pass. Here all are
+    measured at the end of an epoch, by the same weights. The rows that stay are packed anew.
     """
 
     tasks: list[str]
@@ -28,7 +27,7 @@ class Ies:
     num_epochs: float
     global_batch_size: int
     seed: int
-    max_length: int | None  # of a pack; None: each row is one
+    max_length: int | None  # of a pack; None: each row is a pack
     delta: float = 1e-3
 
     def __post_init__(self) -> None:
