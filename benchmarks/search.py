@@ -132,11 +132,12 @@ def main() -> None:
 
 def variants() -> list[Variant]:
     """All that a recipe knows; msft with each of its presets."""
-    from sft_core.measuring import Search
+    from sft_core.search_settings.registry import STRATEGIES
+    from sft_core.search_settings.strategies.msft import MsftSettings
 
-    strategies, presets = (get_args(Search.model_fields[name].annotation) for name in ("strategy", "preset"))
+    presets = get_args(MsftSettings.model_fields["preset"].annotation)
     return [
-        Variant(strategy, preset) for strategy in strategies for preset in (presets if strategy == "msft" else (None,))
+        Variant(strategy, preset) for strategy in STRATEGIES for preset in (presets if strategy == "msft" else (None,))
     ]
 
 
@@ -266,7 +267,7 @@ def searched(store: Store, data: dict[str, Any], budget: float) -> Searched:
     """The search at its end, every roll-out in the store. Trains those that are not there yet."""
     from sft_core.pins import pin
     from sft_core.recipe import parse_recipe
-from sft_core.rounds import ONLY
+    from sft_core.rounds import ONLY
     from steps.mix import MIXTURE
     from steps.search import progress
     from steps.train import TRAINED
@@ -303,7 +304,7 @@ def flops_of_an_epoch(found: Searched) -> float:
 
 def excluded(found: Searched) -> dict[str, Any]:
     """Who left a search of the preset robust, and whom the preset paper drops on the curves of its first roll-out."""
-    from sft_core.search.msft import Limits, Msft
+    from sft_core.search.strategies.msft import Limits, Msft
 
     first, recipe = found.measured[0].curves, found.pinned.recipe
     assert recipe.last_phase.search is not None

@@ -242,7 +242,7 @@ def alone(side: str, batch: tuple[int, int], seed: int) -> dict[str, Any]:
 
     command = [sys.executable, __file__, "--trl", side, *map(str, batch), str(seed)]
     with tempfile.TemporaryDirectory() as folder:
-        settings = variables({"num_threads": NUM_THREADS, "distributed": None}, Path(folder))
+        settings = variables(Path(folder), num_threads=NUM_THREADS)
         done = subprocess.run(command, env=settings, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{side} failed:\n{done.stderr}")

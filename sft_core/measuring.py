@@ -1,4 +1,4 @@
-"""The sections of a recipe that measure: while it trains, to decide who trains how long, and for the scores."""
+"""The sections of a recipe that measure: while it trains, and for the scores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from sft_core.sections import PositiveInt, Section, Share
+from sft_core.sections import PositiveInt, Section
 
 LM_EVAL = (
     "lm_eval:"  # before the names of the harness's tasks, where they stand beside ours; no source's name has a ':'
@@ -22,60 +22,6 @@ class DuringTraining(Section):
     keep_best: bool = Field(
         False, description="end with the weights whose loss is lowest, as a mean over sources, and not with the last"
     )
-
-
-class DynamixSettings(Section):
-    """How tasks are drawn while training goes on; see sft_core/search/samplers.py."""
-
-    every_steps: PositiveInt = Field(50, description="optimizer steps between two looks at what a step on a task gains")
-    gamma: Annotated[float, Field(gt=0, le=1)] = Field(0.3, description="share of draws that are uniform over tasks")
-    alpha: Share = Field(0.95, description="how much of a task's value stays when it is looked at again")
-    beta: Annotated[float, Field(ge=0)] = Field(5.0, description="how sharply draws follow the values")
-
-
-class IesSettings(Section):
-    """Which rows are left out of an epoch; see sft_core/search/samplers.py."""
-
-    delta: Annotated[float, Field(ge=0)] = Field(1e-3, description="bend of a row's loss under which it is left out")
-
-
-class Search(Section):
-    """Who trains how long: roll-outs from one another's checkpoints, decided on the selection split."""
-
-    strategy: Literal["sft", "msft", "sro", "soft_sro", "continual", "dynamix", "ies"] = Field(
-        description="what proposes the roll-outs: docs/search.md"
-    )
-    epochs_per_rollout: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the rows that are trained")
-    evaluations_per_epoch: PositiveInt = Field(4, description="how often an epoch every task is measured")
-    max_rows: PositiveInt = Field(200, description="unique selection prompts of each source, at most")
-    score: Literal["loss", "answers"] = Field(
-        "loss", description="of a selection row: minus its loss, or what the greedy answer scores by the task's metric"
-    )
-    preset: Literal["robust", "paper"] = Field(
-        "robust", description="msft: knows noise, or exactly as published; see sft_core/search/msft.py"
-    )
-    max_rollouts: PositiveInt = Field(10, description="msft: a larger one goes on where a smaller one ended")
-    max_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="msft: epochs that were kept, in all")
-    max_idle: PositiveInt | None = Field(None, description="msft: roll-outs in a row without a task dropped")
-    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="robust: chance of a drop that is none")
-    readmit: bool = Field(False, description="robust: a dropped task comes back when it is forgotten")
-    max_kept: Annotated[int, Field(ge=3)] | None = Field(
-        None, description="robust: evaluations of a roll-out whose weights are on the disk at once; default: as needed"
-    )
-    dynamix: DynamixSettings = DynamixSettings()
-    ies: IesSettings = IesSettings()
-
-    @model_validator(mode="after")
-    def _no_idle_key(self) -> Search:
-        of_msft, of_robust = ("preset", "max_rollouts", "max_epochs", "max_idle"), ("alpha", "readmit", "max_kept")
-        used: dict[str, bool] = dict.fromkeys(of_msft, self.strategy == "msft")
-        used |= dict.fromkeys(of_robust, self.strategy == "msft" and self.preset == "robust")
-        used |= {name: self.strategy == name for name in ("dynamix", "ies")}
-        for key, is_used in used.items():
-            if key in self.model_fields_set and not is_used:
-                name = f"{self.strategy}, preset {self.preset}" if self.strategy == "msft" else self.strategy
-                raise ValueError(f"{key}: {name} does not know it; remove it")
-        return self
 
 
 class Sampling(Section):

@@ -25,9 +25,10 @@ from sft_core.datasets.union import (
     parse_dataset,
     without_idle_keys,
 )
-from sft_core.measuring import LM_EVAL, Evaluation, Search
+from sft_core.measuring import LM_EVAL, Evaluation
 from sft_core.rank_strategies import STRATEGIES
 from sft_core.rounds import BASE, ONLY
+from sft_core.search_settings.section import Search
 from sft_core.sections import ChatTemplate, Hub, Model, Packing, PositiveInt, Runtime, Section, Training
 from sft_core.wording import alternatives, nearest, short
 
@@ -58,7 +59,7 @@ class Phase(Section):
         for key in ("num_train_epochs", "max_steps"):
             if key in training.model_fields_set:
                 raise ValueError(f"training.{key}: a search trains search.epochs_per_rollout at a time; remove it")
-        if training.lr_scheduler_type not in ("constant", "constant_with_warmup") and search.strategy != "sft":
+        if training.lr_scheduler_type not in ("constant", "constant_with_warmup") and not search.needs.any_scheduler:
             raise ValueError(
                 f"training.lr_scheduler_type: found {training.lr_scheduler_type!r}; a search does not know how long it "
                 "will train: constant, or constant_with_warmup at the start of each roll-out"
@@ -140,9 +141,9 @@ class Recipe(Section):
                 f"{self.key_of(name, 'dataset_mixture.selection_share')} more than 0"
             )
         search, first = phase.search, next(iter(self.phases.values()))
-        wants_whole_model = search is not None and (search.strategy == "dynamix" or search.score == "answers")
+        wants_whole_model = search is not None and (search.needs.whole_weights or search.score == "answers")
         if search is not None and wants_whole_model and not STRATEGIES[self.runtime.distributed].holds_all:
-            reason = "dynamix" if search.strategy == "dynamix" else "search.score answers"
+            reason = search.strategy if search.needs.whole_weights else "search.score answers"
             known = alternatives(name for name, strategy in STRATEGIES.items() if strategy.holds_all)
             raise ValueError(
                 f"runtime.distributed: found {self.runtime.distributed!r}; {reason} works on each rank by itself, for "

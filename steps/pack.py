@@ -16,8 +16,7 @@ from steps.windows import WINDOWS
 def _section(pinned: PinnedRecipe, part: Part) -> dict:
     phase = pinned.phase(part)
     packing, search = phase.packing, phase.search
-    # A task is drawn by the pack there.
-    by_source = {"by_source": True} if search is not None and search.strategy == "dynamix" else {}
+    by_source = {"by_source": True} if search is not None and search.needs.packs_by_source else {}
     return by_source | {
         "sources": phase.sources,
         "packing_strategy": packing.packing_strategy,

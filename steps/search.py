@@ -15,8 +15,9 @@ from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import rollouts
 from sft_core.rounds import Point, Rollout, Rounds
 from sft_core.search.journal import CURVES, Cost, Drawn, read_journal
+from sft_core.search.registry import make_search
 from sft_core.search.rollouts import Curves, Decision
-from sft_core.search.strategies import make_search
+from sft_core.search.strategy import SearchInput
 from sft_core.store import Part, Store
 from steps.cards import chart, facts, heading, table
 from steps.mix import MIXTURE
@@ -84,9 +85,8 @@ def _searched(store: Store, pinned: PinnedRecipe, phase: str, *, comes_later: bo
     """comes_later: an earlier phase is not over, so that this one's first round has no key yet."""
     keys = pinned.recipe.phases[phase]
     assert keys.search is not None
-    settings: dict[str, Any] = keys.search.model_dump(mode="json")
     sizes = _sizes(store, pinned, phase)
-    search = make_search(settings, keys.dataset_mixture.trained_sources, sizes)
+    search = make_search(SearchInput(keys.search, keys.dataset_mixture.trained_sources, sizes))
     measured: list[Measured] = []
     rounds = Rounds(sizes=sizes)
     seen: dict[Any, Any] = {}  # the rounds before are the same for each of them
@@ -144,9 +144,8 @@ def card(known: Progress, phase: str) -> list[Any]:
     if search is None or keys.search is None or not search.measured:
         return []
     everything = keys.dataset_mixture.trained_sources
-    settings = keys.search
     shown: dict[str, Any] = {
-        "strategy": f"{settings.strategy} ({settings.preset})" if settings.strategy == "msft" else settings.strategy,
+        "strategy": keys.search.title,
         "roll-outs": len(search.measured),
         "epochs kept": f"{search.measured[-1].decision.epochs:g}",
         **_costs(search, everything),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 import zlib
@@ -14,10 +15,14 @@ from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import by_step, loss_by_source, loss_curve
 from sft_core.rounds import Rounds
 from sft_core.search.deliver import build_delivered
-from sft_core.search.strategies import CAPS
-from sft_core.store import Located, Needs, Part, Stage, Store, Unresolved
+from sft_core.search.job import RolloutSpec, SearchSpec
+from sft_core.search.launch import CONVERSATIONS as OF_CONVERSATIONS
+from sft_core.search.launch import build_rollout
+from sft_core.sections import Training
+from sft_core.store import Build, Located, Needs, Part, Stage, Store, Unresolved
 from sft_core.train import accelerator
-from sft_core.train.launch import START, among_nodes, build_trained, comes_true, train_along
+from sft_core.train.job import ModelLoader, SelectionSpec, TokenizerLoader, TrainSpec
+from sft_core.train.launch import START, build_trained, comes_true, join_training, node_environment
 from sft_core.train.log_file import read_events
 from steps.cards import chart, facts, heading, progress_bar, redraw, table
 from steps.download import CONVERSATIONS
@@ -34,7 +39,7 @@ LOGGED = (
     ("tokens/s", "tokens_per_s", ",.0f"),
     ("trained tokens/s", "trained_tokens_per_s", ",.0f"),
 )
-LAST_EVENTS, RECENT = 10, 10  # events that are told one by one, and that tell how long the rest takes
+LAST_EVENTS, RECENT = 10, 10  # log lines that the card's table shows, and by which the time to go is reckoned
 DOCUMENTS = {
     "together": "together, apart from each other",
     "alone": "each in a forward of its own: together this model lets them see each other",
@@ -44,10 +49,10 @@ MEASURED = (("TFLOP/s a rank", "tflops_per_s", 3), ("MFU", "mfu", 3), ("memory, 
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     phase, name = pinned.phase(part), pinned.phase_name(part)
-    training = phase.training.model_dump(mode="json")
+    training = _training(pinned, part).model_dump(mode="json")
     del training["loss_scope"]  # in the tokens already
     if training["router_aux_loss_coef"] is None:
-        del training["router_aux_loss_coef"]  # what was trained before there was this key stays what it is
+        del training["router_aux_loss_coef"]  # outputs that were trained before there was this key keep their keys
     job = {
         "model": _of_start(pinned, name, pinned.model_identity),
         "tokenizer": pinned.tokenizer_identity,
@@ -55,24 +60,10 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
         "training": training,
         "sources": phase.sources,
     }
-    if (during := pinned.recipe.evaluation.during_training) is not None:
-        job["selection"] = {"every_epochs": during.every_epochs, "keep_best": during.keep_best}
-    if (search := phase.search) is not None:
-        rollout = pinned.rounds[name].rollouts[part["round"]]
-        training["num_train_epochs"] = rollout.epochs
-        job["selection"] = {"every_epochs": 1 / search.evaluations_per_epoch, "keep_best": False}
-        job["rollout"] = {
-            "search": {name: value for name, value in search.model_dump(mode="json").items() if name not in CAPS},
-            "tasks": phase.dataset_mixture.trained_sources,
-            "sizes": dict(pinned.rounds[name].sizes) if search.strategy == "soft_sro" else {},
-            "active": list(rollout.active),
-            "start": None if rollout.start is None else rollout.start._asdict(),
-        }
-        if search.score == "answers":
-            job["rollout"]["answers"] = {task: asked_of_answers(pinned, task) for task in job["rollout"]["tasks"]}
-        if search.strategy == "ies":
-            packing = phase.packing  # its rows are packed anew
-            job["rollout"]["max_length"] = packing.max_length if packing.packing_strategy == "ffd" else None
+    if (selection := _selection_spec(pinned, name)) is not None:
+        job["selection"] = dataclasses.asdict(selection)
+    if (rollout := _rollout_spec(pinned, part)) is not None:
+        job["rollout"] = rollout.identity
     return {"job": job, "round": part["round"]}
 
 
@@ -84,10 +75,56 @@ def _of_start(pinned: PinnedRecipe, phase: str, model: dict[str, Any]) -> dict[s
 
 
 def _places(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
-    job = _section(pinned, part)["job"]
-    model = _of_start(pinned, pinned.phase_name(part), pinned.model_loader)
-    loaders = {"model": model, "tokenizer": pinned.tokenizer_loader}
-    return {"job": {**job, **loaders, "chat_template": pinned.template_text}}
+    rollout, phase, name = _rollout_spec(pinned, part), pinned.phase(part), pinned.phase_name(part)
+    spec = TrainSpec(
+        rank_module=_rank_module(pinned, name),
+        model=ModelLoader(**_of_start(pinned, name, pinned.model_loader)),
+        tokenizer=TokenizerLoader(**pinned.tokenizer_loader),
+        chat_template=pinned.template_text,
+        training=_training(pinned, part),
+        sources=phase.sources,
+        selection=_selection_spec(pinned, name),
+    )
+    return {"job": spec if rollout is None else SearchSpec(spec, rollout)}
+
+
+def _rank_module(pinned: PinnedRecipe, phase: str) -> str:
+    """The module that each rank runs."""
+    return "sft_core.train.main" if pinned.recipe.phases[phase].search is None else "sft_core.search.main"
+
+
+def _training(pinned: PinnedRecipe, part: Part) -> Training:
+    phase, name = pinned.phase(part), pinned.phase_name(part)
+    if phase.search is None:
+        return phase.training
+    rollout = pinned.rounds[name].rollouts[part["round"]]
+    return phase.training.model_copy(update={"num_train_epochs": rollout.epochs})
+
+
+def _selection_spec(pinned: PinnedRecipe, phase: str) -> SelectionSpec | None:
+    if (search := pinned.recipe.phases[phase].search) is not None:
+        return SelectionSpec(1 / search.evaluations_per_epoch, keep_best=False)
+    during = pinned.recipe.evaluation.during_training
+    return SelectionSpec(during.every_epochs, during.keep_best) if during is not None else None
+
+
+def _rollout_spec(pinned: PinnedRecipe, part: Part) -> RolloutSpec | None:
+    """None without a search."""
+    phase = pinned.phase(part)
+    if (search := phase.search) is None:
+        return None
+    rounds = pinned.rounds[pinned.phase_name(part)]
+    rollout, tasks = rounds.rollouts[part["round"]], phase.dataset_mixture.trained_sources
+    repacks = search.needs.repacks and phase.packing.packing_strategy == "ffd"
+    return RolloutSpec(
+        search=search,
+        tasks=tasks,
+        sizes=dict(rounds.sizes) if search.needs.sizes else {},
+        active=list(rollout.active),
+        start=rollout.start,
+        answers={task: asked_of_answers(pinned, task) for task in tasks} if search.score == "answers" else None,
+        max_length=phase.packing.max_length if repacks else None,
+    )
 
 
 def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
@@ -100,8 +137,8 @@ def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
     if (search := phase.search) is not None and search.score == "answers":
         for task in phase.dataset_mixture.trained_sources:
             if wants_conversation(pinned, task):
-                needs[f"conversations:{task}"] = (CONVERSATIONS, {"source": task})
-    # Decisions rest on all that was measured before.
+                needs[f"{OF_CONVERSATIONS}{task}"] = (CONVERSATIONS, {"source": task})
+    # A search decides by all that was measured before.
     return needs | {f"round:{number}": (TRAINED, {**part, "round": number}) for number in range(part["round"])}
 
 
@@ -116,10 +153,17 @@ def _packs_of(pinned: PinnedRecipe, part: Part) -> Part:
     return pinned.part_of(name, rows=dict(rollout.rows or dict.fromkeys(rollout.active)))
 
 
+def build(build: Build, *, job: TrainSpec | SearchSpec, round: int) -> dict[str, Any]:
+    """Trains, in a process group of its own. Raises RuntimeError with the error of the rank that failed first."""
+    if isinstance(job, SearchSpec):
+        return build_rollout(build, job=job, round=round)
+    return build_trained(build, job=job, round=round)
+
+
 # The version stands for sft_core/train: raise it when a change there changes what is trained.
 TRAINED = Stage(
     "trained",
-    build_trained,
+    build,
     section=_section,
     places=_places,
     needs=_needs,
@@ -158,70 +202,72 @@ def last_round(pinned: PinnedRecipe, phase: str) -> Part:
 
 
 def events(folder: Path, name: str = "log.jsonl") -> list[dict[str, Any]]:
-    """What a training has written down so far."""
+    """The events in a log of a training so far."""
     return read_events(folder / "logs" / name)
 
 
 def card(folder: Path) -> list[Any]:
     """The training so far, from its logs."""
-    seen = events(folder)
-    if not seen:
+    lines = events(folder)
+    if not lines:
         return facts("Training", {"state": "starting"})
-    losses = [_of_sources(event) for event in seen]
+    losses = [_of_sources(event) for event in lines]
     components = [
         heading("Training"),
-        progress_bar(seen[-1]["step"], seen[-1]["of"], label="optimizer steps"),
-        table(("", ""), list(_state(seen, folder).items())),
+        progress_bar(lines[-1]["step"], lines[-1]["of"], label="optimizer steps"),
+        table(("", ""), list(_state(lines, folder).items())),
         heading("Loss"),
-        chart(loss_curve(seen)),
+        chart(loss_curve(lines)),
     ]
     if any(len(by_source) > 1 for by_source in losses):
-        components += [chart(loss_by_source(seen, losses)), _first_to_last(losses)]
-    if measures := {title: key for title, key, _ in LOGGED if any(key in event for event in seen)}:
-        components += [heading("Speed and optimizer"), chart(by_step(seen, measures))]
+        components += [chart(loss_by_source(lines, losses)), _first_to_last(losses)]
+    if measures := {title: key for title, key, _ in LOGGED if any(key in event for event in lines)}:
+        components += [heading("Speed and optimizer"), chart(by_step(lines, measures))]
     shown = [column for column in LOGGED if column[0] in measures]
     last = [
         (event["step"], event["loss"], *(_number(event, key, form) for _, key, form in shown))
-        for event in seen[-LAST_EVENTS:]
+        for event in lines[-LAST_EVENTS:]
     ]
     components += [heading("Last events"), table(("step", "loss", *(title for title, _, _ in shown)), last)]
     return [*components, *_selection(events(folder, "selection.jsonl"))]
 
 
-def _times(seen: list[dict[str, Any]]) -> dict[str, str]:
-    """How long it took so far, and the rest will; nothing of a log that does not say so."""
-    last, seconds = seen[-1], sum(event.get("seconds", 0.0) for event in seen)
+def _times(lines: list[dict[str, Any]]) -> dict[str, str]:
+    """The time so far, and the time to go; nothing where the log has no seconds."""
+    last, seconds = lines[-1], sum(event.get("seconds", 0.0) for event in lines)
     if not seconds:
         return {}
-    told = {"time so far": _duration(seconds)}
-    left, between = last["of"] - last["step"], last["step"] - (seen[-2]["step"] if len(seen) > 1 else 0)
-    if left >= between:  # else nothing more will be logged
+    times = {"time so far": _duration(seconds)}
+    num_left, between = last["of"] - last["step"], last["step"] - (lines[-2]["step"] if len(lines) > 1 else 0)
+    if num_left >= between:  # else no further line will be logged
         # By the latest events: the first ones load and compile.
-        steps = last["step"] - seen[-RECENT - 1]["step"] if len(seen) > RECENT else last["step"]
-        told["time to go"] = _duration(sum(event.get("seconds", 0.0) for event in seen[-RECENT:]) / steps * left)
-    return told
+        steps = last["step"] - lines[-RECENT - 1]["step"] if len(lines) > RECENT else last["step"]
+        times["time to go"] = _duration(sum(event.get("seconds", 0.0) for event in lines[-RECENT:]) / steps * num_left)
+    return times
 
 
-def _state(seen: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    last = seen[-1]
-    speeds = [event["tokens_per_s"] for event in seen[1:] if "tokens_per_s" in event] or [last.get("tokens_per_s", 0.0)]
+def _state(lines: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    last = lines[-1]
+    speeds = [event["tokens_per_s"] for event in lines[1:] if "tokens_per_s" in event] or [
+        last.get("tokens_per_s", 0.0)
+    ]
     shown = {
         "step": f"{last['step']:,} of {last['of']:,}",
-        **_times(seen),
+        **_times(lines),
         "loss": f"{last['loss']:.4f}",
         "gradient norm": _number(last, "grad_norm", ".3g"),
         "learning rate": _number(last, "learning_rate", ".3g"),
         "tokens/s, mean": f"{sum(speeds) / len(speeds):,.0f}",
         **{name: f"{last[key]:.{digits}f}" for name, key, digits in MEASURED if key in last},
     }
-    for told in events(folder, "forward.jsonl")[-1:]:
-        shown["attention"] = told["attention"]
-        shown["documents of a pack"] = DOCUMENTS[told["documents"]]
-        shown["packs a forward"] = told["packs_a_forward"]
-    for told in events(folder, "balance.jsonl"):
-        if told["ranks"] > 1:
-            place = f"{told['ranks']} ranks, {told['packs_a_step']} packs a step"
-            shown["slowest rank / mean rank, FLOPs"] = f"{told['slowest_over_mean']:.4f} ({place})"
+    for forward in events(folder, "forward.jsonl")[-1:]:
+        shown["attention"] = forward["attention"]
+        shown["documents of a pack"] = DOCUMENTS[forward["documents"]]
+        shown["packs a forward"] = forward["packs_a_forward"]
+    for balance in events(folder, "balance.jsonl"):
+        if balance["ranks"] > 1:
+            place = f"{balance['ranks']} ranks, {balance['packs_a_step']} packs a step"
+            shown["slowest rank / mean rank, FLOPs"] = f"{balance['slowest_over_mean']:.4f} ({place})"
     return shown
 
 
@@ -231,15 +277,15 @@ def _of_sources(event: dict[str, Any]) -> dict[str, float]:
 
 def _first_to_last(losses: list[dict[str, float]]) -> Any:
     by_source: dict[str, list[float]] = {}
-    for one in losses:
-        for source, loss in one.items():
+    for of_event in losses:
+        for source, loss in of_event.items():
             by_source.setdefault(source, []).append(loss)
-    rows = [(source, found[0], min(found), found[-1]) for source, found in by_source.items()]
+    rows = [(source, curve[0], min(curve), curve[-1]) for source, curve in by_source.items()]
     return table(("source", "first loss", "lowest", "last"), rows)
 
 
 def _selection(measured: list[dict[str, Any]]) -> list[Any]:
-    """Loss on held-out rows, where it is measured while training goes on."""
+    """The loss on held-out rows, where it is measured while training goes on."""
     if not measured:
         return []
     best = min(measured[1:] or measured, key=lambda event: event["loss"])
@@ -269,25 +315,27 @@ def check_machine(store: Store, pinned: PinnedRecipe, part: Part) -> None:
 
 
 def meet_other_nodes(parallel: Any, attempt: str) -> None:
-    """Tells the ranks of this task where those of the gang's other tasks are. parallel: Metaflow's current.parallel.
+    """Sets the environment by which this task's ranks find those of the gang's other tasks.
 
-    attempt: names this try of this run. It gives the port, so that what is left of another try is not met.
+    parallel: Metaflow's current.parallel. attempt: names this try of this run. The port follows from it, so that the
+    ranks meet no leftover of another try.
     """
     port = 20_000 + zlib.crc32(attempt.encode()) % 10_000
     nodes = {"node": parallel.node_index, "num_nodes": parallel.num_nodes}
-    os.environ.update(among_nodes(**nodes, address=parallel.main_ip, port=port))
+    os.environ.update(node_environment(**nodes, address=parallel.main_ip, port=port))
 
 
 def along(store: Store, pinned: PinnedRecipe, part: Part) -> str:
-    """Trains along with the gang's first task; the address of what that one stores."""
+    """Joins the training of the gang's first task, and returns the address of the output that the first task stores."""
     # The first node makes the checkpoint that a phase starts from; without it the round has no key.
     if not comes_true(lambda: _located(store, pinned, part).ref is not None, STARTED_WITHIN_S):
         raise FileNotFoundError(f"{part}: the first node did not make the checkpoint that it starts from")
     located = _located(store, pinned, part)
     assert located.ref is not None
-    train_along(
+    join_training(
         store.scratch(located.ref),
         pinned.recipe.runtime,
+        _rank_module(pinned, pinned.phase_name(part)),
         lambda: _located(store, pinned, part).status == "hit",
     )
     return str(located.ref)
@@ -307,8 +355,8 @@ def live_card(store: Store, pinned: PinnedRecipe, part: Part, live: Any) -> Iter
     def follow_log() -> None:
         drawn = 0
         while not ended.wait(REFRESH_S):
-            if located.ref is not None and len(seen := events(store.scratch(located.ref))) > drawn:
-                drawn = len(seen)
+            if located.ref is not None and len(lines := events(store.scratch(located.ref))) > drawn:
+                drawn = len(lines)
                 redraw(live, card(store.scratch(located.ref)))
 
     thread = threading.Thread(target=follow_log, daemon=True)

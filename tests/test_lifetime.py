@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sft_core.lifetime import STARTED_BY
-from sft_core.train.launch import run
+from sft_core.train.launch import run, variables
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,8 +106,8 @@ def test_launched_process_whose_starter_ended_before_it_asked_ends(tmp_path: Pat
     (tmp_path / "logs").mkdir()
     script = tmp_path / "agent.py"
     script.write_text(PARENT)  # in torchrun's place: it starts a rank and is gone before the rank asks
-    runtime = {"num_threads": 1, "distributed": None}
-    run(tmp_path / "before", [str(script), "from above"], runtime, tmp_path, log=tmp_path / "logs" / "train.log")
+    arguments = [str(script), "from above", str(tmp_path / "before")]
+    run(arguments, variables(tmp_path, num_threads=1), tmp_path, log=tmp_path / "logs" / "train.log")
     output = (tmp_path / "logs" / "train.log").read_text()
     assert output.startswith("child")
     assert "asked" not in output

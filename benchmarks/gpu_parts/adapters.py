@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from benchmarks.gpu_parts.jobs import Work
 from benchmarks.gpu_parts.rows import Context, Row, cases
 from benchmarks.gpu_parts.shapes import config_of, documents, tokens
 from benchmarks.gpu_parts.sides import apart, losses_of, our_trainer, weights_drawn_on
+from sft_core.train.job import TrainJob
 from sft_core.train.main import train
 from sft_core.train.merge import merge
 from sft_core.train.model import save_checkpoint
@@ -68,11 +69,11 @@ def qlora_rows(context: Context) -> Iterator[Row]:
     yield from adapter_rows(context, "QLoRA", of_base, {"load_in_4bit": True})
 
 
-def _start(context: Context, job: dict[str, Any]) -> tuple[Any, Any]:
+def _start(context: Context, job: TrainJob) -> tuple[Any, Any]:
     """The model that the job begins with, with attention that needs no bounds, and the tokenizer."""
-    settings = {**job["model"], "attn_implementation": "sdpa"}
+    model = dataclasses.replace(job.spec.model, attn_implementation="sdpa")
     with weights_drawn_on(context.device):
-        return sft_core.train.model.load_model(**settings, tokenizer=job["tokenizer"], seed=job["training"]["seed"])
+        return sft_core.train.model.load_model(model, job.spec.tokenizer, seed=job.spec.training.seed)
 
 
 def adapter_rows(
@@ -81,9 +82,9 @@ def adapter_rows(
     work = _work(context, lora or {}, model)
     job = work.write(context.folder / "".join(filter(str.isalnum, name)))
     with apart(work.config), weights_drawn_on(context.device), our_trainer():
-        train(job, Path(job["out"]))
+        train(job)
         merge(job)
-    losses = losses_of(Path(job["out"]))
+    losses = losses_of(job.out)
     yield context.row(
         f"{name}: the loss falls",
         losses[0] - losses[-1],
@@ -102,9 +103,9 @@ def adapter_rows(
 
 
 @torch.no_grad()
-def merged_beside_adapted(context: Context, job: dict[str, Any]) -> tuple[float, float]:
+def merged_beside_adapted(context: Context, job: TrainJob) -> tuple[float, float]:
     """In fp32 on the CPU, as parts of the norm of the logits: merged from adapted, adapted from the base."""
-    folder = Path(job["out"]) / "model"
+    folder = job.out / "model"
     base = _start(context, job)[0].cpu().eval()
     ids = torch.arange(280, 292)[None]  # the added token's is 291
     before = base(ids).logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from benchmarks.gpu_parts.rows import Context, Row, cases
 from benchmarks.gpu_parts.shapes import config_of
 from benchmarks.gpu_parts.sides import apart, weights_drawn_on
 from sft_core.evaluate.generate import generate_answers
+from sft_core.train.job import ModelLoader, TokenizerLoader
 
 
 def run(context: Context) -> Iterator[Row]:
@@ -32,18 +34,17 @@ def run(context: Context) -> Iterator[Row]:
 def rows(context: Context, name: str, attention: str) -> Iterator[Row]:
     batch, length, new = (64, 256, 128) if context.on_gpu else (4, 32, 8)
     config = config_of(name, context.device)
-    settings: dict[str, Any] = {
-        "path": None,
-        "revision": None,
-        "config": config,
-        "dtype": "float32",
-        "attn_implementation": attention,
-        "stop_tokens": [],
-        "trust_remote_code": False,
-    }
-    tokenizer = {"path": str(TOKENIZER), "revision": None, "add_special_tokens": [], "eos_token": None}
+    loader = ModelLoader(
+        path=None,
+        revision=None,
+        config=config,
+        dtype="float32",
+        attn_implementation=attention,
+        stop_tokens=[],
+        trust_remote_code=False,
+    )
     with apart(config):
-        model = _load(context, settings, {**tokenizer, "trust_remote_code": False})
+        model = _load(context, loader)
         rng = np.random.default_rng(0)
         # Of unequal lengths, so that they are padded as real ones are.
         prompts = [
@@ -67,12 +68,13 @@ def rows(context: Context, name: str, attention: str) -> Iterator[Row]:
     )
 
 
-def _load(context: Context, settings: dict[str, Any], tokenizer: dict[str, Any]) -> Any:
+def _load(context: Context, loader: ModelLoader) -> Any:
     """As sft_core/evaluate/loading.py does for a bf16 recipe; what `auto` means is asked before weights are drawn."""
-    if settings["attn_implementation"] == "auto":
-        config = sft_core.train.model.read_config(None, None, settings["config"], False)
+    if loader.attn_implementation == "auto":
+        config = sft_core.train.model.read_config(None, None, loader.config, False)
         chosen = sft_core.train.model.choose_attention("auto", config, half=True)
-        settings = {**settings, "attn_implementation": chosen or "sdpa"}
+        loader = dataclasses.replace(loader, attn_implementation=chosen or "sdpa")
+    tokenizer = TokenizerLoader(str(TOKENIZER), None, [], None, False)
     with weights_drawn_on(context.device):
-        model, _ = sft_core.train.model.load_model(**settings, tokenizer=tokenizer, seed=0, half=True)
+        model, _ = sft_core.train.model.load_model(loader, tokenizer, seed=0, half=True)
     return model.to(device=context.device, dtype=torch.bfloat16).eval()

@@ -14,6 +14,7 @@ from sft_core.data.packing import write_plan
 from sft_core.data.shards import TOKENS
 from sft_core.recipe import Recipe, parse_recipe
 from sft_core.train.estimate import estimate
+from sft_core.train.job import ModelLoader, TokenizerLoader, TrainJob, TrainSpec
 from sft_core.train.model import skeleton
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,8 +103,8 @@ class Work:
     def _shape(self) -> Any:
         return skeleton(path=None, revision=None, config=self.config, trust_remote_code=False)
 
-    def write(self, folder: Path) -> dict[str, Any]:
-        """Writes packs and shards below the folder, and gives the job whose output is in folder/out."""
+    def write(self, folder: Path) -> TrainJob:
+        """Writes packs and shards below the folder, and returns the job whose output is in folder/out."""
         folder.mkdir(parents=True, exist_ok=True)
         packs = self.documents()
         write_shard(folder / "tokens" / "shard-00000", [ids for pack in packs for ids in pack])
@@ -113,37 +114,42 @@ class Work:
         (folder / "out" / "logs").mkdir(parents=True)
         return self.job(folder, folder / "out")
 
-    def job(self, folder: Path, out: Path) -> dict[str, Any]:
-        """Of a training of the packs in `folder`. Writes nothing."""
+    def job(self, folder: Path, out: Path) -> TrainJob:
+        """The job of a training of the packs in `folder`. Writes nothing."""
         recipe = self.recipe()
         model = recipe.model
-        path = model.model_name_or_path
-        return {
-            "model": {
-                "path": path,
-                "revision": None,
-                "config": model.config,
-                "dtype": model.dtype,
-                "attn_implementation": model.attn_implementation,
-                "stop_tokens": [],
-                "trust_remote_code": False,
-            },
-            "tokenizer": {
-                "path": str(TOKENIZER),
-                "revision": None,
-                "add_special_tokens": list(model.add_special_tokens),
-                "eos_token": model.eos_token,
-                "trust_remote_code": False,
-            },
-            "chat_template": None,
-            "training": recipe.last_phase.training.model_dump(mode="json"),
-            "sources": [SOURCE],
-            "round": 0,
-            "out": str(out),
-            "packs": str(folder),
-            "tokens": [[str(folder / "tokens")]],
-            "runtime": {**recipe.runtime.model_dump(mode="json"), "num_threads": NUM_THREADS},
-        }
+        spec = TrainSpec(
+            rank_module="sft_core.train.main",
+            model=ModelLoader(
+                path=model.model_name_or_path,
+                revision=None,
+                config=model.config,
+                dtype=model.dtype,
+                attn_implementation=model.attn_implementation,
+                stop_tokens=[],
+                trust_remote_code=False,
+            ),
+            tokenizer=TokenizerLoader(
+                path=str(TOKENIZER),
+                revision=None,
+                add_special_tokens=list(model.add_special_tokens),
+                eos_token=model.eos_token,
+                trust_remote_code=False,
+            ),
+            chat_template=None,
+            training=recipe.last_phase.training,
+            sources=[SOURCE],
+        )
+        return TrainJob(
+            spec=spec,
+            round=0,
+            out=out,
+            packs=folder,
+            tokens=[[folder / "tokens"]],
+            selection_packs=None,
+            runtime=recipe.runtime,
+            num_threads=NUM_THREADS,
+        )
 
 
 def triton_works() -> bool:

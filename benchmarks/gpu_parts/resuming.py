@@ -21,6 +21,7 @@ from benchmarks.gpu_parts.rows import Context, Row, cases
 from benchmarks.gpu_parts.shapes import config_of, documents, tokens
 from benchmarks.gpu_parts.sides import apart, losses_of, our_trainer, weights_drawn_on
 from sft_core.train.checkpoints import numbered, step_of
+from sft_core.train.job import TrainJob, write_job
 from sft_core.train.main import train, trained
 
 STEPS, SAVED_AT, KILLED_AT = 10, 5, 7
@@ -71,21 +72,22 @@ def unbroken(context: Context, name: str, extra: dict[str, Any]) -> Path:
     work, folder = _work(context, extra), context.folder / name
     job = work.write(folder)
     _train(context, job)
-    return Path(job["out"])
+    return job.out
 
 
-def _train(context: Context, job: dict[str, Any]) -> None:
-    with apart(job["model"]["config"]), weights_drawn_on(context.device), our_trainer(saves_s=[]):
-        train(job, Path(job["out"]))
+def _train(context: Context, job: TrainJob) -> None:
+    assert job.spec.model.config is not None
+    with apart(job.spec.model.config), weights_drawn_on(context.device), our_trainer(saves_s=[]):
+        train(job)
 
 
 def broken(context: Context, name: str, extra: dict[str, Any], process: Ahead) -> Path:
     """The folder of one that was killed in another process, and ended here."""
     job = _work(context, extra).write(context.folder / name)
-    out = Path(job["out"])
+    out, path = job.out, str(write_job(job, job.out))
     try:
         process.wait_until_ready(max(1.0, context.left()))
-        told = list(process.go({"job": job, "step": KILLED_AT}, min(PERIOD_S, max(1.0, context.left()))))
+        told = list(process.go({"job": path, "step": KILLED_AT}, min(PERIOD_S, max(1.0, context.left()))))
     except RuntimeError:
         told = []
     assert not told and len(losses_of(out)) == KILLED_AT - 1, f"not killed at {KILLED_AT}: {losses_of(out)}, {told}"
@@ -158,8 +160,8 @@ def save_rows(context: Context) -> Iterator[Row]:
     saves_s: list[float] = []
     _room_for_one(context, work)
     with apart(work.config), weights_drawn_on(context.device), our_trainer(saves_s=saves_s, asks_room=False):
-        trained(job, Path(job["out"]))
-    (folder,) = numbered(Path(job["out"]) / "checkpoints")
+        trained(job)
+    (folder,) = numbered(job.out / "checkpoints")
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     note = f"{written / 1e9:.1f} GB at {written / 1e9 / saves_s[0]:.2f} GB/s"
     yield context.row("a save of 3 B stops training", saves_s[0], "s", note, key="3b.save_stops_s")

@@ -19,14 +19,16 @@ from transformers import AutoConfig, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from trl import SFTConfig, SFTTrainer
 
-import sft_core.train.checkpoints
+import sft_core.train.assemble
+import sft_core.train.main
 import sft_core.train.model
-import sft_core.train.trainer
-from benchmarks.gpu_parts.jobs import TOKENIZER, Work, trained_mask, triton_works
+import sft_core.train.tried_forward
+from benchmarks.gpu_parts.jobs import Work, trained_mask, triton_works
 from benchmarks.gpu_parts.meter import Measured, Meter, MeterSteps
 from benchmarks.gpu_parts.rows import free
 from sft_core.train.accelerator import liger
 from sft_core.train.arguments import gpu_arguments
+from sft_core.train.job import ModelLoader, TokenizerLoader, TrainJob
 from sft_core.train.log_file import read_events
 from sft_core.train.main import trained
 
@@ -73,11 +75,13 @@ def weights_drawn_on(device: str) -> Iterator[None]:
     """Random weights of billions of parameters, drawn in a second and not in the half minute that a CPU takes."""
     load: Any = sft_core.train.model.load_model
 
-    def on_device(**settings: Any) -> Any:
-        with torch.device(device) if settings["config"] is not None else contextlib.nullcontext():
-            return load(**settings)
+    def on_device(model: ModelLoader, tokenizer: TokenizerLoader, **settings: Any) -> Any:
+        with torch.device(device) if model.config is not None else contextlib.nullcontext():
+            return load(model, tokenizer, **settings)
 
-    with patch.object(sft_core.train.model, "load_model", on_device):
+    with contextlib.ExitStack() as stack:
+        for module in (sft_core.train.model, sft_core.train.assemble):
+            stack.enter_context(patch.object(module, "load_model", on_device))
         yield
 
 
@@ -119,15 +123,15 @@ def our_trainer(
 ) -> Iterator[None]:
     """What `sft_core.train.main` trains with, watched (see there for saves_s). asks_room: before it begins, for all
     that it may save; where it saves nothing it never asks."""
-    module = sft_core.train.trainer
+    module = sft_core.train.assemble
     with contextlib.ExitStack() as stack:
         if saves_s is None or not asks_room:
-            stack.enter_context(patch.object(sft_core.train.checkpoints, "check_room", lambda out, num_bytes: None))
+            stack.enter_context(patch.object(sft_core.train.main, "check_room", lambda out, num_bytes: None))
         stack.enter_context(
             patch.object(module, "PackTrainer", watched(module.PackTrainer, meter, callbacks or [], saves_s))
         )
         if not fused_head or not triton_works():
-            stack.enter_context(patch.object(module, "takes_fused_head", lambda model: False))
+            stack.enter_context(patch.object(sft_core.train.tried_forward, "takes_fused_head", lambda model: False))
         yield
 
 
@@ -147,7 +151,7 @@ def ours(work: Work, folder: Path, device: str, *, warm: int, timed: int, fused_
     job = work.write(folder)
     with apart(work.config, meter), weights_drawn_on(device), our_trainer(meter, fused_head=fused_head):
         _train_and_release(job)
-    logs = Path(job["out"]) / "logs"
+    logs = job.out / "logs"
     events = read_events(logs / "log.jsonl")
     (event,) = (event for event in events if event["step"] == warm + timed)
     return Run(
@@ -161,20 +165,19 @@ def ours(work: Work, folder: Path, device: str, *, warm: int, timed: int, fused_
     )
 
 
-def _train_and_release(job: dict[str, Any]) -> None:
-    trainer = trained(job, Path(job["out"]))
+def _train_and_release(job: TrainJob) -> None:
+    trainer = trained(job)
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = trainer.optimizer = None
 
 
 def load(work: Work, device: str, attention: str) -> tuple[Any, Any]:
     """The model that ours trains, and the tokenizer."""
-    model = {**work.job(Path(), Path())["model"], "attn_implementation": attention}
-    tokenizer = {"path": str(TOKENIZER), "revision": None, "add_special_tokens": [], "eos_token": None}
+    spec = work.job(Path(), Path()).spec
+    model = dataclasses.replace(spec.model, attn_implementation=attention)
+    tokenizer = dataclasses.replace(spec.tokenizer, add_special_tokens=[], eos_token=None)
     with weights_drawn_on(device):
-        return sft_core.train.model.load_model(
-            **model, tokenizer={**tokenizer, "trust_remote_code": False}, seed=42, half=True
-        )
+        return sft_core.train.model.load_model(model, tokenizer, seed=42, half=True)
 
 
 def labels_of(ids: Any) -> list[int]:

@@ -14,6 +14,7 @@ from benchmarks.gpu_parts.process import Ahead, alone_of_its_group
 from benchmarks.gpu_parts.rows import Case, Context, Row, cases
 from benchmarks.gpu_parts.shapes import config_of, documents, tokens
 from sft_core.rank_strategies import DEFAULT, STRATEGIES
+from sft_core.train.job import write_job
 from sft_core.train.launch import variables
 
 ALIKE = 0.02  # of a loss: bf16 weights round otherwise than autocast over fp32 ones
@@ -30,7 +31,7 @@ def run(context: Context) -> Iterator[Row]:
     processes: dict[str, Ahead] = {}
 
     def start(name: str) -> Ahead:
-        settings = variables({"num_threads": 2, "distributed": name}, context.folder)
+        settings = variables(context.folder, num_threads=2, distributed=name)
         changed = {key: value for key, value in settings.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
         command = ["--task", "strategy_steps", "--device", context.device]
         return Ahead(command, log=log, environment=changed | alone_of_its_group())
@@ -65,7 +66,7 @@ def strategy_rows(context: Context, name: str, process: Ahead, found: dict[str, 
         runtime={"logging_steps": 1, "distributed": name},
     )
     job = work.write(context.folder / name)
-    order = {"job": job, "warm": timed, "timed": timed}
+    order = {"job": str(write_job(job, job.out)), "warm": timed, "timed": timed}
     process.wait_until_ready(max(1.0, context.left()))
     (told,) = process.go(order, min(MOST_S, max(1.0, context.left())))
     found[name] = told

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_core.evaluate.documents import SAMPLES
-from sft_core.evaluate.loading import ModelLoader, ModelToScore, TokenizerLoader, scored_model, use_threads
+from sft_core.evaluate.loading import ModelToScore, scored_model, use_threads
 from sft_core.evaluate.scores import Score
+from sft_core.train.job import ModelLoader, TokenizerLoader
 
 if TYPE_CHECKING:
     from sft_core.store import Build

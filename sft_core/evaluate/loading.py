@@ -20,6 +20,7 @@ import numpy as np
 from sft_core.data.tokenizer import load_tokenizer
 from sft_core.evaluate.answers import stop_ids
 from sft_core.evaluate.with_vllm import WithVllm
+from sft_core.train.job import ModelLoader, TokenizerLoader
 
 if TYPE_CHECKING:
     from sft_core.sections import Runtime, VllmSettings
@@ -33,30 +34,6 @@ def use_threads(runtime: Runtime) -> None:
     import torch
 
     torch.set_num_threads(runtime.num_threads or max(1, (os.cpu_count() or 1) // TASKS_AT_A_TIME))
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelLoader:
-    """Where a model is and how it is loaded: arguments of train.model.load_model."""
-
-    path: str | None
-    revision: str | None
-    config: dict[str, Any] | None  # JSON, of random weights
-    dtype: str
-    attn_implementation: str
-    stop_tokens: list[str]
-    trust_remote_code: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerLoader:
-    """Where a tokenizer is and what is added to it: the arguments of load_tokenizer."""
-
-    path: str
-    revision: str | None
-    add_special_tokens: list[str]
-    eos_token: str | None
-    trust_remote_code: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,15 +171,15 @@ def load_scored(model: ModelLoader, tokenizer: TokenizerLoader, bf16: bool, seed
     network: Any
     if model.config is None and not _grows(model, tokenizer):
         network, vocabulary = load_model(
-            **vars(dataclasses.replace(model, dtype="bfloat16") if bf16 else model),
-            tokenizer=vars(tokenizer),
+            dataclasses.replace(model, dtype="bfloat16") if bf16 else model,
+            tokenizer,
             seed=seed,
             half=bf16,
             device=None if device == "cpu" else device,
         )
     else:
         # Draw random numbers on the CPU, in the weights' dtype: training starts from these.
-        network, vocabulary = load_model(**vars(model), tokenizer=vars(tokenizer), seed=seed, half=bf16)
+        network, vocabulary = load_model(model, tokenizer, seed=seed, half=bf16)
         if bf16:
             _cast(network, torch.bfloat16)
         network.to(device)

@@ -18,7 +18,7 @@ from sft_core.evaluate.generate import WithTransformers
 from sft_core.evaluate.metrics.metric import Asked, Metric
 from sft_core.evaluate.metrics.registry import load_metric
 from sft_core.evaluate.scores import strip_thinking
-from sft_core.train.selection import RowLosses
+from sft_core.train.row_losses import RowLosses
 
 
 class AnswerScores:
@@ -40,7 +40,7 @@ class AnswerScores:
         conversations: Mapping[str, Path],
         tokenizer: Any,
         *,
-        batch_size: int,
+        batch_size: int | None,
         flops_a_token: float,
     ):
         self._plan, self._sources, self._folders = plan, sources, tokens

@@ -19,10 +19,8 @@ from sft_core.data.shards import TokenRow, TokenShards, read_index
 from sft_core.evaluate.answers import Output, asked_of, generate_outputs, served_prompt
 from sft_core.evaluate.engine import Engine, Request
 from sft_core.evaluate.loading import (
-    ModelLoader,
     ModelToScore,
     ScoredModel,
-    TokenizerLoader,
     scored_model,
     use_threads,
 )
@@ -32,6 +30,7 @@ from sft_core.evaluate.rows import ROWS, answer_counts, scores
 from sft_core.evaluate.scores import strip_thinking
 from sft_core.evaluate.with_vllm import unmet_vllm
 from sft_core.measuring import Sampling
+from sft_core.train.job import ModelLoader, TokenizerLoader
 
 if TYPE_CHECKING:
     from sft_core.sections import Runtime

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sft_core.links import link_files
-from sft_core.train.launch import evaluation_folder
+from sft_core.search.evaluations import evaluation_folder
 
 if TYPE_CHECKING:
     from sft_core.store import Build

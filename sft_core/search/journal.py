@@ -1,4 +1,4 @@
-"""What a roll-out measured and what that took, as a file: `curves.json` in its output, which a search reads back."""
+"""A roll-out's curves and what they cost, as a file: `curves.json` in its output, which a search reads back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Cost:
 
 
 class Drawn(NamedTuple):
-    """What a sampler that learns drew from after so many epochs: of each task, the share that it is trained with."""
+    """The shares of tasks that a sampler draws with, after so many epochs."""
 
     epochs: float
     shares: dict[str, float]
@@ -53,5 +53,5 @@ def write_journal(folder: Path, journal: Journal) -> None:
 def read_journal(file: IO[Any]) -> Journal:
     data = json.load(file)
     rows = {task: np.array(rows) for task, rows in data["rows"].items()}
-    drawn = [Drawn(**one) for one in data["drawn"]]
+    drawn = [Drawn(**moment) for moment in data["drawn"]]
     return Journal(Curves(data["epochs"], rows), Cost(**data["cost"]), drawn)

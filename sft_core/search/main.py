@@ -1,6 +1,6 @@
 """One rank of a roll-out: `python -m torch.distributed.run ... -m sft_core.search.main JOB.json`.
 
-Trains as sft_core.train.main does, shows a search what it measures, and writes curves.json and the weights of those
+Trains as sft_core.train.main does, shows the search what it measures, and writes curves.json and the weights of those
 evaluations that the search asks for.
 """
 
@@ -15,22 +15,32 @@ import numpy as np
 
 from sft_core.data.packing import PackPlan
 from sft_core.evaluate.selection_answers import AnswerScores
+from sft_core.lifetime import die_with_parent
+from sft_core.search.job import RolloutJob
 from sft_core.search.journal import CURVES, Cost, Drawn, Journal, read_journal, write_journal
+from sft_core.search.registry import make_sampler, make_search
 from sft_core.search.rollouts import Search, replay
-from sft_core.search.samplers import Sampler, make_sampler
-from sft_core.search.strategies import make_search
+from sft_core.search.strategy import SamplerInput, SearchInput
 from sft_core.search.watch import RolloutWatch
+from sft_core.train.hooks import Sampler
+from sft_core.train.job import read_job
 from sft_core.train.log_file import read_events
-from sft_core.train.main import main, trained
+from sft_core.train.main import as_rank, trained
 
 
-def roll_out(job: dict[str, Any], out: Path) -> None:
+def main(job_path: Path) -> None:
+    die_with_parent()
+    job = read_job(RolloutJob, job_path)
+    with as_rank(job.train.out):
+        roll_out(job)
+
+
+def roll_out(job: RolloutJob) -> None:
     """Trains, and writes what the search asks for."""
-    tasks, search = job["rollout"]["tasks"], search_of(job["rollout"])
+    out, search = job.train.out, search_of(job)
     trainer = trained(
-        job,
-        out,
-        watch=functools.partial(RolloutWatch, search, tasks, job["sources"], out),
+        job.train,
+        watch=functools.partial(RolloutWatch, search, job.rollout.tasks, job.train.spec.sources, out),
         sampler=functools.partial(sampler_of, job),
         answers=functools.partial(answers_of, job),
     )
@@ -49,51 +59,54 @@ def roll_out(job: dict[str, Any], out: Path) -> None:
     trainer.accelerator.end_training()
 
 
-def search_of(rollout: dict[str, Any]) -> Search:
+def search_of(job: RolloutJob) -> Search:
     """The search as it stands before this roll-out."""
-    search = make_search(rollout["search"], rollout["tasks"], rollout["sizes"])
+    rollout = job.rollout
+    search = make_search(SearchInput(rollout.search, rollout.tasks, rollout.sizes))
     journal = []
-    for folder in rollout["before"]:
-        with (Path(folder) / CURVES).open() as file:
+    for folder in job.before:
+        with (folder / CURVES).open() as file:
             journal.append(read_journal(file).curves)
     replay(search, journal)
     assert search.propose() is not None
     return search
 
 
-def sampler_of(job: dict[str, Any], plan: PackPlan, num_steps: int) -> Sampler | None:
-    """Who draws what the roll-out trains; None where its schedule stands from the start."""
-    rollout, training = job["rollout"], job["training"]
-    tasks = [source for source in job["sources"] if source in rollout["active"]]
-    number = {job["sources"].index(task): place for place, task in enumerate(tasks)}
+def sampler_of(job: RolloutJob, plan: PackPlan, num_steps: int) -> Sampler | None:
+    """Draws what the roll-out trains; None where its schedule stands from the start."""
+    sources, training = job.train.spec.sources, job.train.spec.training
+    tasks = [source for source in sources if source in job.rollout.active]
+    number = {sources.index(task): place for place, task in enumerate(tasks)}
     return make_sampler(
-        rollout["search"],
-        tasks=tasks,
-        task=np.array([number[source] for source in plan.source.tolist()]),
-        plan=plan,
-        num_steps=num_steps,
-        num_epochs=training["num_train_epochs"],
-        global_batch_size=training["global_batch_size"],
-        max_length=rollout.get("max_length"),
-        seed=training["seed"],
+        SamplerInput(
+            job.rollout.search,
+            tasks=tasks,
+            task=np.array([number[source] for source in plan.source.tolist()]),
+            plan=plan,
+            num_steps=num_steps,
+            num_epochs=training.num_train_epochs,
+            global_batch_size=training.global_batch_size,
+            max_length=job.rollout.max_length,
+            seed=training.seed,
+        )
     )
 
 
-def answers_of(job: dict[str, Any], plan: PackPlan, *, tokenizer: Any, flops_a_token: float) -> AnswerScores | None:
-    """Who scores the answers to the selection rows; None where their losses are the scores."""
-    if "answers" not in job["rollout"]:
+def answers_of(job: RolloutJob, plan: PackPlan, *, tokenizer: Any, flops_a_token: float) -> AnswerScores | None:
+    """Scores the answers to the selection rows; None where the rows' losses are the scores."""
+    if job.rollout.answers is None:
         return None
     return AnswerScores(
         plan,
-        job["sources"],
-        [list(map(Path, folders)) for folders in job["tokens"]],
-        job["rollout"]["answers"],
-        {task: Path(folder) for task, folder in job["rollout"]["conversations"].items()},
+        job.train.spec.sources,
+        job.train.tokens,
+        job.rollout.answers,
+        job.conversations,
         tokenizer,
-        batch_size=job["runtime"]["eval_batch_size"],
+        batch_size=job.train.runtime.eval_batch_size,
         flops_a_token=flops_a_token,
     )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), roll_out)
+    main(Path(sys.argv[1]))

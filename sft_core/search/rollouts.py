@@ -1,7 +1,7 @@
-"""What a search trains and what it learns from it: plain values, without weights, files or clocks.
+"""Roll-outs, their curves, and decisions by them: plain values, without weights, files or clocks.
 
-A strategy proposes a roll-out, is shown what it measured, and proposes again until it is done. What it does depends on
-what it was shown alone, so a journal of curves, shown again in order, leads to the same next roll-out.
+A strategy proposes a roll-out, observes its curves, and proposes again until it is done. Its proposals depend on the
+observed curves alone, so a journal of curves, observed again in order, leads to the same next roll-out.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Curves:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What followed from a roll-out. `evidence`: by task, the numbers that it rests on."""
+    """What follows from a roll-out. evidence: by task, the numbers that the decision rests on."""
 
     round: int
     dropped: tuple[str, ...]
     readmitted: tuple[str, ...]
-    start: Point  # of what comes next
-    epochs: float  # of training that lead there, over all roll-outs that were kept
+    start: Point  # of the next roll-out
+    epochs: float  # of training up to `start`, over all roll-outs that were kept
     reason: str
     evidence: Mapping[str, Mapping[str, Any]]
 
@@ -79,11 +79,11 @@ class Search(Protocol):
 
     @property
     def best(self) -> Point | None:
-        """The weights to deliver, of all that were seen."""
+        """The weights to deliver, of all evaluations so far."""
 
     @property
     def ended_by(self) -> str | None:
-        """Why the search is over, in words; None while it is not."""
+        """The reason why the search is over, in words; None while it goes on."""
 
 
 @dataclasses.dataclass
@@ -105,7 +105,7 @@ class Best:
 
 
 def replay(search: Search, journal: Iterable[Curves]) -> list[Decision]:
-    """Shows the search what its roll-outs have measured so far. Raises ValueError for more than it would have run."""
+    """Has the search observe the curves of its roll-outs so far. Raises ValueError for more than it would have run."""
     decisions: list[Decision] = []
     for curves in journal:
         if search.propose() is None:

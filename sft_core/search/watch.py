@@ -1,4 +1,4 @@
-"""A roll-out under way: its curves, the weights that a roll-back can still want, and when it may end."""
+"""A roll-out under way: its curves, the weights that the search may still ask for, and when it may end."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from sft_core.search.evaluations import FOLDER, evaluation_folder
 from sft_core.search.rollouts import Curves, Search
-from sft_core.train.launch import evaluation_folder
-from sft_core.train.selection import RowLosses
+from sft_core.train.row_losses import RowLosses
 
 
 class RolloutWatch:
-    """Scores a selection row by minus its loss per trained token, or by its answer where answers are scored.
+    """Scores each selection row by minus its loss per trained token, or by its answer where answers are scored.
 
-    out: where the roll-out is built. tasks: those that the search knows; other sources are not looked at.
+    out: where the roll-out is built. tasks: those that the search knows; rows of other sources have no score.
     """
 
     def __init__(self, search: Search, tasks: list[str], sources: list[str], out: Path, steps_per_epoch: int):
@@ -26,7 +26,7 @@ class RolloutWatch:
         self._steps: list[int] = []
         self._scores: list[dict[str, list[float]]] = []
         self._kept: set[int] = set()
-        self.most_kept = 0  # evaluations whose weights were there at once
+        self.most_kept = 0  # evaluations whose weights were on the disk at once
 
     @property
     def curves(self) -> Curves:
@@ -60,8 +60,8 @@ class RolloutWatch:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one evaluation's weights; 0 when none was kept."""
-        folders = sorted((self._out / "evaluations").glob("*"))
+        """The size of one evaluation's weights; 0 when none are kept."""
+        folders = sorted((self._out / FOLDER).glob("*"))
         return sum(path.stat().st_size for path in folders[0].rglob("*") if path.is_file()) if folders else 0
 
     def saved(self) -> None:
@@ -70,6 +70,6 @@ class RolloutWatch:
     def keep_only(self, evaluations: set[int]) -> None:
         """Removes the weights of all other evaluations."""
         wanted = {evaluation_folder(self._out, evaluation).name for evaluation in evaluations}
-        for folder in (self._out / "evaluations").iterdir():
+        for folder in (self._out / FOLDER).iterdir():
             if folder.name not in wanted:
                 shutil.rmtree(folder)

@@ -7,12 +7,15 @@ import difflib
 import math
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_core.train.accelerator import liger
 
 if TYPE_CHECKING:
     from trl import SFTConfig
+
+    from sft_core.sections import Runtime, Training
 
 # Set from the recipe or by what the pipeline guarantees; anything else of SFTConfig is free.
 OWNED = frozenset(
@@ -58,8 +61,8 @@ def check_extra(extra: dict[str, Any]) -> None:
 
 
 def check_report_to(trackers: Sequence[str]) -> None:
-    """Raises ValueError for a tracker that the Trainer does not know, or whose package is not there."""
-    if not trackers or list(trackers) in (["all"], ["none"]):  # what is installed, and nothing
+    """Raises ValueError for a tracker that the Trainer does not know, or whose package is not installed."""
+    if not trackers or list(trackers) in (["all"], ["none"]):  # every installed tracker, and none
         return
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -71,48 +74,48 @@ def check_report_to(trackers: Sequence[str]) -> None:
         try:
             INTEGRATION_TO_CALLBACK[tracker]()  # as the Trainer will
         except (ImportError, RuntimeError, ValueError) as error:
-            told = str(error).strip().rstrip(".")
-            raise ValueError(f"runtime.report_to: {tracker} cannot be used here: {told}; or leave it out") from None
+            reason = str(error).strip().rstrip(".")
+            raise ValueError(f"runtime.report_to: {tracker} cannot be used here: {reason}; or leave it out") from None
 
 
 def training_arguments(
-    training: dict[str, Any], *, num_steps: int, num_data_ranks: int, staging: str, runtime: dict[str, Any]
+    training: Training, runtime: Runtime, *, num_steps: int, num_data_ranks: int, staging: Path
 ) -> SFTConfig:
     """SFTConfig for one pack a micro-batch; accumulation follows from the global batch and the ranks that divide it.
 
     On a GPU products of fp32 matrices are TF32's, copies to the device do not make the host wait, and a process loads
-    what comes next: all free in `extra`.
+    the next batches: all free in `extra`.
     """
     import torch
     from trl import SFTConfig
 
     on_cpu = not torch.cuda.is_available()
     of_gpu = {} if on_cpu else gpu_arguments(torch.cuda.get_device_capability())
-    free: dict[str, Any] = {**of_gpu, **training["extra"]}
+    free: dict[str, Any] = {**of_gpu, **training.extra}
     return SFTConfig(
-        output_dir=staging,
+        output_dir=str(staging),
         max_steps=num_steps,
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=training["global_batch_size"] // num_data_ranks,
+        gradient_accumulation_steps=training.global_batch_size // num_data_ranks,
         average_tokens_across_devices=True,
-        learning_rate=training["learning_rate"],
-        lr_scheduler_type=training["lr_scheduler_type"],
-        lr_scheduler_kwargs=training["lr_scheduler_kwargs"] or None,
-        warmup_steps=math.ceil(training["warmup_ratio"] * num_steps),
-        weight_decay=training["weight_decay"],
-        max_grad_norm=training["max_grad_norm"],
-        bf16=training["bf16"],
-        activation_checkpointing=training["gradient_checkpointing"],
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_scheduler_type,
+        lr_scheduler_kwargs=training.lr_scheduler_kwargs or None,
+        warmup_steps=math.ceil(training.warmup_ratio * num_steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        bf16=training.bf16,
+        activation_checkpointing=training.gradient_checkpointing,
         ddp_find_unused_parameters=False,
-        use_liger_kernel=liger(training["use_liger_kernel"]),
-        seed=training["seed"],
-        logging_steps=runtime["logging_steps"],
+        use_liger_kernel=liger(training.use_liger_kernel),
+        seed=training.seed,
+        logging_steps=runtime.logging_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # else the host waits for each loss, and one that is not finite is told as 0
-        router_aux_loss_coef=0.0,  # PackTrainer's own
+        logging_nan_inf_filter=False,  # else the host waits for each loss, and a loss that is not finite is logged as 0
+        router_aux_loss_coef=0.0,  # PackTrainer adds the router's loss itself
         save_strategy="steps",
-        save_steps=runtime["save_steps"],
-        report_to=list(runtime["report_to"]) or "none",
+        save_steps=runtime.save_steps,
+        report_to=list(runtime.report_to) or "none",
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu else None,
         dataloader_pin_memory=not on_cpu,

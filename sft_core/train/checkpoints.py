@@ -30,10 +30,15 @@ def check_room(out: Path, num_bytes: int) -> None:
         )
 
 
+def discard_staged(folder: Path) -> None:
+    """Removes what a killed run left half-written."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def publish(staged: Path, folder: Path, *, keep: int, best: int | None = None) -> Path:
     """Move a staged checkpoint-N into `folder` and remove all but the newest `keep` and that of step `best`.
 
-    Those after N go too: a run is before them only because they are damaged, and they would be kept in its place.
+    Those after N go too: a run is before them only because they are damaged, and they would be kept in place of N.
     """
     write_digests(staged)
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,16 +46,16 @@ def publish(staged: Path, folder: Path, *, keep: int, best: int | None = None) -
     if published.exists():
         shutil.rmtree(published)
     staged.rename(published)  # the digests are inside: a reader sees all of it or nothing
-    found = numbered(folder)
-    end = found.index(published) + 1
-    for old in (*found[: max(0, end - keep)], *found[end:]):
+    checkpoints = numbered(folder)
+    end = checkpoints.index(published) + 1
+    for old in (*checkpoints[: max(0, end - keep)], *checkpoints[end:]):
         if step_of(old) != best:
             shutil.rmtree(old)
     return published
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint whose bytes are those that were written; damaged ones are passed over, loudly."""
+    """The newest checkpoint whose bytes are those that were written. Skips damaged checkpoints with a warning."""
     for checkpoint in reversed(numbered(folder)):
         if is_whole(checkpoint):
             return checkpoint
@@ -68,8 +73,9 @@ def worth_keeping(folder: Path) -> list[Path]:
 
 
 def numbered(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=step_of)
+    """The checkpoints in a folder, in the order of their steps."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(checkpoints, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:

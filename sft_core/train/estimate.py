@@ -86,7 +86,7 @@ def activations_of(
 ) -> Activations:
     """The activations of a forward of `tokens` tokens on a GPU. dtype: of the weights. Raises UnknownActivations."""
     from sft_core.train.activations import activation_bytes
-    from sft_core.train.main import lora_config
+    from sft_core.train.lora import lora_config
 
     strategy, lora = STRATEGIES[runtime.distributed], training.lora
     return activation_bytes(
@@ -97,7 +97,7 @@ def activations_of(
         checkpointing=training.gradient_checkpointing,
         attention=attention,
         liger=liger(training.use_liger_kernel),
-        lora=lora_config(lora.model_dump(mode="json"), shape, [], None) if lora is not None else None,
+        lora=lora_config(lora, shape, [], None),
         in_4bit=lora is not None and lora.load_in_4bit,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,25 +10,31 @@ from typing import Any, TypeVar
 Answer = TypeVar("Answer")
 
 
-def on_first_rank(function: Callable[[], Answer]) -> Answer:
-    """What the function returns on the first rank; called on all ranks together, once their process group is there.
+def is_first_rank() -> bool:
+    """Before the ranks are joined: by torchrun's environment."""
+    return int(os.environ.get("RANK", "0")) == 0
 
-    The answer goes to the others as a pickle. Where the function raises, every rank raises.
+
+def on_first_rank(function: Callable[[], Answer]) -> Answer:
+    """What the function returns on the first rank. Called on all ranks together, once they are joined.
+
+    The others get the answer as a pickle. Where the function raises, every rank raises.
     """
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    told: list[Any] = [None, None]  # the answer, and the traceback if there is no answer
+    message: list[Any] = [None, None]  # the answer, and the traceback if there is no answer
     error = None
     if PartialState().is_main_process:
         try:
-            told[0] = function()
+            message[0] = function()
         except Exception as raised:
-            error, told[1] = raised, traceback.format_exc()
-    broadcast_object_list(told)
+            error, message[1] = raised, traceback.format_exc()
+    broadcast_object_list(message)
     if error is not None:
         raise error
-    if told[1] is not None:
-        # With its words: the launcher shows the error of the rank that fails first, and that may be this one.
-        raise RuntimeError(f"the first rank failed:\n{told[1].rstrip()}")
-    return told[0]
+    answer, failure = message
+    if failure is not None:
+        # With its traceback: the launcher shows the error of the rank that fails first, and that may be this one.
+        raise RuntimeError(f"the first rank failed:\n{failure.rstrip()}")
+    return answer

@@ -1,12 +1,13 @@
 """Start the training ranks, wait for them, and leave none behind.
 
-On several nodes each starts its own: the first one builds the output, the others train along.
+On several nodes each starts its own ranks: the first node builds the output, the others join its training.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -23,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from sft_core.data.over_long import windows_of
 from sft_core.lifetime import STARTED_BY, die_with_parent
-from sft_core.train.checkpoints import numbered, step_of, stop_request, worth_keeping
-from sft_core.train.log_file import read_events
+from sft_core.train.checkpoints import stop_request, worth_keeping
+from sft_core.train.job import TrainJob, TrainSpec, job_path, write_job
 from sft_core.train.strategy import environment
 
 if TYPE_CHECKING:
@@ -32,108 +33,86 @@ if TYPE_CHECKING:
     from sft_core.store import Build
 
 log = logging.getLogger(__name__)
-START = "start model"  # among a build's inputs: the checkpoint of the phase before
-KEEP_S = 2.0  # between looks for a new checkpoint
-LOOK_S = 1.0  # between looks for what another node does
-SEEN_WITHIN_S = 1800.0  # the first node may have to download its inputs
-STORED_WITHIN_S = 7200.0  # and to upload what came out
+START = "start model"  # among the inputs of a build: the checkpoint of the phase before
+KEEP_S = 2.0  # between two looks for a new checkpoint
+LOOK_S = 1.0  # between two looks at what another node does
+STARTED_WITHIN_S = 1800.0  # the first node may have to download its inputs
+STORED_WITHIN_S = 7200.0  # and to upload its output
 
 
-def build_trained(build: Build, *, job: dict[str, Any], round: int) -> dict[str, Any]:
+def build_trained(build: Build, *, job: TrainSpec, round: int) -> dict[str, Any]:
     """Trains in a process group of its own and leaves model/ and logs/. Raises RuntimeError with the rank's error."""
-    runtime = build.runtime
-    (build.out / "logs").mkdir(exist_ok=True)
-    for stale in (*build.out.glob("error-rank*.txt"), *build.out.glob(stop_request(build.out).name)):
-        stale.unlink()
-    settings = {
-        **job,
-        "round": round,
-        "out": str(build.out.resolve()),
-        "packs": str(build.inputs["packs"].resolve()),
-        "tokens": [token_folders(build.inputs, source) for source in job["sources"]],
-        **(
-            {"selection": {**job["selection"], "packs": str(build.inputs["selection"].resolve())}}
-            if "selection" in job
-            else {}
-        ),
-        "runtime": {**runtime.model_dump(mode="json"), "num_threads": num_threads(runtime)},
-    }
-    if START in build.inputs:
-        weights = {"path": str((build.inputs[START] / "model").resolve())}
-        job = {**job, "model": job["model"] | weights}
-        settings["model"] = job["model"]
-    if "rollout" in job:
-        settings |= _rollout(build, job, round)
-    path, output = build.out / "logs" / "job.json", build.out / "logs" / "train.log"
-    path.write_text(json.dumps(settings, indent=1))
-    with sigterm_asks_to_stop(build.out), kept_checkpoints(build):
-        run(path, [*torchrun(runtime), "-m", rank_module(settings)], settings["runtime"], build.out, log=output)
-    if job["training"]["lora"] is not None:
-        run(path, ["-m", "sft_core.train.merge"], {**settings["runtime"], "distributed": None}, build.out, log=output)
-    for leftover in ("checkpoints", "staging"):
-        shutil.rmtree(build.out / leftover, ignore_errors=True)
-    for leftover in ("trainer.lock", stop_request(build.out).name):
-        (build.out / leftover).unlink(missing_ok=True)
-    events = [json.loads(line) for line in (build.out / "logs" / "log.jsonl").read_text().splitlines()]
-    return {"round": round, "steps": events[-1]["of"], "first_loss": events[0]["loss"], "last_loss": events[-1]["loss"]}
+    train_job = job_here(build, from_start(build, job), round)
+    return launch(build, train_job, train_job)
 
 
-def rank_module(job: dict[str, Any]) -> str:
-    """What a rank runs. A roll-out's ranks know the search, which stands above training."""
-    return "sft_core.search.main" if "rollout" in job else "sft_core.train.main"
+def from_start(build: Build, spec: TrainSpec) -> TrainSpec:
+    """The spec with the checkpoint of the phase before as its start model, where there is one."""
+    if START not in build.inputs:
+        return spec
+    weights = str((build.inputs[START] / "model").resolve())
+    return dataclasses.replace(spec, model=dataclasses.replace(spec.model, path=weights))
 
 
-_CONVERSATIONS = "conversations:"
+def job_here(build: Build, spec: TrainSpec, round: int) -> TrainJob:
+    """The job of a spec, with the paths and the runtime of this build."""
+    return TrainJob(
+        spec=spec,
+        round=round,
+        out=build.out.resolve(),
+        packs=build.inputs["packs"].resolve(),
+        tokens=[token_folders(build.inputs, source) for source in spec.sources],
+        selection_packs=build.inputs["selection"].resolve() if spec.selection is not None else None,
+        runtime=build.runtime,
+        num_threads=num_threads(build.runtime),
+    )
 
 
-def _rollout(build: Build, job: dict[str, Any], round: int) -> dict[str, Any]:
-    """What a roll-out's job says besides: where the ones before it are, and the weights that it starts from."""
-    before = [str(build.inputs[f"round:{number}"].resolve()) for number in range(round)]
-    wanted = {name.removeprefix(_CONVERSATIONS): path for name, path in build.inputs.items() if _CONVERSATIONS in name}
-    conversations = {task: str(path.resolve()) for task, path in wanted.items()}
-    changed: dict[str, Any] = {"rollout": {**job["rollout"], "before": before, "conversations": conversations}}
-    if (start := job["rollout"]["start"]) is not None:
-        weights = evaluation_folder(Path(before[start["round"]]), start["evaluation"])
-        changed["model"] = {**job["model"], "path": str(weights), "revision": None, "config": None}
-    drop_checkpoints_without_weights(build.out)
-    return changed
+def launch(build: Build, job: TrainJob, of_ranks: object) -> dict[str, Any]:
+    """Runs the ranks of a job to their end, and returns the counts of what they trained.
 
-
-def evaluation_folder(out: Path, evaluation: int) -> Path:
-    """Where a roll-out keeps the weights of one of its evaluations."""
-    return out / "evaluations" / f"{evaluation:03}"
-
-
-def drop_checkpoints_without_weights(out: Path) -> None:
-    """A roll-out goes on from no checkpoint whose kept evaluations are gone, as on another machine: it begins anew."""
-    newest = numbered(out / "checkpoints")[-1:]
-    events = read_events(out / "logs" / "selection.jsonl") if newest else []
-    known = [event for event in events if event["step"] <= step_of(newest[0])]
-    if known and not all(evaluation_folder(out, evaluation).is_dir() for evaluation in known[-1]["kept"]):
-        log.warning("checkpoint=%s the weights of earlier evaluations are gone: begins anew", newest[0].name)
-        shutil.rmtree(out / "checkpoints")
-
-
-def train_along(out: Path, runtime: Runtime, is_done: Callable[[], bool]) -> None:
-    """What a node does that is not the first: its ranks join the first one's, which writes what comes out.
-
-    out: where the first node builds, in a folder that all nodes see. is_done: whether the output is whole.
-    Raises FileNotFoundError when nothing is seen of the first node, and RuntimeError with a failing rank's error.
+    of_ranks: the job that the ranks read: this one, or one that holds it. Raises RuntimeError with the rank's error.
     """
-    job = out / "logs" / "job.json"
-    if not comes_true(lambda: job.exists() or is_done(), SEEN_WITHIN_S):
+    out, output = build.out, build.out / "logs" / "train.log"
+    for stale in (*out.glob("error-rank*.txt"), stop_request(out)):
+        stale.unlink(missing_ok=True)
+    path = write_job(of_ranks, out)  # after that: the ranks of other nodes begin, and may leave their errors
+    with sigterm_asks_to_stop(out), kept_checkpoints(build):
+        run_ranks(path, job.spec.rank_module, job.runtime, out, log=output)
+    if job.spec.training.lora is not None:
+        run(["-m", "sft_core.train.merge", str(path)], variables(out, num_threads=job.num_threads), out, log=output)
+    for leftover in ("checkpoints", "staging"):
+        shutil.rmtree(out / leftover, ignore_errors=True)
+    for leftover in ("trainer.lock", stop_request(out).name):
+        (out / leftover).unlink(missing_ok=True)
+    events = [json.loads(line) for line in (out / "logs" / "log.jsonl").read_text().splitlines()]
+    return {
+        "round": job.round,
+        "steps": events[-1]["of"],
+        "first_loss": events[0]["loss"],
+        "last_loss": events[-1]["loss"],
+    }
+
+
+def join_training(out: Path, runtime: Runtime, rank_module: str, is_done: Callable[[], bool]) -> None:
+    """Runs the ranks of a node that is not the first. They join the ranks of the first node, which writes the output.
+
+    out: where the first node builds, in a folder that all nodes see. rank_module: the job's. is_done: whether the
+    output is whole. Raises FileNotFoundError when the first node writes no job, and RuntimeError with a failing rank's
+    error.
+    """
+    job = job_path(out)
+    if not comes_true(lambda: job.exists() or is_done(), STARTED_WITHIN_S):
         raise FileNotFoundError(
-            f"{job}: not there after {SEEN_WITHIN_S:.0f} s; the first node writes it, so the folder is not the same "
+            f"{job}: not there after {STARTED_WITHIN_S:.0f} s; the first node writes it, so the folder is not the same "
             "on all nodes: runtime.store (of a URL: SFT_CACHE) has to be on a file system that they share"
         )
     if is_done():
         return
-    settings = {**runtime.model_dump(mode="json"), "num_threads": num_threads(runtime)}
     with sigterm_asks_to_stop(out):
-        module = rank_module(json.loads(job.read_text()))
-        run(job, [*torchrun(runtime), "-m", module], settings, out, log=None)
+        run_ranks(job, rank_module, runtime, out, log=None)
     if not comes_true(is_done, STORED_WITHIN_S):
-        raise RuntimeError(f"{out}: the ranks ended, and the first node did not store what came out")
+        raise RuntimeError(f"{out}: the ranks ended, and the first node did not store their output")
 
 
 def comes_true(condition: Callable[[], bool], within_s: float) -> bool:
@@ -151,14 +130,14 @@ def num_threads(runtime: Runtime) -> int:
     return runtime.num_threads or max(1, (os.cpu_count() or 1) // runtime.num_processes)
 
 
-def token_folders(inputs: Mapping[str, Path], source: str) -> list[str]:
+def token_folders(inputs: Mapping[str, Path], source: str) -> list[Path]:
     """Where the source's rows are, in the order in which a plan numbers them: its tokens, and its windows if any."""
-    return [str(inputs[name].resolve()) for name in (source, windows_of(source)) if name in inputs]
+    return [inputs[name].resolve() for name in (source, windows_of(source)) if name in inputs]
 
 
 @contextlib.contextmanager
 def kept_checkpoints(build: Build) -> Iterator[None]:
-    """Whole checkpoints go where the loss of this machine does not reach them, while the ranks train on."""
+    """Uploads whole checkpoints of a store behind a URL while the ranks train on, so that they outlive this machine."""
     if build.upload is None:
         yield
         return
@@ -167,7 +146,7 @@ def kept_checkpoints(build: Build) -> Iterator[None]:
     def keep_newest() -> None:
         kept: set[Path] = set()
         while True:
-            is_last = ended.wait(KEEP_S)  # before the look: what stands there when the ranks have ended is kept too
+            is_last = ended.wait(KEEP_S)  # before the look, so that it finds a checkpoint of the ranks' last moment
             for checkpoint in worth_keeping(build.out / "checkpoints"):
                 if checkpoint not in kept:
                     try:
@@ -189,7 +168,7 @@ def kept_checkpoints(build: Build) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sigterm_asks_to_stop(out: Path) -> Iterator[None]:
-    """On SIGTERM (a machine that is taken back) the ranks save a checkpoint and end; a retry goes on from there."""
+    """On SIGTERM (a machine that is taken back) the ranks save a checkpoint and end; a retry resumes from it."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
@@ -206,12 +185,12 @@ def sigterm_asks_to_stop(out: Path) -> Iterator[None]:
 
 
 def torchrun(runtime: Runtime) -> list[str]:
-    """Of this node's ranks. Which of how many nodes it is stands in the environment (see `among_nodes`)."""
+    """The command that starts this node's ranks; `node_environment` says which of how many nodes it is."""
     alone = [] if "PET_NNODES" in os.environ else ["--standalone"]
     return ["-m", "torch.distributed.run", *alone, f"--nproc_per_node={runtime.num_processes}"]
 
 
-def among_nodes(*, node: int, num_nodes: int, address: str, port: int) -> dict[str, str]:
+def node_environment(*, node: int, num_nodes: int, address: str, port: int) -> dict[str, str]:
     """The environment by which torchrun (torch 2.13) knows its node: each option's name after PET_.
 
     address, port: of the first node, where all ranks meet.
@@ -220,34 +199,40 @@ def among_nodes(*, node: int, num_nodes: int, address: str, port: int) -> dict[s
     return {f"PET_{name.upper()}": str(value) for name, value in options.items()}
 
 
-def variables(runtime: dict[str, Any], out: Path) -> dict[str, str]:
-    """The environment of a rank. `distributed` None: of a process that knows no other ranks."""
+def variables(out: Path, *, num_threads: int, distributed: str | None = None) -> dict[str, str]:
+    """The environment of a rank. Without `distributed`: of a process that knows no other ranks."""
     return {
         "TENSORBOARD_LOGGING_DIR": str((out / "logs" / "tensorboard").resolve()),
         **os.environ,
         STARTED_BY: str(os.getpid()),
-        "OMP_NUM_THREADS": str(runtime["num_threads"]),
+        "OMP_NUM_THREADS": str(num_threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait cost a shared machine most of its speed
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "TQDM_DISABLE": "1",
         "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",  # one for each call of DeepSpeed's
-        **(environment(runtime["distributed"]) if runtime["distributed"] else {}),
+        **(environment(distributed) if distributed is not None else {}),
     }
 
 
-def run(job: Path, command: list[str], runtime: dict[str, Any], out: Path, *, log: Path | None) -> None:
-    """Runs Python in a process group of its own; its output goes to this process's own, and to the log.
+def run_ranks(job: Path, rank_module: str, runtime: Runtime, out: Path, *, log: Path | None) -> None:
+    """Runs this node's ranks by torchrun. Raises RuntimeError with the error of the rank that failed first."""
+    settings = variables(out, num_threads=num_threads(runtime), distributed=runtime.distributed)
+    run([*torchrun(runtime), "-m", rank_module, str(job)], settings, out, log=log)
 
-    Raises RuntimeError with the error of the rank that failed first.
+
+def run(arguments: list[str], variables: dict[str, str], out: Path, *, log: Path | None) -> None:
+    """Runs Python in a process group of its own. Its output goes to this process's output, and to the log.
+
+    out: where ranks leave their errors. Raises RuntimeError with the error of the rank that failed first.
     """
     process = subprocess.Popen(
-        [sys.executable, *command, str(job)],
+        [sys.executable, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=variables(runtime, out),
+        env=variables,
         start_new_session=True,
         preexec_fn=functools.partial(die_with_parent, os.getpid()),
     )
@@ -265,7 +250,7 @@ def run(job: Path, command: list[str], runtime: dict[str, Any], out: Path, *, lo
         _end(process)
         raise
     if code:
-        # The first to fail: the others then tell only of a lost connection to it.
+        # The first error: the other ranks' errors only say that they lost the connection to that rank.
         errors = sorted(out.glob("error-rank*.txt"), key=lambda path: path.stat().st_mtime_ns)
         raise RuntimeError(f"training failed (exit code {code}):\n{errors[0].read_text() if errors else ''.join(tail)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 
 from sft_core.data.tokenizer import load_tokenizer
 from sft_core.train.attention import choose_attention
+from sft_core.train.job import ModelLoader, TokenizerLoader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,15 +36,9 @@ def read_config(path: str | None, revision: str | None, config: dict[str, Any] |
 
 
 def load_model(
+    model: ModelLoader,
+    tokenizer: TokenizerLoader,
     *,
-    path: str | None,
-    revision: str | None,
-    config: dict[str, Any] | None,
-    dtype: str,
-    attn_implementation: str,
-    stop_tokens: list[str],
-    trust_remote_code: bool,
-    tokenizer: dict[str, Any],
     seed: int,
     load_in_4bit: bool = False,
     half: bool = False,
@@ -50,34 +46,36 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The start model and its tokenizer, agreeing on size and end token.
 
-    With `config` the weights are random and a function of the seed; so are the rows of added tokens.
+    With `model.config` the weights are random and a function of the seed; so are the rows of added tokens.
     Weights are safetensors only. load_in_4bit: in NF4 with double quantization, as QLoRA trains over them. half: it
     will compute in half precision, by autocast or by its weights, which kernels for attention want. device: to which a
     file's weights are read, without a copy on the CPU. Raises OSError or ValueError for what cannot be loaded.
     """
-    vocabulary = load_tokenizer(**tokenizer)
+    vocabulary = load_tokenizer(**dataclasses.asdict(tokenizer))
     torch.manual_seed(seed)
-    settings = read_config(path, revision, config, trust_remote_code)
-    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    chosen = choose_attention(attn_implementation, settings, half=half, trust_remote_code=trust_remote_code)
-    if chosen is not None:
-        options |= {"attn_implementation": chosen}
+    trust = model.trust_remote_code
+    settings = read_config(model.path, model.revision, model.config, trust)
+    options: dict[str, Any] = {"dtype": model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)}
+    attention = choose_attention(model.attn_implementation, settings, half=half, trust_remote_code=trust)
+    if attention is not None:
+        options |= {"attn_implementation": attention}
     if load_in_4bit:
         options |= {"quantization_config": _nf4(), "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))}}
     if device is not None:
         options["device_map"] = {"": device}
-    if config is not None:
-        model = AutoModelForCausalLM.from_config(settings, **options)
+    network: Any
+    if model.config is not None:
+        network = AutoModelForCausalLM.from_config(settings, **options)
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), revision=revision, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+        network = AutoModelForCausalLM.from_pretrained(
+            str(model.path), revision=model.revision, use_safetensors=True, trust_remote_code=trust, **options
         )
-    rows = model.get_input_embeddings().num_embeddings
+    rows = network.get_input_embeddings().num_embeddings
     if len(vocabulary) > rows:
         log.info("embedding grows from %d to %d rows", rows, len(vocabulary))
-        model.resize_token_embeddings(len(vocabulary), mean_resizing=config is None)
-    agree_on_special_tokens(model, vocabulary, stop_tokens)
-    return model, vocabulary
+        network.resize_token_embeddings(len(vocabulary), mean_resizing=model.config is None)
+    agree_on_special_tokens(network, vocabulary, model.stop_tokens)
+    return network, vocabulary
 
 
 def _nf4() -> BitsAndBytesConfig:
@@ -119,7 +117,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerFast,
     chat_template: str | None,
     folder: Path,
-    weights: dict[str, Any] | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """A folder for AutoModelForCausalLM and AutoTokenizer, with the template that the rows were rendered with.
 
@@ -135,7 +133,9 @@ def save_checkpoint(
     tokenizer.save_pretrained(folder)
 
 
-def save_adapter(model: Any, weights: dict[str, Any] | None, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """What LoRA trained, for peft's PeftModel."""
+def save_adapter(
+    model: Any, weights: dict[str, torch.Tensor] | None, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
+    """Writes what LoRA trained, for peft's PeftModel."""
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

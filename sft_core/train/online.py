@@ -1,39 +1,26 @@
-"""Training on what is drawn while it goes on: a sampler learns between two blocks of optimizer steps."""
+"""Training on packs that a sampler draws while training goes on; it learns between two blocks of optimizer steps."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft_core.train.collate import Batch, PackCollator
+from sft_core.train.hooks import Pack, Sampler
 from sft_core.train.log_file import LogFile, read_events
-
-Pack = np.ndarray  # numbers of the plan's documents, int64, shape (documents,)
-
-
-class Sampler(Protocol):
-    """As sft_core.search.samplers has it."""
-
-    def next_block(self) -> list[list[Pack]] | None: ...
-
-    def probes(self) -> list[Pack] | None: ...
-
-    def learn(self, measured: np.ndarray) -> None: ...
-
-    def shares(self) -> dict[str, float]: ...
 
 
 class OnlineSchedule(TrainerCallback):
-    """The packs of each step so far, from the sampler and what it was shown.
+    """The packs of each step so far, as the sampler drew them.
 
-    What was measured is written down, so that a resumed training draws the same: a checkpoint's blocks are drawn again
-    from the lines up to its step. costs: FLOPs of each document, shape (documents,).
+    Each measurement is a line of the log. A resumed training replays the lines up to its checkpoint's step, and so
+    draws the same packs. costs: FLOPs of each document, shape (documents,).
     """
 
     def __init__(
@@ -51,7 +38,7 @@ class OnlineSchedule(TrainerCallback):
         self._steps: list[list[Pack]] = []
         self._measuring_flops = 0.0
         self.is_over = False  # whether nothing is left after the steps so far
-        # The trainer's, which knows the model. Gains of one step on each pack, taken back; losses of all documents.
+        # The trainer sets both: only it has the model. Gains of one step on each pack; losses of all documents.
         self.measure_gains: Callable[[list[Pack]], np.ndarray] | None = None
         self.measure_losses: Callable[[], np.ndarray] | None = None
 
@@ -65,13 +52,15 @@ class OnlineSchedule(TrainerCallback):
         return packs[place] if place < len(packs) else np.empty(0, np.int64)
 
     def flops(self, step: int) -> tuple[float, float]:
-        """Of the training up to a step, and of what was measured for the sampler."""
+        """FLOPs of the training up to a step, and of the sampler's measurements."""
         packs = [pack for packs in self._steps[:step] for pack in packs]
         return float(sum(self._costs[pack].sum() for pack in packs)), self._measuring_flops
 
     def begin(self, step: int, *, writes: bool) -> bool:
-        """Draws what was drawn up to a step: whether nothing is left. writes: on one rank, which takes back what came
-        after it."""
+        """Replays the sampler up to `step`. Returns True where it has no batches left.
+
+        writes: this rank, the first, truncates the log after `step`.
+        """
         past = [event for event in read_events(self._path) if event["step"] <= step]
         if writes:
             self._log.rewind(step)
@@ -103,19 +92,19 @@ class OnlineSchedule(TrainerCallback):
 
     def _probe(self) -> list[Pack] | None:
         probes = self._sampler.probes()
-        # Forward and backward are three forward passes; a gain takes those and a further forward pass.
+        # Forward and backward count as three forward passes; a gain takes them and one more forward pass.
         documents = np.arange(len(self._costs)) if probes is None else np.concatenate(probes)
         self._measuring_flops += float(self._costs[documents].sum()) * (1 / 3 if probes is None else 4 / 3)
         return probes
 
 
 def step_gain(wrapped: Any, loss: Callable[[], torch.Tensor], *, max_grad_norm: float) -> float:
-    """By how much of itself one step of the optimizer on a loss lowers it. The step is taken back.
+    """The share of a loss by which one optimizer step on it lowers it. The step is undone.
 
     wrapped: accelerate's optimizer, of the parameters that the loss depends on.
     """
     optimizer: torch.optim.Optimizer = wrapped.optimizer  # accelerate's own would wait for the end of an accumulation
-    with taken_back(optimizer):
+    with undone(optimizer):
         before = loss()
         before.backward()
         if max_grad_norm:
@@ -127,8 +116,8 @@ def step_gain(wrapped: Any, loss: Callable[[], torch.Tensor], *, max_grad_norm: 
 
 
 @contextlib.contextmanager
-def taken_back(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Whatever steps the optimizer takes inside: weights and its state are afterwards bit for bit what they were."""
+def undone(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Undoes the optimizer's steps inside: afterwards weights and optimizer state are bit for bit what they were."""
     parameters = _parameters(optimizer)
     weights = [parameter.detach().clone() for parameter in parameters]
     states = [

@@ -6,9 +6,10 @@ by the pack's tokens: ranks, accumulation and the packs of a forward change noth
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,16 +43,16 @@ class RouterLoss:
 
     def of(self, layers: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The loss of one pack, as transformers computes it of one forward."""
-        found = load_balancing_loss_func(layers, layers[0].shape[-1], self.top_k)  # type: ignore[arg-type]
-        assert isinstance(found, torch.Tensor)
-        return found
+        loss = load_balancing_loss_func(layers, layers[0].shape[-1], self.top_k)  # type: ignore[arg-type]
+        assert isinstance(loss, torch.Tensor)
+        return loss
 
 
 def router_loss(config: Any, asked: float | None) -> RouterLoss | None:
     """None where there is no such loss: a model without experts, a coefficient of 0.
 
-    asked: training.router_aux_loss_coef; None for the model's own. Raises ValueError where one is asked of a model that
-    has no router.
+    asked: training.router_aux_loss_coef; None for the model's own. Raises ValueError where a coefficient is asked of a
+    model that has no router.
     """
     text = config.get_text_config()
     if not hasattr(text, "output_router_logits"):
@@ -71,3 +72,16 @@ def router_loss(config: Any, asked: float | None) -> RouterLoss | None:
             "token has (num_experts_per_tok); set it to 0"
         )
     return RouterLoss(coefficient, top_k)
+
+
+@contextlib.contextmanager
+def router_config_kept(config: Any) -> Iterator[None]:
+    """Restores the router's keys of a config: TRL notes there that its own loss leaves the router out, and a checkpoint
+    must not say so."""
+    names = [name for name in ("output_router_logits", "router_aux_loss_coef") if hasattr(config, name)]
+    before = {name: getattr(config, name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

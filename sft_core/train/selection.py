@@ -1,14 +1,13 @@
-"""Losses on the selection split while training goes on: a curve for each source, and which checkpoint was best."""
+"""Losses on the selection split while training goes on: a curve for each source, and the step of the best one."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +16,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sft_core.data.packing import PackPlan
 from sft_core.train.collate import PackCollator, to_device
+from sft_core.train.hooks import AnswerScorer, Watch
 from sft_core.train.log_file import LogFile, read_events
 from sft_core.train.loss import Forward, trained_token_logits, trained_token_nll
+from sft_core.train.row_losses import RowLosses
 from sft_core.train.schedule import EMPTY
 
 
 def evaluation_steps(num_steps: int, steps_per_epoch: int, every_epochs: float) -> list[int]:
-    """After which optimizer steps to evaluate: 0, each `every_epochs`, and the last; each step once.
+    """The optimizer steps after which to evaluate: 0, each `every_epochs`, and the last; each step once.
 
     >>> evaluation_steps(10, 8, 0.5)
     [0, 4, 8, 10]
@@ -33,63 +34,8 @@ def evaluation_steps(num_steps: int, steps_per_epoch: int, every_epochs: float) 
     return sorted({*(step for step in steps if step <= num_steps), num_steps})
 
 
-@dataclasses.dataclass(frozen=True)
-class RowLosses:
-    """Of each selection row, in the order of the plan: summed loss, trained tokens, and the number of its source."""
-
-    nll: np.ndarray  # float64, shape (rows,)
-    num_trained: np.ndarray  # float64, shape (rows,)
-    source: np.ndarray  # int64, shape (rows,)
-    num_correct: np.ndarray | None = None  # float64, shape (rows,): trained tokens that are the likeliest
-    answers: np.ndarray | None = None  # float64, shape (rows,): what a generated answer scores; NaN where none is asked
-    answer_flops: float = 0.0
-
-    @property
-    def by_row(self) -> np.ndarray:
-        """The loss per trained token: shape (rows,)."""
-        return self.nll / self.num_trained
-
-    def by_source(self, names: list[str]) -> dict[str, float]:
-        """The loss per trained token."""
-        sums, counts = (np.bincount(self.source, of, len(names)) for of in (self.nll, self.num_trained))
-        return dict(zip(names, (sums / counts).tolist(), strict=True))
-
-
-class Watch(Protocol):
-    """Who looks at the losses of a training under way, keeps weights of it, and may end it."""
-
-    def begin(self, past: list[dict[str, Any]]) -> None:
-        """past: what was written down of it so far, up to the checkpoint that it goes on from."""
-
-    def see(self, step: int, losses: RowLosses, save: Callable[[Path], None]) -> dict[str, Any]:
-        """What to write down of an evaluation. save: writes the weights of now to a folder, on all ranks together."""
-
-    def saved(self) -> None:
-        """A checkpoint is whole: the training will not go back to what was before it. On the first rank only."""
-
-    @property
-    def is_decided(self) -> bool:
-        """Whether the training can end."""
-
-
-class AnswerScorer(Protocol):
-    """As sft_core.evaluate.selection_answers has it."""
-
-    def ready(self, model: Any) -> contextlib.AbstractContextManager[None]: ...
-
-    def score(
-        self,
-        model: Any,
-        losses: RowLosses,
-        *,
-        rank: int,
-        num_ranks: int,
-        sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
-    ) -> tuple[np.ndarray, float]: ...
-
-
 class SelectionLosses:
-    """The losses of all selection rows. Ranks share the packs; all get the result."""
+    """Measures the losses of all selection rows. Ranks share the packs; all get the result."""
 
     def __init__(self, collator: PackCollator):
         self.collator = collator
@@ -109,7 +55,7 @@ class SelectionLosses:
         forward: Forward,
         count_correct: bool = False,
     ) -> RowLosses:
-        """The model is in training mode again when this returns. count_correct: of which tokens are the likeliest."""
+        """Leaves the model in training mode. count_correct: count the trained tokens that the model finds likeliest."""
         plan = self.plan
         sums = torch.zeros(3, len(plan.row), dtype=torch.float64, device=device)  # of loss, of tokens, of correct ones
         model.eval()
@@ -136,7 +82,7 @@ class SelectionLosses:
         return RowLosses(nll, num_trained, plan.source.astype(np.int64), num_correct if count_correct else None)
 
     def _packs_of(self, rank: int, num_ranks: int) -> Iterator[int]:
-        """Every rank gets as many: one that shares its parameters waits for the others at each forward pass."""
+        """Every rank gets equally many packs: ranks that share parameters wait for each other at each forward pass."""
         num_packs = len(self.plan)
         for first in range(0, num_packs, num_ranks):
             yield first + rank if first + rank < num_packs else EMPTY
@@ -144,21 +90,21 @@ class SelectionLosses:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What is evaluated while training goes on, after which steps, and what for."""
+    """What is evaluated while training goes on, and after which steps."""
 
     losses: SelectionLosses
     sources: list[str]
     steps: list[int]
     log: Path
-    keep_best: bool  # whether the weights of the lowest loss are wanted
+    keep_best: bool  # keep the checkpoint of the lowest loss
     watch: Watch | None = None
     answers: AnswerScorer | None = None
 
 
 class EvaluateSelection(TrainerCallback):
-    """Measures at the given steps, writes them down, and has the best step's checkpoint saved if that is wanted.
+    """Measures at the selection's steps, logs the losses, and has the best step's checkpoint saved if so asked.
 
-    The best is that of the lowest mean over sources, each counting the same; of equals the first, and never step 0.
+    The best step has the lowest mean over sources, which count alike; of equal steps it is the first. Never step 0.
     """
 
     def __init__(
@@ -169,15 +115,17 @@ class EvaluateSelection(TrainerCallback):
         is_over: Callable[[], bool],
     ):
         self._selection, self._measure, self._save_weights = selection, measure, save_weights
-        self._is_over = is_over  # whether a step is the last though not the last of all that were planned
+        self._is_over = is_over  # whether training ends at this step, before the last of the plan
         self._log = LogFile(selection.log)
-        self.seconds = 0.0  # spent on it since somebody looked
+        self._seconds = 0.0  # spent on evaluation since the last line of the log
         self.num_done = 0
         self.answer_flops = 0.0
 
     def begin(self, step: int, *, writes: bool) -> bool:
-        """Goes on from what was measured up to a step: whether it is over. writes: on one rank, which takes back what
-        came after it."""
+        """Resumes from the log up to `step`. Returns True where the watch has decided that training ends there.
+
+        writes: this rank, the first, truncates the log after `step`.
+        """
         before = step if step > 0 else -1  # the start is measured again
         past = [event for event in read_events(self._selection.log) if event["step"] <= before]
         self.num_done = len(past)
@@ -188,6 +136,11 @@ class EvaluateSelection(TrainerCallback):
             return False
         watch.begin(past)
         return bool(past) and watch.is_decided
+
+    def take_seconds(self) -> float:
+        """Evaluation seconds since the last call: training's speed leaves them out."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == 0:
@@ -205,20 +158,20 @@ class EvaluateSelection(TrainerCallback):
             return
         self.num_done += 1
         started = time.monotonic()
-        found = self._measure()
-        losses = found.by_source(self._selection.sources)
+        row_losses = self._measure()
+        losses = row_losses.by_source(self._selection.sources)
         mean = sum(losses.values()) / len(losses)
         if state.global_step > 0 and (state.best_metric is None or mean < state.best_metric):
             state.best_metric, state.best_global_step = mean, state.global_step
             control.should_save |= self._selection.keep_best
-        self.answer_flops += found.answer_flops
+        self.answer_flops += row_losses.answer_flops
         event = {"step": state.global_step, "of": state.max_steps, "loss": mean, "losses": losses}
-        if found.answers is not None:
-            event["answer_flops"] = found.answer_flops
+        if row_losses.answers is not None:
+            event["answer_flops"] = row_losses.answer_flops
         if (watch := self._selection.watch) is not None:
-            event |= watch.see(state.global_step, found, self._save_weights)
+            event |= watch.see(state.global_step, row_losses, self._save_weights)
             control.should_training_stop |= watch.is_decided
-        self.seconds += time.monotonic() - started
+        self._seconds += time.monotonic() - started
         if state.is_world_process_zero:
             self._log.add(event)
             print(f"step={state.global_step}/{state.max_steps} selection_loss={mean:.4g}", flush=True)

@@ -52,7 +52,7 @@ _SLOWER = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D|5090 D)\b")
 
 
 def batch_flops(flops: Flops, batch: Mapping[str, Any]) -> float:
-    """Of a batch as collate.Batch has it, forward and backward: by its counts, without a look at the device."""
+    """FLOPs of a batch (collate.Batch), forward and backward: by its counts, without a look at the device."""
     lengths = batch["lengths"].astype(np.float64)
     return float(flops.of(lengths.sum(), (lengths**2).sum(), float(batch["num_targets"].sum())))
 
@@ -62,14 +62,14 @@ def peak_flops_per_s(device: torch.device) -> float | None:
     return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-@functools.cache  # so that an unknown name is told once
+@functools.cache  # so that an unknown name is logged once
 def peak_of(name: str) -> float | None:
-    """By the longest of the table's names that stands in this one, in whole words."""
-    found = [part for part in _PEAKS if re.search(rf"\b{part}\b", name)]
-    if not found or _SLOWER.search(name):
+    """The peak of the longest name in the table that this name contains, in whole words; None: there is none."""
+    names = [known for known in _PEAKS if re.search(rf"\b{known}\b", name)]
+    if not names or _SLOWER.search(name):
         log.info("no peak FLOP/s is known of %s: FLOP/s are logged, MFU is not", name)
         return None
-    return _PEAKS[max(found, key=len)]
+    return _PEAKS[max(names, key=len)]
 
 
 def peak_memory_gib(device: torch.device) -> float:

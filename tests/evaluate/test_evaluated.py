@@ -17,6 +17,7 @@ from sft_core.evaluate.tasks import build_evaluated, row_losses
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Build, Store
+from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.model import load_model, save_checkpoint
 from steps.evaluate import EVALUATED
 from steps.tokenize import TOKENS
@@ -47,7 +48,9 @@ def tokens(store: Store, pinned: PinnedRecipe) -> Path:
 
 def start_model(pinned: PinnedRecipe) -> Any:
     return load_model(
-        **pinned.model_loader, tokenizer=pinned.tokenizer_loader, seed=pinned.recipe.last_phase.training.seed
+        ModelLoader(**pinned.model_loader),
+        TokenizerLoader(**pinned.tokenizer_loader),
+        seed=pinned.recipe.last_phase.training.seed,
     )
 
 
@@ -97,7 +100,9 @@ def writes_four(pinned: PinnedRecipe, tmp_path_factory: pytest.TempPathFactory) 
     """A checkpoint that answers `4` and stops, whatever it is asked: the next token follows from the last alone."""
     loader = pinned.model_loader
     config = {**loader["config"], "tie_word_embeddings": False}
-    model, tokenizer = load_model(**{**loader, "config": config}, tokenizer=pinned.tokenizer_loader, seed=0)
+    model, tokenizer = load_model(
+        ModelLoader(**{**loader, "config": config}), TokenizerLoader(**pinned.tokenizer_loader), seed=0
+    )
     (four,) = tokenizer.encode("4", add_special_tokens=False)
     with torch.no_grad():
         for name, weights in model.named_parameters():

@@ -17,6 +17,7 @@ from sft_core.evaluate.harness import scores_of
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Ref, Store
+from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.model import load_model
 from steps.harness import HARNESS, card
 from tests.browser import Browser
@@ -99,7 +100,9 @@ def prompt_of(pinned: PinnedRecipe, word: str) -> str:
 
 def start_model(pinned: PinnedRecipe) -> tuple[Any, Any]:
     return load_model(
-        **pinned.model_loader, tokenizer=pinned.tokenizer_loader, seed=pinned.recipe.last_phase.training.seed
+        ModelLoader(**pinned.model_loader),
+        TokenizerLoader(**pinned.tokenizer_loader),
+        seed=pinned.recipe.last_phase.training.seed,
     )
 
 

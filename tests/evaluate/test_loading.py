@@ -15,10 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sft_core.evaluate.loading import (
-    ModelLoader,
     ModelToScore,
     ScoredModel,
-    TokenizerLoader,
     keeping_a_model,
     load_scored,
     scored_model,
@@ -28,6 +26,7 @@ from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
 from sft_core.train import model as loader
+from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.model import load_model, save_checkpoint
 from steps.evaluate import EVALUATED
 from steps.harness import HARNESS
@@ -52,7 +51,9 @@ def pinned_with(**changes: dict[str, Any]) -> PinnedRecipe:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A start model in a folder, its weights in float32."""
     pinned = pinned_with()
-    model, tokenizer = load_model(**pinned.model_loader, tokenizer=pinned.tokenizer_loader, seed=0)
+    model, tokenizer = load_model(
+        ModelLoader(**pinned.model_loader), TokenizerLoader(**pinned.tokenizer_loader), seed=0
+    )
     save_checkpoint(model, tokenizer, None, found := tmp_path_factory.mktemp("start"))
     return found
 
@@ -95,7 +96,7 @@ def test_scored_in_bfloat16_random_numbers_are_those_that_training_starts_from(f
     """Of a whole model, or of the rows of tokens that a start model does not know."""
     pinned = pinned_with(model={"add_special_tokens": ["<x>", "<y>"]} if grows else {})
     model = {**pinned.model_loader, **({"path": str(folder), "config": None} if grows else {})}
-    trained, _ = load_model(**model, tokenizer=pinned.tokenizer_loader, seed=SEED)
+    trained, _ = load_model(ModelLoader(**model), TokenizerLoader(**pinned.tokenizer_loader), seed=SEED)
     assert trained.dtype == torch.float32
     expected = {
         name: values if "inv_freq" in name else values.to(torch.bfloat16) for name, values in tensors(trained).items()
@@ -111,7 +112,7 @@ def test_scored_in_bfloat16_the_start_model_and_its_checkpoint_are_the_same(stor
     ref = store.ensure(EVALUATED, pinned, model="base", task=TASK)
     start = {**pinned.model_loader, "dtype": "float32"}
     model, tokenizer = load_model(
-        **start, tokenizer=pinned.tokenizer_loader, seed=pinned.recipe.last_phase.training.seed
+        ModelLoader(**start), TokenizerLoader(**pinned.tokenizer_loader), seed=pinned.recipe.last_phase.training.seed
     )
     save_checkpoint(model, tokenizer, pinned.template_text, tmp_path / "trained" / "model")
     tokens = store.path(store.ensure(TOKENS, pinned, source=TASK))
@@ -195,7 +196,9 @@ def test_model_that_fails_to_load_is_loaded_anew_by_the_next_task(tmp_path: Path
     with keeping_a_model():
         with pytest.raises(OSError), scored_model(tuned) as loaded:
             _ = loaded.network
-        model, tokenizer = load_model(**pinned.model_loader, tokenizer=pinned.tokenizer_loader, seed=0)
+        model, tokenizer = load_model(
+            ModelLoader(**pinned.model_loader), TokenizerLoader(**pinned.tokenizer_loader), seed=0
+        )
         save_checkpoint(model, tokenizer, None, tmp_path / "model")
         with scored_model(tuned) as loaded:
             assert loaded.facts.context == 512 and loaded.facts.stops == [tokenizer.eos_token_id]

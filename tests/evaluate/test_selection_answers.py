@@ -14,9 +14,11 @@ from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
 from sft_core.train.collate import PackCollator
+from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.loss import Forward, trained_token_nll
 from sft_core.train.model import load_model
-from sft_core.train.selection import RowLosses, SelectionLosses
+from sft_core.train.row_losses import RowLosses
+from sft_core.train.selection import SelectionLosses
 from steps.scoring import asked_of_answers
 from steps.selection import SELECTION
 from steps.tokenize import TOKENS
@@ -38,7 +40,9 @@ class World:
         self.packs = store.path(store.ensure(SELECTION, self.pinned))
         self.collator = PackCollator.open(self.packs, self.tokens)
         loader = {**self.pinned.model_loader, "stop_tokens": []}
-        self.model, self.tokenizer = load_model(**loader, tokenizer=self.pinned.tokenizer_loader, seed=0)
+        self.model, self.tokenizer = load_model(
+            ModelLoader(**loader), TokenizerLoader(**self.pinned.tokenizer_loader), seed=0
+        )
 
     def learn(self, num_steps: int) -> None:
         optimizer = torch.optim.Adam(self.model.parameters(), lr=3e-3)

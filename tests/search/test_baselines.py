@@ -1,7 +1,7 @@
 import pytest
 
-from sft_core.search.baselines import Continual, Sft, SoftSro, Sro
 from sft_core.search.rollouts import Point, Rollout, replay
+from sft_core.search.strategies.baselines import Continual, Sft, SoftSro, Sro
 from tests.search.scripted import curves, run
 
 RISING = [0.1, 0.2, 0.3, 0.4, 0.5]

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_core.search.msft import Limits, Msft, RobustMsft
 from sft_core.search.peaks import first_highest, peak_of
 from sft_core.search.rollouts import Curves, Point, Rollout, replay
+from sft_core.search.strategies.msft import Limits, Msft, RobustMsft
 from tests.search.scripted import curves, run
 
 RISING = [0.1, 0.2, 0.3, 0.4, 0.5]

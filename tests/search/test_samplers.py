@@ -9,7 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_core.data.packing import PackPlan
-from sft_core.search.samplers import Block, Dynamix, Ies, make_sampler
+from sft_core.search.registry import make_sampler
+from sft_core.search.strategies.dynamix import Dynamix
+from sft_core.search.strategies.ies import Ies
+from sft_core.search.strategy import SamplerInput
+from sft_core.search_settings.section import Search
+from sft_core.train.hooks import Block
 
 TASKS = ["a", "b", "c"]
 
@@ -159,10 +164,18 @@ def test_samplers_are_those_of_two_strategies():
     packs, task = plan((1, 10), (1, 10), (1, 10))
     amounts = {"num_steps": 3, "num_epochs": 1.0, "global_batch_size": 1, "max_length": 20, "seed": 0}
     settings = {"dynamix": {"gamma": 1.0}, "ies": {"delta": 0.5}}
-    found = {
-        name: make_sampler({"strategy": name, **settings}, tasks=TASKS, task=task, plan=packs, **amounts)
+    samplers = {
+        name: make_sampler(
+            SamplerInput(
+                Search.model_validate({"strategy": name, **({name: settings[name]} if name in settings else {})}),
+                tasks=TASKS,
+                task=task,
+                plan=packs,
+                **amounts,
+            )
+        )
         for name in ("sft", "msft", "dynamix", "ies")
     }
-    assert found["sft"] is None and found["msft"] is None
-    assert isinstance(found["dynamix"], Dynamix) and found["dynamix"].gamma == 1.0
-    assert isinstance(found["ies"], Ies) and found["ies"].delta == 0.5
+    assert samplers["sft"] is None and samplers["msft"] is None
+    assert isinstance(samplers["dynamix"], Dynamix) and samplers["dynamix"].gamma == 1.0
+    assert isinstance(samplers["ies"], Ies) and samplers["ies"].delta == 0.5

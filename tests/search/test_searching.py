@@ -1,5 +1,6 @@
 """A search that trains for real: roll-outs as outputs of the store, from one another's weights."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -19,11 +20,13 @@ from sft_core.data.packing import PackPlan
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.rounds import ONLY
+from sft_core.search.evaluations import evaluation_folder
+from sft_core.search.job import RolloutJob
 from sft_core.search.journal import CURVES, read_journal
 from sft_core.search.rollouts import Curves, Decision
 from sft_core.store import Store, Unresolved
 from sft_core.train.checkpoints import numbered
-from sft_core.train.launch import evaluation_folder
+from sft_core.train.job import job_path, read_job, write_job
 from sft_core.wording import counted
 from steps.mix import MIXTURE
 from steps.pack import PACKED
@@ -284,14 +287,15 @@ def test_rollout_that_ended_early_ends_there_again_when_it_goes_on_from_its_last
     store: Store, search: dict[str, Any], tmp_path: Path
 ):
     found = run(store, recipe(**search))
-    job = json.loads((folder_of(store, found.pinned, 0) / "logs" / "job.json").read_text())
-    (tmp_path / "logs").mkdir()
-    job |= {"out": str(tmp_path), "runtime": job["runtime"] | {"save_steps": 1, "logging_steps": 1}}
-    (tmp_path / "job.json").write_text(json.dumps(job))
+    job = read_job(RolloutJob, job_path(folder_of(store, found.pinned, 0)))
+    runtime = job.train.runtime.model_copy(update={"save_steps": 1, "logging_steps": 1})
+    path = write_job(
+        dataclasses.replace(job, train=dataclasses.replace(job.train, out=tmp_path, runtime=runtime)), tmp_path
+    )
     ends = []
     for _ in range(2):
         ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "sft_core.search.main"]
-        command = [*ranks, str(tmp_path / "job.json")]
+        command = [*ranks, str(path)]
         subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
         lines = [json.loads(line) for line in (tmp_path / "logs" / "log.jsonl").read_text().splitlines()]
         ends.append((lines[-1]["step"], (tmp_path / CURVES).read_bytes()))

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from sft_core.search.msft import Limits, Msft, RobustMsft
+from sft_core.search.strategies.msft import Limits, Msft, RobustMsft
 from sft_core.search.watch import RolloutWatch
-from sft_core.train.selection import RowLosses
+from sft_core.train.row_losses import RowLosses
 
 SOURCES = ["other", "a", "b"]  # the search knows two of the three
 FALLS, RISES = [0.5, 0.9, 0.7, 0.5, 0.3], [0.1, 0.2, 0.3, 0.4, 0.5]

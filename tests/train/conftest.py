@@ -1,6 +1,5 @@
 """Training runs that several tests look at."""
 
-import json
 import multiprocessing
 import socket
 from collections.abc import Callable
@@ -11,10 +10,10 @@ import pytest
 
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store import Build, Store
 from sft_core.train.checkpoints import stop_request
-from sft_core.train.launch import token_folders
-from steps.pack import PACKED
+from sft_core.train.job import TrainJob, write_job
+from sft_core.train.launch import job_here
 from steps.train import TRAINED
 from tests.train.ranks import Attempt, rank
 from tests.train.tiny import Run, tiny_recipe
@@ -26,32 +25,21 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.fixture(scope="session")
-def make_job(store: Store) -> Callable[[PinnedRecipe, Path], dict[str, Any]]:
+def make_job(store: Store) -> Callable[[PinnedRecipe, Path], TrainJob]:
     """The job of one rank, as the launcher writes it, over packs that the real stages made."""
 
-    def make(pinned: PinnedRecipe, out: Path) -> dict[str, Any]:
-        packs = store.ensure(PACKED, pinned)
-        located = store.locate(TRAINED, pinned, {"round": 0})
+    def make(pinned: PinnedRecipe, out: Path) -> TrainJob:
         needs = TRAINED.needs(pinned, {"round": 0})
         folders = {name: store.path(store.ensure(stage, pinned, **part)) for name, (stage, part) in needs.items()}
-        job = (located.identity["section"] | TRAINED.places(pinned, {"round": 0}))["job"]
-        if "selection" in job:
-            job["selection"] |= {"packs": str(folders["selection"])}
-        return {
-            **job,
-            "round": 0,
-            "out": str(out),
-            "packs": str(store.path(packs)),
-            "tokens": [token_folders(folders, source) for source in job["sources"]],
-            "runtime": pinned.recipe.runtime.model_dump(mode="json"),
-        }
+        spec = TRAINED.places(pinned, {"round": 0})["job"]
+        return job_here(Build(out, folders, pinned.recipe.runtime), spec, 0)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def train_here(
-    make_job: Callable[[PinnedRecipe, Path], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+    make_job: Callable[[PinnedRecipe, Path], TrainJob], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Run]:
     """Trains a recipe in this process, by the function that a rank runs; in the folder of an earlier run if given."""
 
@@ -70,8 +58,8 @@ def train_here(
             group = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             for name, value in group.items():
                 environment.setenv(name, str(value))
-            train(job, out)
-        if job["training"]["lora"] is not None:
+            train(job)
+        if job.spec.training.lora is not None:
             merge(job)
         return Run(pinned, out)
 
@@ -89,7 +77,7 @@ def libraries() -> None:
     """Ranks are forked from a process that has loaded what they need."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["trl", "datasets", "peft", "sft_core.train.trainer", "sft_core.train.main", "tests.train.ranks"]
+        ["trl", "datasets", "peft", "sft_core.train.assemble", "sft_core.train.main", "tests.train.ranks"]
     )
     first = context.Process(target=int)
     first.start()
@@ -97,15 +85,14 @@ def libraries() -> None:
 
 
 @pytest.fixture(scope="session")
-def start_ranks(libraries: None, make_job: Callable[[PinnedRecipe, Path], dict[str, Any]]) -> Callable[..., Attempt]:
+def start_ranks(libraries: None, make_job: Callable[[PinnedRecipe, Path], TrainJob]) -> Callable[..., Attempt]:
     """Starts the ranks of a recipe in a folder, which may be that of an earlier start."""
 
     def start(recipe: dict[str, Any], out: Path, size: int, target: Callable[..., None] = rank) -> Attempt:
         (out / "logs").mkdir(parents=True, exist_ok=True)
         for stale in (*out.glob("error-rank*.txt"), *out.glob(stop_request(out).name)):  # as the launcher does
             stale.unlink()
-        job = make_job(pin(parse_recipe(recipe)), out)
-        (out / "logs" / "job.json").write_text(json.dumps(job))
-        return Attempt(out / "logs" / "job.json", size, out / "logs" / "ranks.log", target)
+        job = write_job(make_job(pin(parse_recipe(recipe)), out), out)
+        return Attempt(job, size, out / "logs" / "ranks.log", target)
 
     return start

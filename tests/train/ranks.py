@@ -1,6 +1,5 @@
 """Ranks that a test starts, watches and kills, without torchrun: a start takes a second in place of ten."""
 
-import json
 import multiprocessing
 import os
 import re
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sft_core.train.job import TrainJob, read_job
 from sft_core.train.strategy import environment
 
 
@@ -22,11 +22,11 @@ def rank(job: str, number: int, size: int, port: int, log: str) -> None:
     group = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in group.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
-    strategy = json.loads(Path(job).read_text())["runtime"]["distributed"]
+    strategy = read_job(TrainJob, Path(job)).runtime.distributed
     os.environ.update({**environment(strategy), "DS_ACCELERATOR": "cpu"})
-    from sft_core.train.main import main, train
+    from sft_core.train.main import main
 
-    main(Path(job), train)
+    main(Path(job))
 
 
 class Attempt:

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,15 +8,16 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from sft_core.sections import Training
+from sft_core.sections import Runtime, Training
 from sft_core.train.arguments import OWNED, check_extra, training_arguments
 from tests.train.tiny import Run, tiny_recipe
 
 
 def arguments(num_data_ranks: int = 1, **training: Any) -> Any:
-    runtime = {"save_steps": 7, "logging_steps": 3, "report_to": []}
-    values = Training(**training).model_dump(mode="json")
-    return training_arguments(values, num_steps=50, num_data_ranks=num_data_ranks, staging="staging", runtime=runtime)
+    runtime = Runtime(save_steps=7, logging_steps=3)
+    return training_arguments(
+        Training(**training), runtime, num_steps=50, num_data_ranks=num_data_ranks, staging=Path("staging")
+    )
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_core.train.checkpoints import check_room, latest, numbered, publish
-from sft_core.train.trainer import discard_staged
+from sft_core.train.checkpoints import check_room, discard_staged, latest, numbered, publish
 from tests.train.tiny import Run, tiny_recipe
 
 

@@ -28,8 +28,8 @@ def test_train_second_rank_fails_raises_its_error_and_ends_the_first(store: Stor
     plan = PackPlan.read(packs)
     training = pinned.recipe.last_phase.training
     arguments = TRAINED.section(pinned, {"round": 0}) | TRAINED.places(pinned, {"round": 0})
-    job = arguments["job"]
-    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=training.seed)
+    spec = arguments["job"]
+    model, _ = load_model(spec.model, spec.tokenizer, seed=training.seed)
     linear, quadratic = order_coefficients(model)
     costs = pack_costs(plan.num_tokens, plan.offsets, linear=linear, quadratic=quadratic)
     schedule = step_packs(costs, global_batch_size=4, num_epochs=3, max_steps=None, seed=training.seed)

@@ -13,6 +13,7 @@ from sft_core.data.packing import PackPlan
 from sft_core.data.shards import TokenShards
 from sft_core.train.collate import PackCollator
 from sft_core.train.flops import Flops, training_flops
+from sft_core.train.job import TrainJob
 from sft_core.train.model import skeleton
 from tests.train.tiny import LLAMA, Run
 
@@ -82,16 +83,16 @@ def test_flops_are_the_sum_of_their_parts() -> None:
 
 
 def test_trained_tokens_of_the_plan_are_those_of_its_batches(
-    plain_run: Run, make_job: Callable[..., dict[str, Any]], tmp_path: Path
+    plain_run: Run, make_job: Callable[..., TrainJob], tmp_path: Path
 ) -> None:
     job = make_job(plain_run.pinned, tmp_path)
-    collator = PackCollator.open(Path(job["packs"]), [list(map(Path, folders)) for folders in job["tokens"]])
+    collator = PackCollator.open(job.packs, job.tokens)
     plan = collator.plan
     cut = plan.num_tokens.copy()
     cut[::3] = np.maximum(1, cut[::3] - 5)  # as rows that are truncated
     shorter = PackCollator(
         PackPlan(plan.source, plan.row, cut, plan.offsets),
-        [TokenShards(*map(Path, folders)) for folders in job["tokens"]],
+        [TokenShards(*folders) for folders in job.tokens],
     )
     for one in (collator, shorter):
         batches = [one.of_packs([[number]]) for number in range(len(plan.row))]

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from sft_core.data.packing import PackPlan
 from sft_core.sections import Runtime, Training
+from sft_core.train.assemble import log_balance
 from sft_core.train.checkpoints import numbered, step_of
 from sft_core.train.forwards import busiest_packs, in_forwards, largest_divisor, packs_a_forward
-from sft_core.train.main import tell_balance
 from sft_core.train.model import skeleton
 from tests.train.tiny import Run, tiny_recipe
 
@@ -149,7 +149,7 @@ def test_in_forwards_each_rank_keeps_its_packs_in_their_order(steps: int, micro:
 def test_balance_of_shared_weights_is_by_forwards(tmp_path: Path) -> None:
     costs, schedule = np.array([4.0, 1.0, 1.0, 4.0]), np.array([[0, 1, 2, 3]])  # rank 0: 4 and 1, rank 1: 1 and 4
     for packs, ratio in ((1, 8 / 5), (2, 1.0)):
-        tell_balance(tmp_path / "balance.jsonl", costs, schedule, 2, "zero3", packs)
+        log_balance(tmp_path / "balance.jsonl", costs, schedule, 2, "zero3", packs)
         assert json.loads((tmp_path / "balance.jsonl").read_text())["slowest_over_mean"] == pytest.approx(
             ratio, abs=1e-6
         )

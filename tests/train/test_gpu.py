@@ -19,6 +19,7 @@ from sft_core.recipe import parse_recipe
 from sft_core.store import Store
 from sft_core.train.collate import Batch, collate, to_device
 from sft_core.train.head import add_fused_head
+from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.loss import Forward, trained_token_nll
 from sft_core.train.model import load_model, save_checkpoint
 from tests.train.test_loss import SIZES, random_documents
@@ -171,7 +172,7 @@ def test_qlora_trains_and_is_merged_into_the_whole_base(store: Store, tmp_path: 
     pytest.importorskip("bitsandbytes")
     base = tmp_path / "base"
     wide = pin(parse_recipe(tiny_recipe(model={"config": {**LLAMA, "hidden_size": 128, "intermediate_size": 256}})))
-    model, tokenizer = load_model(**wide.model_loader, tokenizer=wide.tokenizer_loader, seed=0)
+    model, tokenizer = load_model(ModelLoader(**wide.model_loader), TokenizerLoader(**wide.tokenizer_loader), seed=0)
     save_checkpoint(model, tokenizer, None, base)
     data = recipe(training={"bf16": True, "max_steps": 12, "lora": {"r": 8, "load_in_4bit": True}})
     data["model"] = {"model_name_or_path": str(base), "attn_implementation": "sdpa"}

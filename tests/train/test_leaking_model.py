@@ -15,6 +15,7 @@ from sft_core.data.shards import TokenShards
 from sft_core.pins import PinnedRecipe
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
+from sft_core.train.job import TrainJob
 from sft_core.train.model import load_model
 from sft_core.train.preflight import LONG, try_class
 from sft_core.train.schedule import step_packs
@@ -46,12 +47,10 @@ def run(train_here: Callable[..., Run]) -> Run:
     return train_here(opt_recipe())
 
 
-def test_loss_is_that_of_documents_by_themselves(
-    run: Run, make_job: Callable[[PinnedRecipe, Path], dict[str, Any]]
-) -> None:
+def test_loss_is_that_of_documents_by_themselves(run: Run, make_job: Callable[[PinnedRecipe, Path], TrainJob]) -> None:
     job = make_job(run.pinned, run.folder)
-    plan, shards = PackPlan.read(Path(job["packs"])), [TokenShards(*map(Path, folders)) for folders in job["tokens"]]
-    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=42)
+    plan, shards = PackPlan.read(job.packs), [TokenShards(*folders) for folders in job.tokens]
+    model, _ = load_model(job.spec.model, job.spec.tokenizer, seed=42)
     first = step_packs(costs_of(plan, model), global_batch_size=4, num_epochs=1, max_steps=1, seed=42)[0]
     nll = []
     with torch.no_grad():

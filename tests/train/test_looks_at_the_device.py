@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sft_core.train import trainer
+from sft_core.train import tried_forward
 from sft_core.train.arguments import gpu_arguments
+from sft_core.train.loss import LossBySource
 from sft_core.train.trainer import PackTrainer
 from tests.train.test_loss import random_documents
 from tests.train.tiny import Run, tiny_recipe
@@ -56,7 +57,7 @@ def test_no_micro_batch_waits_for_the_device(
     train_here: Callable[..., Run],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trainer, "wants_fused_head", lambda device: fused)
+    monkeypatch.setattr(tried_forward, "wants_fused_head", lambda device: fused)
     training = {"gradient_checkpointing": checkpointing, "max_steps": 3}
     run = train_here(tiny_recipe(model={"attn_implementation": "varlen"}, training=training))
     assert len(run.events) == 3 and len(looks) == 3 * (4 + 1)
@@ -65,13 +66,13 @@ def test_no_micro_batch_waits_for_the_device(
 
 
 def test_a_look_is_seen(looks: list[Looks], train_here: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    add = trainer.LossBySource.add
+    add = LossBySource.add
 
     def looking(self: Any, nll_N: torch.Tensor, source_N: torch.Tensor) -> None:
         assert float(nll_N.sum()) >= 0
         add(self, nll_N, source_N)
 
-    monkeypatch.setattr(trainer.LossBySource, "add", looking)
+    monkeypatch.setattr(LossBySource, "add", looking)
     train_here(tiny_recipe(model={"attn_implementation": "varlen"}, training={"max_steps": 1}))
     assert [mode.found["_local_scalar_dense"] for mode in looks[2:]] == [1, 1, 1]
 

@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.model import load_model
 from tests.train.tiny import LLAMA, ROOT, Run, tiny_recipe
 
@@ -43,7 +44,9 @@ def run(
 def base_of(run: Run) -> PreTrainedModel:
     pinned = run.pinned
     seed = pinned.recipe.last_phase.training.seed
-    return load_model(**pinned.model_loader, tokenizer=pinned.tokenizer_loader, seed=seed)[0].eval()
+    return load_model(ModelLoader(**pinned.model_loader), TokenizerLoader(**pinned.tokenizer_loader), seed=seed)[
+        0
+    ].eval()
 
 
 @pytest.mark.parametrize("variant", ["use_dora", "use_rslora"])

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.model import agree_on_special_tokens, load_model, save_checkpoint
 from tests.train.tiny import LLAMA, QUICKSTART, Run
 
@@ -13,7 +14,7 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token
 
 
 def load(*added: str, tied: bool = True, seed: int = 0, path: Path | None = None, eos: str | None = None) -> Any:
-    return load_model(
+    model = ModelLoader(
         path=str(path) if path else None,
         revision=None,
         config=None if path else {**LLAMA, "tie_word_embeddings": tied},
@@ -21,15 +22,15 @@ def load(*added: str, tied: bool = True, seed: int = 0, path: Path | None = None
         attn_implementation="sdpa",
         stop_tokens=[],
         trust_remote_code=False,
-        tokenizer={
-            "path": str(QUICKSTART / "tokenizer"),
-            "revision": None,
-            "add_special_tokens": list(added),
-            "eos_token": eos,
-            "trust_remote_code": False,
-        },
-        seed=seed,
     )
+    tokenizer = TokenizerLoader(
+        path=str(QUICKSTART / "tokenizer"),
+        revision=None,
+        add_special_tokens=list(added),
+        eos_token=eos,
+        trust_remote_code=False,
+    )
+    return load_model(model, tokenizer, seed=seed)
 
 
 @pytest.mark.parametrize("tied", [True, False])

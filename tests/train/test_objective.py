@@ -16,6 +16,7 @@ from sft_core.data.balance import pack_costs
 from sft_core.data.packing import PackPlan
 from sft_core.data.shards import TokenShards
 from sft_core.pins import PinnedRecipe
+from sft_core.train.job import TrainJob
 from sft_core.train.model import load_model
 from sft_core.train.schedule import EMPTY, order_coefficients, step_packs
 from tests.train.tiny import LLAMA, Run, tiny_recipe
@@ -38,16 +39,14 @@ def documents_of(
 
 @pytest.fixture(scope="module")
 def reference(
-    plain_run: Run, make_job: Callable[[PinnedRecipe, Path], dict[str, Any]]
+    plain_run: Run, make_job: Callable[[PinnedRecipe, Path], TrainJob]
 ) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     """Loss and gradient norm of each step, and the last weights, of AdamW over documents one at a time."""
     job = make_job(plain_run.pinned, plain_run.folder)
-    training = job["training"]
-    plan, shards = PackPlan.read(Path(job["packs"])), [TokenShards(*map(Path, folders)) for folders in job["tokens"]]
-    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=training["seed"])
-    schedule = step_packs(
-        costs_of(plan, model), global_batch_size=4, num_epochs=3, max_steps=None, seed=training["seed"]
-    )
+    training = job.spec.training
+    plan, shards = PackPlan.read(job.packs), [TokenShards(*folders) for folders in job.tokens]
+    model, _ = load_model(job.spec.model, job.spec.tokenizer, seed=training.seed)
+    schedule = step_packs(costs_of(plan, model), global_batch_size=4, num_epochs=3, max_steps=None, seed=training.seed)
     assert len(schedule) == 6
     assert (schedule == EMPTY).sum() == 3, "an epoch's last batch is smaller than the others"
 
@@ -101,11 +100,11 @@ def test_log_tells_speed_and_memory(plain_run: Run) -> None:
 
 
 def test_log_tells_the_flops_of_the_trained_packs(
-    plain_run: Run, make_job: Callable[[PinnedRecipe, Path], dict[str, Any]], tmp_path: Path
+    plain_run: Run, make_job: Callable[[PinnedRecipe, Path], TrainJob], tmp_path: Path
 ) -> None:
     job = make_job(plain_run.pinned, tmp_path)
-    plan, shards = PackPlan.read(Path(job["packs"])), [TokenShards(*map(Path, folders)) for folders in job["tokens"]]
-    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=42)
+    plan, shards = PackPlan.read(job.packs), [TokenShards(*folders) for folders in job.tokens]
+    model, _ = load_model(job.spec.model, job.spec.tokenizer, seed=42)
     width, head = LLAMA["hidden_size"], LLAMA["vocab_size"] * LLAMA["hidden_size"]
     layers = model.num_parameters() - head  # the head is the embedding
     costs = costs_of(plan, model)
@@ -123,13 +122,13 @@ def test_log_tells_the_flops_of_the_trained_packs(
 
 
 def test_batch_first_is_the_one_of_packs_of_like_cost(
-    train_here: Callable[..., Run], make_job: Callable[[PinnedRecipe, Path], dict[str, Any]]
+    train_here: Callable[..., Run], make_job: Callable[[PinnedRecipe, Path], TrainJob]
 ) -> None:
     # With this seed the first batch is another one without costs, and another one again when only tokens count.
     run = train_here(tiny_recipe(training={"global_batch_size": 2, "max_steps": 1, "seed": 8}))
     job = make_job(run.pinned, run.folder)
-    plan, shards = PackPlan.read(Path(job["packs"])), [TokenShards(*map(Path, folders)) for folders in job["tokens"]]
-    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=8)
+    plan, shards = PackPlan.read(job.packs), [TokenShards(*folders) for folders in job.tokens]
+    model, _ = load_model(job.spec.model, job.spec.tokenizer, seed=8)
 
     def first_loss(costs: np.ndarray) -> float:
         (packs,) = step_packs(costs, global_batch_size=2, num_epochs=1, max_steps=1, seed=8)
@@ -147,7 +146,7 @@ def test_batch_first_is_the_one_of_packs_of_like_cost(
 
 
 def test_loss_turns_with_weights_count_by_them(
-    train_here: Callable[..., Run], make_job: Callable[[PinnedRecipe, Path], dict[str, Any]], tmp_path: Path
+    train_here: Callable[..., Run], make_job: Callable[[PinnedRecipe, Path], TrainJob], tmp_path: Path
 ) -> None:
     turns = [{"role": "assistant", "content": "x" * 9, "weight": 0.25}, {"role": "assistant", "content": "yz" * 4}]
     asked = [{"role": "user", "content": "a"}, turns[0], {"role": "user", "content": "b"}, turns[1]]
@@ -160,8 +159,8 @@ def test_loss_turns_with_weights_count_by_them(
     recipe["dataset_mixture"]["selection_share"] = 0.0
     run = train_here(recipe)
     job = make_job(run.pinned, run.folder)
-    shards = TokenShards(*map(Path, job["tokens"][0]))
-    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=job["training"]["seed"])
+    shards = TokenShards(*job.tokens[0])
+    model, _ = load_model(job.spec.model, job.spec.tokenizer, seed=job.spec.training.seed)
     total = weight = unweighted_total = count = 0.0
     for number in range(2):
         row = shards[number]

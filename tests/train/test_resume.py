@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from sft_core.train.callbacks import LogEvents
 from sft_core.train.checkpoints import numbered
-from sft_core.train.trainer import LogEvents
 from tests.train.test_checkpoints import digest_as_before
 from tests.train.tiny import Run, tiny_recipe
 

@@ -17,6 +17,7 @@ from sft_core.pins import PinnedRecipe
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
 from sft_core.train.collate import collate
+from sft_core.train.job import TrainJob
 from sft_core.train.loss import Forward, trained_losses
 from sft_core.train.model import load_model
 from sft_core.train.preflight import try_class
@@ -114,14 +115,14 @@ def test_training_adds_the_router_loss_and_more_ranks_change_nothing(
 
 
 def test_router_loss_of_a_step_is_the_mean_over_the_tokens_of_its_packs(
-    train_here: Callable[..., Run], make_job: Callable[[PinnedRecipe, Path], dict[str, Any]]
+    train_here: Callable[..., Run], make_job: Callable[[PinnedRecipe, Path], TrainJob]
 ) -> None:
     """Of each step of an epoch, the last of which has an empty slot; by transformers' own loss of each pack."""
     still = {"learning_rate": 1e-12, "max_steps": 2}  # so that the start model is that of both steps
     runs = [train_here(recipe(training={**still, "router_aux_loss_coef": value})) for value in (COEFFICIENT, 0.0)]
     job = make_job(runs[0].pinned, runs[0].folder)
-    plan, shards = PackPlan.read(Path(job["packs"])), [TokenShards(*map(Path, folders)) for folders in job["tokens"]]
-    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=42)
+    plan, shards = PackPlan.read(job.packs), [TokenShards(*folders) for folders in job.tokens]
+    model, _ = load_model(job.spec.model, job.spec.tokenizer, seed=42)
     schedule = step_packs(costs_of(plan, model), global_batch_size=4, num_epochs=1, max_steps=2, seed=42)
     assert (schedule == EMPTY).any()
     for step, packs in enumerate(schedule):

@@ -18,11 +18,12 @@ from sft_core.evaluate.tasks import row_losses
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
+from sft_core.train.assemble import log_balance
 from sft_core.train.checkpoints import numbered, step_of
 from sft_core.train.log_file import read_events
-from sft_core.train.main import tell_balance
+from sft_core.train.row_losses import RowLosses
 from sft_core.train.schedule import EMPTY
-from sft_core.train.selection import EvaluateSelection, RowLosses, Selection, SelectionLosses, evaluation_steps
+from sft_core.train.selection import EvaluateSelection, Selection, SelectionLosses, evaluation_steps
 from steps.selection import SELECTION
 from steps.tokenize import TOKENS
 from steps.train import TRAINED, card
@@ -216,6 +217,6 @@ def test_schedule_on_one_rank_is_even(watched: Run):
 def test_balance_that_is_told_counts_empty_slots_and_where_ranks_wait(tmp_path: Path):
     costs, schedule = np.array([4.0, 1.0, 1.0, 2.0, 8.0]), np.array([[0, 1, 2, 3], [4, EMPTY, EMPTY, EMPTY]])
     for strategy, slowest in (("ddp", 5 + 8), ("zero3", 4 + 2 + 8)):  # rank 0 has 4 + 1, rank 1 has 1 + 2
-        tell_balance(tmp_path / "balance.jsonl", costs, schedule, 2, strategy)
+        log_balance(tmp_path / "balance.jsonl", costs, schedule, 2, strategy)
         (told,) = read_events(tmp_path / "balance.jsonl")
         assert told == {"ranks": 2, "packs_a_step": 4, "slowest_over_mean": pytest.approx(slowest / (4 + 4), abs=1e-6)}

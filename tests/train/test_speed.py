@@ -1,17 +1,25 @@
-"""FLOPs of a batch, by its documents; what devices can do at most."""
+"""FLOPs of a batch, by its documents; what devices can do at most; the speed that the log tells."""
 
 import logging
+import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_core.data.shards import TokenRow
+from sft_core.train import speed_log
 from sft_core.train.collate import collate
 from sft_core.train.flops import Flops
 from sft_core.train.speed import batch_flops, peak_flops_per_s, peak_of
+from sft_core.train.speed_log import SpeedLog
+
+ROW = TokenRow(np.ones(8, np.int32), np.ones(8, np.uint8))
 
 
 @given(lengths=st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=8))
@@ -75,3 +83,36 @@ def test_peak_of_another_device_is_unknown_and_told_once(name: str, caplog: pyte
         assert peak_of(name) is None
         assert peak_of(name) is None
     assert caplog.messages == [f"no peak FLOP/s is known of {name}: FLOP/s are logged, MFU is not"]
+
+
+@pytest.fixture
+def log() -> Iterator[SpeedLog]:
+    """Of a rank that is alone, whatever training this process did before."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield SpeedLog(Flops(7.0, 0.5, 100.0), Accelerator(cpu=True))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_speed_log_counts_since_the_last_line_and_leaves_evaluation_out(log: SpeedLog) -> None:
+    batch = collate([(ROW, 0)], [(ROW, 0)])
+    for _ in range(3):
+        log.count(batch)
+    time.sleep(0.3)
+    line = log.line(evaluation_s=0.2)
+    assert 0.3 <= line["seconds"] < 5 and 0.05 < line["memory_gib"] < 64 and "mfu" not in line
+    training_s = line["seconds"] - 0.2
+    assert line["tokens_per_s"] * training_s == pytest.approx(3 * 16, rel=0.01)
+    assert line["trained_tokens_per_s"] * training_s == pytest.approx(3 * 14, rel=0.01)
+    assert line["tflops_per_s"] * 1e12 * training_s == pytest.approx(3 * (7 * 16 + 0.5 * 128 + 100 * 14), rel=0.01)
+    log.count(batch)
+    time.sleep(0.1)
+    line = log.line(evaluation_s=0.0)
+    assert line["seconds"] < 5 and line["tokens_per_s"] * line["seconds"] == pytest.approx(16, rel=0.02)
+
+
+def test_speed_log_tells_mfu_where_the_peak_is_known(log: SpeedLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_log, "peak_flops_per_s", lambda device: 1e4)  # of a CPU nobody tells
+    log.count(collate([(ROW, 0)]))
+    time.sleep(0.1)
+    line = log.line(evaluation_s=0.0)
+    assert line["mfu"] == pytest.approx(line["tflops_per_s"] * 1e12 / 1e4, rel=0.01) and line["mfu"] > 0

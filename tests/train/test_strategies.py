@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import random
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from safetensors.torch import load_file
 
 from sft_core.data.packing import PackPlan
 from sft_core.data.shards import read_index
-from sft_core.pins import pin
+from sft_core.pins import PinnedRecipe, pin
 from sft_core.rank_strategies import STRATEGIES
 from sft_core.recipe import parse_recipe
 from sft_core.store import Store
+from sft_core.train.job import TrainJob
 from sft_core.train.loss import trained_token_nll
 from sft_core.train.strategy import CONFIGS, WrongStrategy, check_engaged, environment
 from steps.pack import PACKED
@@ -139,7 +141,7 @@ def test_check_engaged_tells_a_plain_model_from_the_strategies() -> None:
             check_engaged(strategy, alone, torch.nn.Linear(2, 2))
 
 
-def sharded_rank(rank: int, port: int, job: dict[str, Any], schedule: list[list[int]], out: str) -> None:
+def sharded_rank(rank: int, port: int, job: TrainJob, schedule: list[list[int]], out: str) -> None:
     """SGD over the schedule by torch's fully_shard, our loss and our data; rank 0 writes losses and weights."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -151,8 +153,8 @@ def sharded_rank(rank: int, port: int, job: dict[str, Any], schedule: list[list[
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=job["training"]["seed"])
-    collator = PackCollator.open(Path(job["packs"]), [list(map(Path, folders)) for folders in job["tokens"]])
+    model, _ = load_model(job.spec.model, job.spec.tokenizer, seed=job.spec.training.seed)
+    collator = PackCollator.open(job.packs, job.tokens)
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
@@ -179,12 +181,14 @@ def sharded_rank(rank: int, port: int, job: dict[str, Any], schedule: list[list[
     dist.destroy_process_group()
 
 
-def test_fsdp2_by_torch_itself_equals_one_rank(one: Run, make_job: Any, tmp_path: Path) -> None:
+def test_fsdp2_by_torch_itself_equals_one_rank(
+    one: Run, make_job: Callable[[PinnedRecipe, Path], TrainJob], tmp_path: Path
+) -> None:
     from sft_core.train.collate import PackCollator
     from sft_core.train.model import load_model
 
     job = make_job(one.pinned, tmp_path)
-    collator = PackCollator.open(Path(job["packs"]), [list(map(Path, folders)) for folders in job["tokens"]])
+    collator = PackCollator.open(job.packs, job.tokens)
     schedule = np.random.default_rng(0).permutation(len(collator.plan))[:24].reshape(6, 4).tolist()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -194,7 +198,7 @@ def test_fsdp2_by_torch_itself_equals_one_rank(one: Run, make_job: Any, tmp_path
     for rank in ranks:
         rank.start()
 
-    model, _ = load_model(**job["model"], tokenizer=job["tokenizer"], seed=job["training"]["seed"])
+    model, _ = load_model(job.spec.model, job.spec.tokenizer, seed=job.spec.training.seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for packs in schedule:

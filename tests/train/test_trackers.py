@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sft_core.recipe import parse_recipe
-from sft_core.train import trainer
+from sft_core.train import speed_log
 from sft_core.train.arguments import check_report_to
 from steps.pipeline import prepare
 from tests.train.tiny import Run, tiny_recipe
@@ -47,7 +47,7 @@ def test_tensorboard_gets_what_is_logged(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
-    monkeypatch.setattr(trainer, "peak_flops_per_s", lambda device: 1e12)  # of a CPU nobody tells
+    monkeypatch.setattr(speed_log, "peak_flops_per_s", lambda device: 1e12)  # of a CPU nobody tells
     run = train_here(tiny_recipe(runtime={"report_to": ["tensorboard"]}))
     written = EventAccumulator(str(tmp_path)).Reload()
     expected: dict[str, list[tuple[int, Any]]] = {}

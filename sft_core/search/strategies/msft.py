@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from sft_core.search.peaks import fall_of, first_highest, peak_of
-from sft_core.search.rollouts import Best, Curves, Decision, Point, Rollout
+from sft_core.search.rollouts import Best, Curves, Decision, Point, Rollout, Search
+from sft_core.search.strategy import Implementation, SearchInput
+from sft_core.search_settings.strategies.msft import MsftSettings
 from sft_core.wording import counted
 
 
@@ -67,7 +69,7 @@ class Msft:
     def observe(self, curves: Curves) -> Decision:
         rollout = self.propose()
         assert rollout is not None, "the search is over"
-        evaluation, dropped, evidence = self._judge(curves)  # before what it is held against is seen
+        evaluation, dropped, evidence = self._judge(curves)  # before `_best` takes in the curves it is judged against
         self._best.see(rollout.round, curves)
         readmitted = self._forgotten(curves, evaluation)
         self._at_drop |= {task: curves.rows[task][evaluation] for task in dropped}
@@ -100,7 +102,7 @@ class Msft:
         return False
 
     def _judge(self, curves: Curves) -> tuple[int, list[str], dict[str, Mapping[str, Any]]]:
-        """Where to go on from, who is dropped there, and why."""
+        """The evaluation to go on from, the tasks that are dropped there, and the evidence."""
         last = len(curves.epochs) - 1
         peaks = {task: first_highest(curves.of(task)) for task in self._active}
         evidence: dict[str, Mapping[str, Any]] = {
@@ -172,7 +174,7 @@ class RobustMsft(Msft):
         return self._nearest_kept(curves, earliest), dropped, evidence
 
     def _nearest_kept(self, curves: Curves, evaluation: int) -> int:
-        """Where weights are: a fit can turn back to an evaluation that was not wanted for a while, and is gone."""
+        """The nearest evaluation whose weights are kept: a fit can turn back to one whose weights are gone."""
         kept: set[int] = set()
         for number in range(len(curves.epochs)):
             kept = (kept | {number}) & self.wanted(curves.until(number))
@@ -185,3 +187,23 @@ class RobustMsft(Msft):
         falls = {task: self._at_drop[task] - curves.rows[task][evaluation] for task in excluded}
         level = self.alpha / len(excluded)
         return tuple(task for task, fallen in falls.items() if fall_of(fallen).p < level)
+
+
+def msft(start: SearchInput) -> Search:
+    settings = start.search.settings
+    assert isinstance(settings, MsftSettings)
+    limits = Limits(settings.max_rollouts, settings.max_epochs, settings.max_idle)
+    epochs = start.search.epochs_per_rollout
+    if settings.preset == "paper":
+        return Msft(start.tasks, epochs, limits)
+    return RobustMsft(
+        start.tasks,
+        epochs,
+        limits,
+        alpha=settings.alpha,
+        readmit=settings.readmit,
+        max_kept=settings.max_kept,
+    )
+
+
+IMPLEMENTATIONS = {"msft": Implementation(msft)}

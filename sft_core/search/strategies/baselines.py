@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sft_core.search.peaks import first_highest
-from sft_core.search.rollouts import Best, Curves, Decision, Point, Rollout
+from sft_core.search.rollouts import Best, Curves, Decision, Point, Rollout, Search
+from sft_core.search.strategy import Implementation, SearchInput
 from sft_core.wording import counted
 
 
 @dataclasses.dataclass
 class _Planned:
-    """A search whose roll-outs are a list that may grow by what is observed. Delivers the best pooled evaluation."""
+    """A search whose roll-outs are a list, to which observations may add. Delivers the best pooled evaluation."""
 
     tasks: Sequence[str]
     epochs_per_rollout: float
@@ -67,7 +68,7 @@ class _Planned:
         return len(curves.epochs) - 1
 
     def _plan(self, done: Rollout, curves: Curves, point: Point) -> None:
-        """Adds what follows from a roll-out to the plan."""
+        """Adds the roll-outs that follow from a finished one to the plan."""
 
     def _reason(self) -> str:
         following = self.propose()
@@ -93,9 +94,10 @@ class Continual(_Planned):
 
 
 class Sro(_Planned):
-    """Single roll-out: one over everything tells when each task peaks; from the start again, each leaves at its peak.
+    """Single roll-out: a first roll-out over all tasks shows where each peaks. From the start again, each leaves there.
 
-    Between two departures the remaining tasks are a roll-out of their own. A task that peaks at the start is left out.
+    Between two departures the remaining tasks are a roll-out of their own. A task that peaks at the start is not
+    trained.
     """
 
     def _plan(self, done: Rollout, curves: Curves, point: Point) -> None:
@@ -125,8 +127,32 @@ class SoftSro(_Planned):
         amounts = {task: self.sizes[task] * float(curves.epochs[first_highest(curves.of(task))]) for task in self.tasks}
         total = sum(amounts.values())
         if total == 0:
-            return  # nothing has helped anyone: the start is the best there is
+            return  # no task has gained: the start model is the best
         # As many rows an epoch as the mixture has.
         scale = sum(self.sizes.values()) / total
         rows = {task: max(1, round(amount * scale)) for task, amount in amounts.items() if amount}
         self._planned.append(Rollout(1, None, tuple(rows), self.epochs_per_rollout, rows))
+
+
+def sft(start: SearchInput) -> Search:
+    return Sft(start.tasks, start.search.epochs_per_rollout)
+
+
+def continual(start: SearchInput) -> Search:
+    return Continual(start.tasks, start.search.epochs_per_rollout)
+
+
+def sro(start: SearchInput) -> Search:
+    return Sro(start.tasks, start.search.epochs_per_rollout)
+
+
+def soft_sro(start: SearchInput) -> Search:
+    return SoftSro(start.tasks, start.search.epochs_per_rollout, start.sizes)
+
+
+IMPLEMENTATIONS = {
+    "sft": Implementation(sft),
+    "continual": Implementation(continual),
+    "sro": Implementation(sro),
+    "soft_sro": Implementation(soft_sro),
+}

@@ -1,0 +1,49 @@
+"""What a search strategy is made of: a search that proposes roll-outs, and perhaps a sampler that draws their rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from sft_core.data.packing import PackPlan
+from sft_core.search.rollouts import Search
+from sft_core.search_settings.section import SearchKeys
+from sft_core.train.hooks import Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchInput:
+    """search: the recipe's section. sizes: training rows of each task, where the strategy needs them."""
+
+    search: SearchKeys
+    tasks: Sequence[str]
+    sizes: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerInput:
+    """A roll-out's training, from which a sampler draws.
+
+    tasks: those that the roll-out trains. task: the number of each document's task, int64, shape (documents,).
+    max_length: tokens of a pack, where the strategy packs rows anew; None: each row is a pack.
+    """
+
+    search: SearchKeys
+    tasks: list[str]
+    task: np.ndarray
+    plan: PackPlan
+    num_steps: int
+    num_epochs: float
+    global_batch_size: int
+    max_length: int | None
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """sampler: None where the schedule of a roll-out stands from its start."""
+
+    search: Callable[[SearchInput], Search]
+    sampler: Callable[[SamplerInput], Sampler] | None = None
