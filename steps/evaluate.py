@@ -91,7 +91,7 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     rows = score_rows({task: scores}, {task: compared}, {task: counts})
     shown: dict[str, Any] = {"rows": tuned["rows"]}
     for base, after in zip(scores["base"], scores["tuned"], strict=True):
-        shown[f"{after['metric']}: base → tuned"] = told(base, after, compared.get(after["metric"]))
+        shown[f"{after['metric']}: base → tuned"] = change_text(base, after, compared.get(after["metric"]))
     if tuned["answers"]:
         shown["answers"] = tuned["answers"]
         if "engine" in tuned:
@@ -113,7 +113,9 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     return components
 
 
-def told(base: dict[str, Any], tuned: dict[str, Any], difference: dict[str, Any] | None) -> str:
+def change_text(base: dict[str, Any], tuned: dict[str, Any], difference: dict[str, Any] | None) -> str:
+    """A score of both models with its standard errors and its difference, in a line of a card."""
+
     def value(score: dict[str, Any]) -> str:
         return f"{score['value']:.4f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.4f}")
 
@@ -154,9 +156,9 @@ def check_report_prompts(counts: dict[str, int | None], pinned: PinnedRecipe) ->
     minimum = pinned.recipe.evaluation.min_report_rows
     few = {task: count for task, count in counts.items() if count is not None and count < minimum}
     if few:
-        found = ", ".join(f"{task} has {count}" for task, count in few.items())
+        counts_text = ", ".join(f"{task} has {count}" for task, count in few.items())
         raise ValueError(
-            f"evaluation.min_report_rows: found too few unique report prompts ({found}; at least {minimum} are "
+            f"evaluation.min_report_rows: found too few unique report prompts ({counts_text}; at least {minimum} are "
             "needed); raise dataset_mixture.report_share, add data, leave the task out of evaluation.tasks, or "
             "lower evaluation.min_report_rows"
         )
@@ -191,5 +193,5 @@ def _prompt_hashes(store: Store, pinned: PinnedRecipe, task: str) -> np.ndarray 
         except Rejected:
             num_rejected += 1
     faulty = num_rejected > pinned.recipe.dataset_mixture.max_rejected_share * (len(hashes) + num_rejected)
-    # An empty or faulty source is told of by its download, which knows what is wrong with it.
+    # Where the source is empty or faulty, its download says what is wrong with it.
     return None if faulty or not hashes else np.array(hashes, dtype=np.uint64)

@@ -88,7 +88,7 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     flags = []
     for row in score_rows({name: scores}, {name: compared}, {}):
         metric = row["metric"]
-        shown[f"{metric}: base → tuned"] = evaluate.told(base[metric], after[metric], compared.get(metric))
+        shown[f"{metric}: base → tuned"] = evaluate.change_text(base[metric], after[metric], compared.get(metric))
         flags += [f"{metric}: {row['flags']}"] if row["flags"] else []
     samples = {model: read_samples(store.path(ref), MAX_SHOWN) for model, ref in refs.items()}
     rows = [

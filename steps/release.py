@@ -100,11 +100,11 @@ def _mentions(pinned: PinnedRecipe, part: Part) -> Needs:
     """Counts and addresses stand in manifests: behind a URL no data comes with them."""
     training = (TRAINED, round_of(pinned))
     packs = TRAINED.needs(pinned, round_of(pinned))["packs"]
-    found: Needs = {"report": (REPORT, part), "training": training, "packs": packs, "mixture": (MIXTURE, {})}
+    needs: Needs = {"report": (REPORT, part), "training": training, "packs": packs, "mixture": (MIXTURE, {})}
     for source in pinned.recipe.sources:
-        found[f"tokens:{source}"] = (TOKENS, {"source": source})
-        found[f"conversations:{source}"] = (CONVERSATIONS, {"source": source})
-    return found
+        needs[f"tokens:{source}"] = (TOKENS, {"source": source})
+        needs[f"conversations:{source}"] = (CONVERSATIONS, {"source": source})
+    return needs
 
 
 RELEASED = Stage(

@@ -75,11 +75,11 @@ def _template_of(model: Path) -> str:
 
 def _sources(sources: list[dict[str, Any]], build: Build) -> list[Source]:
     mixture = build.manifests["mixture"]["counts"]
-    found = []
+    card_sources = []
     for source in sources:
         kept = mixture["sources"][source["name"]]
         conversations = build.manifests[f"conversations:{source['name']}"]["counts"]["conversations"]
-        found.append(
+        card_sources.append(
             Source(
                 **{**source, "files": tuple(source["files"])},
                 conversations=conversations,
@@ -89,7 +89,7 @@ def _sources(sources: list[dict[str, Any]], build: Build) -> list[Source]:
                 share=kept["trained_tokens"] / max(1, mixture["trained_tokens"]),
             )
         )
-    return found
+    return card_sources
 
 
 def _scores(tasks: list[str], shares: list[str], build: Build) -> list[Score]:
@@ -113,14 +113,14 @@ def _scores(tasks: list[str], shares: list[str], build: Build) -> list[Score]:
 
 def _cut_offs(tasks: list[str], build: Build) -> list[CutOff]:
     """Of the tasks whose rows have an answer to generate."""
-    found = []
+    cut_offs = []
     for task in tasks:
         if task.startswith(LM_EVAL):
             continue  # lm-eval does not say which answers it cut
         base, tuned = (of_samples(read_rows(build.inputs[f"{model}.{task}"]), "cut_off") for model in ("base", "tuned"))
         if tuned:
-            found.append(CutOff(task, len(tuned), sum(base), sum(tuned)))
-    return found
+            cut_offs.append(CutOff(task, len(tuned), sum(base), sum(tuned)))
+    return cut_offs
 
 
 def _training(recipe: dict[str, Any], build: Build) -> dict[str, Any]:
@@ -147,13 +147,13 @@ def _lineage(tasks: list[str], sources: list[dict[str, Any]], build: Build) -> l
     def address(name: str) -> str:
         return "/".join(build.manifests[name]["ref"])
 
-    found = [("report", address("report"))]
-    found += [
+    lineage = [("report", address("report"))]
+    lineage += [
         (f"{model} scores of {task}", address(f"{model}.{task}")) for task in tasks for model in ("tuned", "base")
     ]
-    found += [("checkpoint", address("trained")), ("packs", address("packs")), ("mixture", address("mixture"))]
+    lineage += [("checkpoint", address("trained")), ("packs", address("packs")), ("mixture", address("mixture"))]
     for source in sources:
         name = source["name"]
-        found += [(f"{kind} of {name}", address(f"{kind}:{name}")) for kind in ("tokens", "conversations")]
-        found.append((f"files of {name}", source["revision"]))
-    return found
+        lineage += [(f"{kind} of {name}", address(f"{kind}:{name}")) for kind in ("tokens", "conversations")]
+        lineage.append((f"files of {name}", source["revision"]))
+    return lineage

@@ -46,7 +46,7 @@ class Base:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A dataset, and what of it one epoch holds."""
+    """A dataset, and its part of an epoch."""
 
     name: str
     hub_id: str | None
@@ -216,7 +216,8 @@ def _scores(card: Card) -> list[str]:
     ]
     if card.cut_offs:
         shares = [
-            (one.task, one.n, *(f"{count / one.n:.1%}" for count in (one.base, one.tuned))) for one in card.cut_offs
+            (cut_off.task, cut_off.n, *(f"{count / cut_off.n:.1%}" for count in (cut_off.base, cut_off.tuned)))
+            for cut_off in card.cut_offs
         ]
         sections += [
             "Answers that were cut off at the limit of new tokens:",
@@ -296,10 +297,10 @@ def _with_interval(value: float, stderr: float | None, n: int, *, is_share: bool
     return f"{value:.4f}" if low is None else f"{value:.4f} ({low:.4f} to {high:.4f})"
 
 
-def _difference(found: tuple[float, float | None, float | None] | None) -> str:
-    if found is None:
+def _difference(difference: tuple[float, float | None, float | None] | None) -> str:
+    if difference is None:
         return "-"
-    value, low, high = found
+    value, low, high = difference
     return f"{value:+.4f}" if low is None else f"{value:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
@@ -322,7 +323,7 @@ _SPECIAL = re.compile(r"[\\`*{}\[\]<>#|!&~$]|(?<!\w)_|_(?!\w)")
 
 def _text(value: str) -> str:
     """Text that Markdown shows as it is, in a line."""
-    return _SPECIAL.sub(lambda found: "\\" + found[0], _line(value))
+    return _SPECIAL.sub(lambda match: "\\" + match[0], _line(value))
 
 
 def _line(value: str) -> str:
