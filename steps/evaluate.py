@@ -171,9 +171,9 @@ def check_report_prompts(counts: dict[str, int | None], pinned: PinnedRecipe) ->
     minimum = pinned.recipe.evaluation.min_report_rows
     few = {task: count for task, count in counts.items() if count is not None and count < minimum}
     if few:
-        found = ", ".join(f"{task} has {count}" for task, count in few.items())
+        counts_text = ", ".join(f"{task} has {count}" for task, count in few.items())
         raise ValueError(
-            f"evaluation.min_report_rows: found too few unique report prompts ({found}; at least {minimum} are "
+            f"evaluation.min_report_rows: found too few unique report prompts ({counts_text}; at least {minimum} are "
             "needed); raise dataset_mixture.report_share, add data, leave the task out of evaluation.tasks, or "
             "lower evaluation.min_report_rows"
         )

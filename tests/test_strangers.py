@@ -129,3 +129,28 @@ def test_metric_that_is_one_new_file_is_planned_scores_rows_and_is_in_the_table_
     low, high = interval(result.metric_value, 0.0, 6, is_share=True)
     bounds = (result.metric_args["low_95"], result.metric_args["high_95"])
     assert bounds == pytest.approx((low, high), abs=1e-5), "the class says that it is a share, so it is Wilson's"
+
+
+LOADING = """
+import json
+from sft_core.evaluate.metrics.registry import metric_classes
+
+try:
+    print(json.dumps([*metric_classes()]))
+except TypeError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def test_metric_that_states_no_fact_or_takes_anothers_name_is_named(project: ProjectCopy) -> None:
+    assert "letters" not in project.run_code(LOADING)
+    file = project.folder / "sft_core" / "evaluate" / "metrics" / "letters.py"
+    for text, message in (
+        (METRIC.replace("    is_share = True\n", ""), "sft_core.evaluate.metrics.letters.Letters: states no is_share"),
+        (METRIC.replace('    name = "letters"\n', ""), "sft_core.evaluate.metrics.letters.Letters: states no name"),
+        (METRIC.replace('"letters"', '"choice"'), "sft_core.evaluate.metrics.choice has a metric choice, too"),
+    ):
+        file.write_text(text)
+        assert message in project.run_code(LOADING)
+    file.write_text(METRIC)
+    assert "letters" in project.run_code(LOADING)

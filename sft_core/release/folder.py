@@ -79,12 +79,12 @@ def _template_of(model: Path) -> str:
 
 
 def _sources(sources: list[dict[str, Any]], phases: dict[str, str], build: Build) -> list[Source]:
-    found = []
+    card_sources = []
     for source in sources:
         mixture = build.manifests[f"mixture{phases[source['phase']]}"]["counts"]
         kept = mixture["sources"][source["name"]]
         conversations = build.manifests[f"conversations:{source['name']}"]["counts"]["conversations"]
-        found.append(
+        card_sources.append(
             Source(
                 **{**source, "files": tuple(source["files"])},
                 conversations=conversations,
@@ -94,7 +94,7 @@ def _sources(sources: list[dict[str, Any]], phases: dict[str, str], build: Build
                 share=kept["trained_tokens"] / max(1, mixture["trained_tokens"]),
             )
         )
-    return found
+    return card_sources
 
 
 def _scores(tasks: list[str], models: list[str], shares: list[str], build: Build) -> list[Score]:
@@ -122,14 +122,14 @@ def _rounded(value: float | None) -> Any:
 
 def _cut_offs(tasks: list[str], models: list[str], build: Build) -> list[CutOff]:
     """Of the tasks whose rows have an answer to generate."""
-    found = []
+    cut_offs = []
     for task in tasks:
         if task.startswith(LM_EVAL):
             continue  # lm-eval does not say which answers it cut
         by_model = {model: of_samples(read_rows(build.inputs[f"{model}.{task}"]), "cut_off") for model in models}
         if num_answers := len(by_model[models[-1]]):
-            found.append(CutOff(task, num_answers, {model: sum(cut_off) for model, cut_off in by_model.items()}))
-    return found
+            cut_offs.append(CutOff(task, num_answers, {model: sum(cut_off) for model, cut_off in by_model.items()}))
+    return cut_offs
 
 
 def _training(recipe: dict[str, Any], phase: str, label: str, build: Build) -> dict[str, Any]:
@@ -159,14 +159,16 @@ def _lineage(
     def address(name: str) -> str:
         return "/".join(build.manifests[name]["ref"])
 
-    found = [("report", address("report"))]
-    found += [(f"{model} scores of {task}", address(f"{model}.{task}")) for task in tasks for model in reversed(models)]
-    found.append(("checkpoint", address("trained")))
+    lineage = [("report", address("report"))]
+    lineage += [
+        (f"{model} scores of {task}", address(f"{model}.{task}")) for task in tasks for model in reversed(models)
+    ]
+    lineage.append(("checkpoint", address("trained")))
     for label in phases.values():
         kinds = ("training", "packs", "mixture") if label else ("packs", "mixture")
-        found += [(f"{kind}{label}", address(f"{kind}{label}")) for kind in kinds]
+        lineage += [(f"{kind}{label}", address(f"{kind}{label}")) for kind in kinds]
     for source in sources:
         name = source["name"]
-        found += [(f"{kind} of {name}", address(f"{kind}:{name}")) for kind in ("tokens", "conversations")]
-        found.append((f"files of {name}", source["revision"]))
-    return found
+        lineage += [(f"{kind} of {name}", address(f"{kind}:{name}")) for kind in ("tokens", "conversations")]
+        lineage.append((f"files of {name}", source["revision"]))
+    return lineage

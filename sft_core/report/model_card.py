@@ -330,10 +330,10 @@ def _with_interval(value: float, stderr: float | None, n: int, *, is_share: bool
     return f"{value:.4f}" if low is None else f"{value:.4f} ({low:.4f} to {high:.4f})"
 
 
-def _difference(found: tuple[float, float | None, float | None] | None) -> str:
-    if found is None:
+def _difference(difference: tuple[float, float | None, float | None] | None) -> str:
+    if difference is None:
         return "-"
-    value, low, high = found
+    value, low, high = difference
     return f"{value:+.4f}" if low is None else f"{value:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
@@ -356,7 +356,7 @@ _SPECIAL = re.compile(r"[\\`*{}\[\]<>#|!&~$]|(?<!\w)_|_(?!\w)")
 
 def _text(value: str) -> str:
     """Text that Markdown shows as it is, in a line."""
-    return _SPECIAL.sub(lambda found: "\\" + found[0], _line(value))
+    return _SPECIAL.sub(lambda match: "\\" + match[0], _line(value))
 
 
 def _line(value: str) -> str:
