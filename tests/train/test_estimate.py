@@ -26,9 +26,12 @@ def shape_of(config: dict[str, Any]) -> Any:
     [
         ("ddp", 1, False, 16),
         ("ddp", 8, True, 16),
+        ("zero2", 8, False, 4 + 12 / 8),
         ("zero2", 8, True, 2 + 14 / 8),
+        ("zero3", 8, False, 16 / 8),
         ("zero3", 8, True, 16 / 8),
         ("fsdp2", 4, False, 16 / 4),
+        ("fsdp2", 4, True, 16 / 4),
     ],
 )
 def test_states_are_those_of_the_formula(distributed: str, ranks: int, bf16: bool, bytes_a_parameter: float) -> None:

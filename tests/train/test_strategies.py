@@ -114,6 +114,10 @@ def test_fsdp2_without_an_accelerator_is_told_and_not_trained_as_ddp(store: Stor
         store.ensure(TRAINED, pin(parse_recipe(recipe(rows, num_processes=2, distributed="fsdp2"))), round=0)
 
 
+def test_strategies_have_a_config_each() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == STRATEGIES.keys() and len(STRATEGIES) > 3
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_environment_is_what_accelerate_launch_sets(strategy: str) -> None:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
