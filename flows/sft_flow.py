@@ -261,7 +261,7 @@ class SFTFlow(FlowSpec):
     def store(self):
         import logging
 
-        from sft_core.store import Store
+        from sft_core.store.store import Store
 
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         return Store(effective(self.recipe, self.set, self.limit).runtime.store)
@@ -274,7 +274,7 @@ class SFTFlow(FlowSpec):
             return str(self.store.ensure(stage, self.pinned, **part))
 
     def ref(self, address):
-        from sft_core.store import Ref
+        from sft_core.store.ref import Ref
 
         return Ref(*address.split("/"))
 

@@ -16,7 +16,7 @@ from sft_core.data.hub_token import check_token
 from sft_core.data.sources import digest_files, list_files
 from sft_core.harness_tasks import digest_task, pin_tasks
 from sft_core.recipe import Recipe
-from sft_core.store import Unresolved
+from sft_core.store.stage import Unresolved
 
 if TYPE_CHECKING:
     from sft_core.search.rollouts import Point, Rollout

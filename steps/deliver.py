@@ -4,7 +4,7 @@ from typing import Any
 
 from sft_core.pins import PinnedRecipe
 from sft_core.search.deliver import build_delivered
-from sft_core.store import Needs, Part, Stage, Unresolved
+from sft_core.store.stage import Needs, Part, Stage, Unresolved
 from steps.train import TRAINED
 
 

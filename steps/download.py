@@ -2,7 +2,7 @@
 
 from sft_core.data.sources import build_conversations
 from sft_core.pins import PinnedRecipe
-from sft_core.store import Part, Stage
+from sft_core.store.stage import Part, Stage
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sft_core.pins import pin
 from sft_core.recipe import load_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps import pipeline
 from steps.store_commands import existing_store
 

@@ -13,7 +13,9 @@ from sft_core.evaluate.with_vllm import unmet_vllm
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import Recipe
 from sft_core.release.push import check_push
-from sft_core.store import Located, Stage, Store, Unresolved
+from sft_core.store.lookups import Lookups
+from sft_core.store.stage import Located, Part, Stage, Unresolved, part_name
+from sft_core.store.store import Store
 from sft_core.train.accelerator import check_machine, has_gpu, lost_updates, slow_precision
 from sft_core.train.arguments import check_extra, check_report_to
 from steps.evaluate import EVALUATED, check_report_prompts, count_report_prompts
@@ -131,18 +133,20 @@ def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> str
 
 def plan(store: Store, pinned: PinnedRecipe) -> list[Located]:
     """Every output of the recipe, inputs before what reads them; of a search those that are known by now."""
-    pinned = progress(store, pinned).pinned
-    found: dict[tuple[str, str], Located] = {}
-    seen: dict[Any, Any] = {}
+    lookups = Lookups()
+    pinned = progress(store, pinned, lookups).pinned
+    outputs: dict[tuple[str, str], Located] = {}
 
-    def visit(stage: Stage, part: dict[str, Any]) -> None:
+    def visit(stage: Stage, part: Part) -> None:
+        name = (stage.name, part_name(part))
+        if name in outputs:
+            return  # many outputs read it: without this, a visit for each path of the graph
         for needed, needed_part in stage.inputs(pinned, part).values():
             visit(needed, needed_part)
-        located = store.locate(stage, pinned, part, seen)
-        found.setdefault((stage.name, located.name), located)
+        outputs[name] = store.locate(stage, pinned, part, lookups)
 
     visit(PUSHED if pinned.recipe.hub else RELEASED, {})
-    return sorted(found.values(), key=lambda located: ORDER.index(located.stage.name))
+    return sorted(outputs.values(), key=lambda located: ORDER.index(located.stage.name))
 
 
 ORDER = [

@@ -9,7 +9,7 @@ from typing import Any
 from sft_core.pins import PinnedRecipe, is_local
 from sft_core.release.folder import build_release
 from sft_core.release.push import build_pushed
-from sft_core.store import Needs, Part, Stage
+from sft_core.store.stage import Needs, Part, Stage
 from steps.deliver import delivered, round_of
 from steps.download import CONVERSATIONS
 from steps.harness import scored_tasks, scorings

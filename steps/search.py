@@ -16,7 +16,8 @@ from sft_core.report.plots import rollouts
 from sft_core.search.journal import CURVES, Cost, Drawn, read_journal
 from sft_core.search.rollouts import Curves, Decision, Point, Rollout
 from sft_core.search.strategies import make_search
-from sft_core.store import Store
+from sft_core.store.lookups import Lookups
+from sft_core.store.store import Store
 from steps.cards import chart, facts, heading, table
 from steps.mix import MIXTURE
 from steps.train import TRAINED
@@ -45,19 +46,21 @@ class Progress:
         return num_rounds(self.pinned)
 
 
-def progress(store: Store, pinned: PinnedRecipe) -> Progress:
+def progress(store: Store, pinned: PinnedRecipe, lookups: Lookups | None = None) -> Progress:
     """How far the recipe's training is; without a search it is one round over everything."""
+    # One for all rounds: a later round's key is made of the earlier rounds' outputs, which the search does not change.
+    lookups = Lookups() if lookups is None else lookups
     if pinned.recipe.search is None:
-        return Progress(pinned, store.locate(TRAINED, pinned, {"round": 0}).status == "hit")
+        return Progress(pinned, store.locate(TRAINED, pinned, {"round": 0}, lookups).status == "hit")
     settings: dict[str, Any] = pinned.recipe.search.model_dump(mode="json")
-    pinned = dataclasses.replace(pinned, sizes=_sizes(store, pinned))
+    pinned = dataclasses.replace(pinned, sizes=_sizes(store, pinned, lookups))
     search = make_search(settings, pinned.recipe.dataset_mixture.trained_sources, dict(pinned.sizes))
     measured: list[Measured] = []
     proposed: list[Rollout] = []
     while (rollout := search.propose()) is not None:
         proposed.append(rollout)
         pinned = dataclasses.replace(pinned, rollouts=tuple(proposed))
-        located = store.locate(TRAINED, pinned, {"round": rollout.round})
+        located = store.locate(TRAINED, pinned, {"round": rollout.round}, lookups)
         if located.status != "hit" or located.ref is None:
             return Progress(pinned, False, measured)
         with store.open(located.ref, CURVES) as file:
@@ -78,8 +81,8 @@ def place(store: Store, pinned: PinnedRecipe) -> str:
     return "nodes" if on_nodes else "here"
 
 
-def _sizes(store: Store, pinned: PinnedRecipe) -> tuple[tuple[str, int], ...]:
-    located = store.locate(MIXTURE, pinned, {})
+def _sizes(store: Store, pinned: PinnedRecipe, lookups: Lookups) -> tuple[tuple[str, int], ...]:
+    located = store.locate(MIXTURE, pinned, {}, lookups)
     if located.status != "hit" or located.ref is None:
         return ()
     sources = store.manifest(located.ref)["counts"]["sources"]

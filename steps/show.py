@@ -12,7 +12,7 @@ from sft_core.data.tokenizer import load_tokenizer
 from sft_core.data.tokens import EncodedRows
 from sft_core.pins import pin
 from sft_core.recipe import load_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.painted import legend, painted
 from steps.tokenize import TOKENS
 

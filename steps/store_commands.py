@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from sft_core.store import Store
+    from sft_core.store.store import Store
 
 
 def existing_store(root: str) -> Store:
-    from sft_core.store import Store, is_url
+    from sft_core.store.store import Store, is_url
 
     if not is_url(root) and not Path(root).expanduser().is_dir():
         raise FileNotFoundError(f"--store: found {root!r}; no such folder (looked in {Path.cwd()})")
@@ -34,7 +34,7 @@ def list_outputs(root: str) -> None:
     Example: sft store list
     """
     from sft_core.report.tables import text_table
-    from sft_core.store import part_name
+    from sft_core.store.stage import part_name
 
     opened = existing_store(root)
     rows = []

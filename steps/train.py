@@ -13,7 +13,8 @@ from typing import Any
 from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import by_step, loss_by_source, loss_curve
 from sft_core.search.strategies import CAPS
-from sft_core.store import Needs, Part, Stage, Store
+from sft_core.store.stage import Needs, Part, Stage
+from sft_core.store.store import Store
 from sft_core.train import accelerator
 from sft_core.train.launch import among_nodes, build_trained, train_along
 from sft_core.train.log_file import read_events

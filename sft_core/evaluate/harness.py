@@ -14,7 +14,7 @@ from sft_core.evaluate.loading import scored_model, use_threads
 from sft_core.evaluate.metrics import Score
 
 if TYPE_CHECKING:
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 log = logging.getLogger(__name__)
 ROWS_AT_A_TIME = 32  # unless runtime.eval_batch_size says otherwise

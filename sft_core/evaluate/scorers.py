@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from sft_core.code import user_code_digest
+from sft_core.store.code_digest import user_code_digest
 
 if TYPE_CHECKING:
     from sft_core.measuring import Evaluation

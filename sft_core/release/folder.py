@@ -17,7 +17,7 @@ from sft_core.measuring import LM_EVAL
 from sft_core.report.model_card import Base, Card, CutOff, Score, Source, model_card
 
 if TYPE_CHECKING:
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 log = logging.getLogger(__name__)
 README = "README.md"

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from sft_core.code import user_code_digest
 from sft_core.evaluate.scorers import Question, check_metrics, load_metric, metric_identity
 from sft_core.measuring import Evaluation
 from sft_core.recipe import parse_recipe
+from sft_core.store.code_digest import user_code_digest
 from tests.train.tiny import tiny_recipe
 
 TASK = "copy_no_think"

@@ -17,7 +17,7 @@ from sft_core.evaluate.loading import ScoredModel, keeping_a_model, load_scored,
 from sft_core.evaluate.rows import read_rows
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from sft_core.train import model as loader
 from sft_core.train.model import load_model, save_checkpoint
 from steps.evaluate import EVALUATED

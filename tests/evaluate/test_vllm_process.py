@@ -22,7 +22,7 @@ from sft_core.evaluate.with_vllm import WithVllm
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.sections import VllmSettings
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.evaluate import EVALUATED, measure_ahead
 from tests.train.tiny import ROOT, SOURCES, processes_naming, tiny_recipe
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Ref, Store
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 from steps.deliver import DELIVERED
 from steps.search import Progress, progress
 from tests.flows.conftest import RECIPE, TIMEOUT_S, Project, names

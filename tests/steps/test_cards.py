@@ -15,7 +15,9 @@ import pytest
 from sft_core.data.sample import MAX_PIECES, pieces
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Ref, Stage, Store
+from sft_core.store.ref import Ref
+from sft_core.store.stage import Stage
+from sft_core.store.store import Store
 from steps import mix, pack, tokenize, train
 from steps.cards import bins, heading, table
 from steps.pack import PACKED

@@ -11,7 +11,7 @@ import click
 import pytest
 
 from sft_core.recipe import load_recipe, override
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]

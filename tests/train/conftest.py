@@ -11,7 +11,7 @@ import pytest
 
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from sft_core.train.checkpoints import stop_request
 from sft_core.train.launch import token_folders
 from steps.pack import PACKED

@@ -9,7 +9,7 @@ import torch
 
 from sft_core.data.packing import PackPlan
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from sft_core.train.activations import Activations
 from sft_core.train.estimate import estimate, told
 from sft_core.train.model import skeleton

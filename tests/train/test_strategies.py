@@ -16,7 +16,7 @@ from sft_core.data.packing import PackPlan
 from sft_core.data.shards import read_index
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from sft_core.train.loss import trained_token_nll
 from sft_core.train.strategy import CONFIGS, STRATEGIES, WrongStrategy, check_engaged, environment
 from steps.pack import PACKED
