@@ -12,6 +12,7 @@ from typing import Any
 
 from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import by_step, loss_by_source, loss_curve
+from sft_core.search.peaks import TEST
 from sft_core.search.strategies import CAPS
 from sft_core.store.stage import Needs, Part, Stage
 from sft_core.store.store import Store
@@ -65,6 +66,8 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
             "active": list(rollout.active),
             "start": None if rollout.start is None else rollout.start._asdict(),
         }
+        if (search.strategy, search.preset) == ("msft", "robust"):
+            job["rollout"]["test"] = TEST
         if search.score == "answers":
             job["rollout"]["answers"] = {task: asked_of_answers(pinned, task) for task in job["rollout"]["tasks"]}
         if search.strategy == "ies":

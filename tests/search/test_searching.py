@@ -172,6 +172,12 @@ def test_search_with_a_larger_cap_goes_on(store: Store, searched: Progress):
     assert (smaller.num_rounds, smaller.is_over) == (1, True)
 
 
+@pytest.mark.parametrize(("preset", "expected"), [("robust", "student_t"), ("paper", None)])
+def test_rollout_is_identified_by_the_test_that_can_end_it(tmp_path: Path, preset: str, expected: str | None):
+    pinned = progress(Store(tmp_path), pin(parse_recipe(recipe(preset=preset)))).pinned
+    assert TRAINED.section(pinned, {"round": 0})["job"]["rollout"].get("test") == expected
+
+
 def test_search_plan_shows_what_is_known(store: Store, searched: Progress, tmp_path: Path):
     def shown(store: Store, **search: Any) -> dict[tuple[str, str], str]:
         found = plan(store, pin(parse_recipe(recipe(**search))))
