@@ -115,7 +115,7 @@ def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> str
     except Unresolved:
         return None  # the plan names it
     from sft_core.data.packing import PackPlan
-    from sft_core.train.estimate import estimate, told
+    from sft_core.train.estimate import estimate, estimate_line
     from sft_core.train.model import skeleton
 
     loader = pinned.model_loader
@@ -128,7 +128,7 @@ def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> str
     if packed.status == mixture.status == "hit" and packed.ref and mixture.ref:
         plan, counts = PackPlan.read(store.path(packed.ref)), store.manifest(mixture.ref)["counts"]
         trained_share = counts["trained_tokens"] / counts["tokens"]
-    return told(estimate(pinned.recipe, shape, plan, trained_share=trained_share), pinned.recipe)
+    return estimate_line(estimate(pinned.recipe, shape, plan, trained_share=trained_share), pinned.recipe)
 
 
 def plan(store: Store, pinned: PinnedRecipe) -> list[Located]:

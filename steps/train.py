@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from humanize import precisedelta
+
 from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import by_step, loss_by_source, loss_curve
 from sft_core.search.peaks import TEST
@@ -216,10 +218,7 @@ def _number(event: dict[str, Any], key: str, form: str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{hours} h"
+    return precisedelta(seconds, minimum_unit="seconds" if seconds < 120 else "minutes", format="%.0f")
 
 
 def check_machine(store: Store, pinned: PinnedRecipe, part: Part) -> None:

@@ -490,7 +490,7 @@ def test_gc_takes_the_manifest_first_and_what_unfinished_builds_left(
     def gc(*arguments: str) -> str:
         return CliRunner().invoke(main, ["store", "gc", "--store", url, *arguments], catch_exceptions=False).output
 
-    assert f"would remove {ref}  2 B\n1 outputs" in gc(str(ref))
+    assert f"would remove {ref}  2 Bytes\n1 outputs" in gc(str(ref))
     assert gc("--unused-for", "1").startswith("0 outputs")
     server.requests.clear()
     assert f"removed {ref}" in gc(str(ref), "--delete")

@@ -216,7 +216,7 @@ def test_training_card_of_25_sources_stays_legible_and_survives_a_loss_that_is_n
     page = browser.card(train.card(tmp_path))
     assert page.errors == []
     shown = dict(page.tables[0])
-    assert (shown["time so far"], shown["time to go"]) == ("10 min", "10 min")
+    assert (shown["time so far"], shown["time to go"]) == ("10 minutes", "10 minutes")
     assert shown["slowest rank / mean rank, FLOPs"] == "1.2500 (4 ranks, 8 packs a step)"
     together, by_source, measures = page.charts
     assert together.values[6]["loss"] is None and len(together.values) == 20
