@@ -90,7 +90,7 @@ def write_plan(lengths: np.ndarray, folder: Path) -> None:
     from sft_core.data.mixture import MIXTURE
     from sft_core.data.packing import build_packs
     from sft_core.sections import Runtime
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
     columns = {"row": np.arange(len(lengths)), "num_tokens": lengths}
     zeros = np.zeros(len(lengths), np.int64)

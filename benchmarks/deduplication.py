@@ -119,7 +119,7 @@ def write_rows(folder: Path, num_rows: int) -> None:
 
 def _build(out: Path, workers: int = 1, **inputs: Path) -> Any:
     from sft_core.sections import Runtime
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
     out.mkdir()
     return Build(out, {name.replace("__", ":"): path for name, path in inputs.items()}, Runtime(num_workers=workers))

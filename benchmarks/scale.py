@@ -191,7 +191,7 @@ def run_stages(folder: Path) -> None:
     """Builds each stage in a new store; prints a line for each, and what comes next."""
     from sft_core.pins import pin
     from sft_core.recipe import parse_recipe
-    from sft_core.store import Store
+    from sft_core.store.store import Store
     from steps.download import CONVERSATIONS
     from steps.mix import MIXTURE
     from steps.pack import PACKED

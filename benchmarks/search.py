@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 if TYPE_CHECKING:
-    from sft_core.store import Store
+    from sft_core.store.store import Store
     from steps.search import Searched
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -233,7 +233,7 @@ def run_all(
     """What each run measured, in the order of the strategies and seeds, and what became of each control."""
     from tqdm import tqdm
 
-    from sft_core.store import Store
+    from sft_core.store.store import Store
 
     write_data(root / "data")
     store, robust = Store(root), Variant("msft", "robust")

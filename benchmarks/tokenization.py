@@ -222,7 +222,7 @@ def write_tokenizer(folder: Path, rows: list[dict[str, Any]], num_tokens: int) -
 
 def run_ours(folder: Path, processes: int) -> dict[str, Any]:
     from sft_core.data.tokenizer import load_tokenizer
-    from sft_core.store import Store
+    from sft_core.store.store import Store
     from steps.render import RENDERED
     from steps.tokenize import TOKENS
 
@@ -283,7 +283,7 @@ def run_bpe(folder: Path, processes: int) -> dict[str, Any]:
     from sft_core.data import tokens
     from sft_core.data.sharding import shard_folders
     from sft_core.data.tokenizer import load_tokenizer
-    from sft_core.store import Store
+    from sft_core.store.store import Store
     from steps.render import RENDERED
     from steps.tokenize import TOKENS
 

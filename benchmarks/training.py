@@ -196,7 +196,7 @@ def recipe_of(seed: int, store: str) -> Recipe:
 
 def run_ours(seed: int) -> dict[str, Any]:
     from sft_core.pins import pin
-    from sft_core.store import Store
+    from sft_core.store.store import Store
     from steps.pack import PACKED
     from steps.train import TRAINED, events
 

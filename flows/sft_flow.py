@@ -279,7 +279,7 @@ class SFTFlow(FlowSpec):
             return str(self.store.ensure(stage, pinned, **part))
 
     def ref(self, address):
-        from sft_core.store import Ref
+        from sft_core.store.ref import Ref
 
         return Ref(*address.split("/"))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_core.local_files import digest_files
-from sft_core.manifest import sha256_of
+from sft_core.store.manifest import sha256_of
 
 KEY = "evaluation.lm_eval"
 _FILE_READERS = ("arrow", "csv", "json", "parquet", "text")  # dataset_path where the data are files, not the hub's

@@ -1,4 +1,7 @@
-"""Outputs that hold files of another one, without taking room for them."""
+"""Hard links: an output that holds files of another output without using disk space for them.
+
+This module is not in the store package: builders import it, so all code that it imports is in their keys.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from pathlib import Path
 
 
 def link_files(source: Path, target: Path, *, without: str | None = None) -> tuple[int, int]:
-    """The files below `source`, also below `target`: hard links, or copies where there are none. (links, files)
+    """Links the files below `source` below `target`, or copies them where links fail: (number of links, of files).
 
-    Nothing may write to either afterwards; a file called `without`, which the new output writes itself, is left out.
+    Nothing may write to either folder's files afterwards. Files called `without`, which the new output writes itself,
+    are left out.
     """
     files = sorted(path for path in source.rglob("*") if path.is_file() and path.name != without)
     num_linked = 0

@@ -20,7 +20,7 @@ from sft_core.harness_tasks import digest_task, pin_tasks
 from sft_core.local_files import digest_files, is_local
 from sft_core.recipe import Phase, Recipe
 from sft_core.rounds import Rounds
-from sft_core.store import Part, Unresolved
+from sft_core.store.stage import Part, Unresolved
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "configs" / "templates"
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from sft_core.evaluate.comparison import by_change
 from sft_core.evaluate.rows import read_rows
 from sft_core.measuring import LM_EVAL
-from sft_core.store import Ref, Store
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 from sft_core.wording import nearest
 
 if TYPE_CHECKING:

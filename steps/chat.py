@@ -12,7 +12,8 @@ import click
 
 from sft_core.evaluate.chat import Answer, Chat, Checkpoint, Sampling
 from sft_core.pins import HubUnreachable, resolve
-from sft_core.store import Ref, Store
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 from steps.lineage import trace
 from steps.runs import is_run, recorded
 

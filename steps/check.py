@@ -6,7 +6,7 @@ from typing import Any
 
 from sft_core.pins import PinnedRecipe
 from sft_core.report.tables import text_table
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.tokenize import TOKENS, proved
 
 _COLUMNS = {

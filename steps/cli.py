@@ -64,7 +64,7 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
     """
     from sft_core.pins import pin
     from sft_core.report.tables import text_table
-    from sft_core.store import Store
+    from sft_core.store.store import Store
     from sft_core.train.accelerator import unmet_demands
     from steps import pipeline
     from steps.evaluate import check_report_prompts, count_report_prompts
@@ -108,7 +108,7 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
 
 def _of_model(planned: Any, pinned: Any, *, tries: bool) -> list[str]:
     """What a plan says of the model. What a run would refuse stands there as well: a plan is for other machines too."""
-    from sft_core.store import Unresolved
+    from sft_core.store.stage import Unresolved
     from steps.pipeline import model_told
 
     try:
@@ -167,7 +167,7 @@ def check(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: b
     Example: sft check configs/quickstart.yaml --limit 200
     """
     from sft_core.pins import pin
-    from sft_core.store import Store
+    from sft_core.store.store import Store
     from steps.check import check_text, checked
     from steps.recipes import read_recipe
 
@@ -188,7 +188,7 @@ def verify(ref: str | None, root: str) -> None:
     """
     from tqdm import tqdm
 
-    from sft_core.store import CorruptOutput
+    from sft_core.store.manifest import CorruptOutput
 
     store = existing_store(root)
     refs = [store.find(ref)] if ref else store.refs()
@@ -255,7 +255,7 @@ def resume() -> None:
     \b
     Example: sft resume
     """
-    from sft_core.source_code import source_code
+    from sft_core.store.provenance import source_code
     from steps.runs import failed_tasks, last_attempt
     from steps.tags import resumed_tags
 

@@ -12,7 +12,8 @@ from sft_core.evaluate.comparison import Difference
 from sft_core.evaluate.comparison import differences as score_differences
 from sft_core.report.tables import LOSSES
 from sft_core.search.journal import CURVES, read_journal
-from sft_core.store import Ref, Store
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 from steps.pipeline import differences
 from steps.runs import Recorded
 

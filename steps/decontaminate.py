@@ -5,7 +5,9 @@ from typing import Any
 from sft_core.data.overlap.decontamination import build_contamination
 from sft_core.data.overlap.report_prompts import build_report_prompts
 from sft_core.pins import PinnedRecipe
-from sft_core.store import Needs, Part, Ref, Stage, Store
+from sft_core.store.ref import Ref
+from sft_core.store.stage import Needs, Part, Stage
+from sft_core.store.store import Store
 from steps.cards import heading, table
 from steps.download import CONVERSATIONS
 
@@ -15,7 +17,7 @@ def _shares(pinned: PinnedRecipe, part: Part) -> dict[str, float]:
     return {"selection_share": mixture.selection_share, "report_share": mixture.report_share}
 
 
-REPORT_PROMPTS = Stage(
+REPORT_PROMPTS: Stage[PinnedRecipe] = Stage(
     "report_prompts",
     build_report_prompts,
     section=_shares,

@@ -6,7 +6,9 @@ from sft_core.data.overlap.deduplication import build_duplicates
 from sft_core.data.overlap.signatures import build_signatures
 from sft_core.datasets.mixture import Deduplication
 from sft_core.pins import PinnedRecipe
-from sft_core.store import Needs, Part, Ref, Stage, Store
+from sft_core.store.ref import Ref
+from sft_core.store.stage import Needs, Part, Stage
+from sft_core.store.store import Store
 from steps.cards import heading, table
 from steps.download import CONVERSATIONS
 from steps.tokenize import TOKENS

@@ -19,7 +19,9 @@ from sft_core.evaluate.summary import compare, read_answers
 from sft_core.pins import PinnedRecipe
 from sft_core.report.tables import score_rows
 from sft_core.rounds import BASE
-from sft_core.store import Needs, Part, Ref, Stage, Store
+from sft_core.store.ref import Ref
+from sft_core.store.stage import Needs, Part, Stage
+from sft_core.store.store import Store
 from steps.cards import facts, heading, table, warnings
 from steps.download import CONVERSATIONS
 from steps.scoring import asked_of_answers, wants_conversation

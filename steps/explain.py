@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_core.pins import pin
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps import pipeline
 from steps.recipes import read_recipe
 from steps.store_commands import existing_store

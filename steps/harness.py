@@ -12,7 +12,10 @@ from sft_core.measuring import LM_EVAL, LmEval
 from sft_core.pins import PinnedRecipe
 from sft_core.report.tables import score_rows
 from sft_core.rounds import BASE
-from sft_core.store import Needs, Part, Ref, Stage, Store
+from sft_core.store.lookups import Lookups
+from sft_core.store.ref import Ref
+from sft_core.store.stage import Needs, Part, Stage
+from sft_core.store.store import Store
 from steps import evaluate
 from steps.cards import facts, table, warnings
 
@@ -138,12 +141,12 @@ def task_card(store: Store, task: str, refs: dict[str, Ref]) -> list[Any]:
 
 def not_scored(store: Store, pinned: PinnedRecipe, reasons: dict[str, str]) -> dict[str, str]:
     """{task: why} of those that lack a score of a model. reasons: what is known of why; see reasons_of."""
-    seen: dict[Any, Any] = {}
+    lookups = Lookups()
     by_task = {task: [scoring(model, task) for model in pinned.recipe.models] for task in pinned.recipe.scored}
     missing = [
         task
         for task, scorings in by_task.items()
-        if any(store.locate(stage, pinned, part, seen).status != "hit" for stage, part in scorings)
+        if any(store.locate(stage, pinned, part, lookups).status != "hit" for stage, part in scorings)
     ]
     return shortened({task: reasons.get(task) or KILLED for task in missing})
 

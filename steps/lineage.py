@@ -10,8 +10,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sft_core.data.sources.registry import origin_of
-from sft_core.source_code import told
-from sft_core.store import Ref, Store
+from sft_core.store.provenance import source_label
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 from steps.runs import is_run, recorded
 from steps.store_commands import existing_store
 
@@ -144,7 +145,7 @@ def _line(lineage: Lineage, ref: Ref) -> str:
     manifest = lineage.manifests[ref]
     if manifest is None:
         return f"[cyan]{ref}[/] [red]{GONE}[/]"
-    by = told(manifest["source_code"]) if manifest.get("source_code") else None
+    by = source_label(manifest["source_code"]) if manifest.get("source_code") else None
     made = f"{manifest['created'].replace('T', ' ').rstrip('Z')}" + (f" by {by}" if by else "")
     content = f"content {manifest['content'][:DIGEST_SHOWN]}"
     return "  ".join(

@@ -10,7 +10,10 @@ from sft_core.data.overlap.exclusions import REASONS
 from sft_core.data.shares import normalised
 from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import lengths_by_source, requested_and_achieved
-from sft_core.store import Needs, Part, Ref, Stage, Store
+from sft_core.store.lookups import Lookups
+from sft_core.store.ref import Ref
+from sft_core.store.stage import Needs, Part, Stage
+from sft_core.store.store import Store
 from steps import decontaminate, deduplicate
 from steps.cards import bins, chart, facts, heading, rejects, table
 from steps.tokenize import TOKENS
@@ -184,12 +187,12 @@ def planned_shares(store: Store, pinned: PinnedRecipe, phase: str) -> tuple[list
     """
     part = pinned.part_of(phase)
     section = _section(pinned, part)
-    seen: dict[Any, Any] = {}
-    located = store.locate(MIXTURE, pinned, part, seen)
+    lookups = Lookups()
+    located = store.locate(MIXTURE, pinned, part, lookups)
     if located.status == "hit" and located.ref is not None:
         counts = store.manifest(located.ref)["counts"]
     else:
-        available = _known_available(store, pinned, part, section, seen)
+        available = _known_available(store, pinned, part, section, lookups)
         if None in available.values():
             rows = zip(available.items(), _asked(section["sources"]), strict=True)
             return [(name, want, one and one.counts["available"], None, None) for (name, one), want in rows], []
@@ -203,13 +206,13 @@ def planned_shares(store: Store, pinned: PinnedRecipe, phase: str) -> tuple[list
 
 
 def _known_available(
-    store: Store, pinned: PinnedRecipe, part: Part, section: dict[str, Any], seen: dict[Any, Any]
+    store: Store, pinned: PinnedRecipe, part: Part, section: dict[str, Any], lookups: Lookups
 ) -> dict[str, Available | None]:
     """What each source has to draw from; None where a stage that says so is not built, or not on this machine."""
     inputs: dict[str, Path] = {}
     missing = set()
     for name, (stage, needed) in _needs(pinned, part).items():
-        located = store.locate(stage, pinned, needed, seen)
+        located = store.locate(stage, pinned, needed, lookups)
         if located.status == "hit" and located.ref is not None and store.is_here(located.ref):
             inputs[name] = store.path(located.ref)
         else:

@@ -6,7 +6,9 @@ from sft_core.data.over_long import windows_of
 from sft_core.data.packing import build_packs
 from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import fills, histogram
-from sft_core.store import Needs, Part, Ref, Stage, Store
+from sft_core.store.ref import Ref
+from sft_core.store.stage import Needs, Part, Stage
+from sft_core.store.store import Store
 from steps.cards import bins, chart, facts, heading, table
 from steps.mix import MIXTURE
 from steps.tokenize import TOKENS

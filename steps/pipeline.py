@@ -13,7 +13,9 @@ from sft_core.evaluate.with_vllm import unmet_vllm
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import Recipe
 from sft_core.release.push import check_push
-from sft_core.store import Located, Stage, Store, Unresolved, part_name
+from sft_core.store.lookups import Lookups
+from sft_core.store.stage import Located, Stage, Unresolved, part_name
+from sft_core.store.store import Store
 from sft_core.train.accelerator import check_machine, has_gpu, lost_updates, slow_precision
 from sft_core.train.arguments import check_extra, check_report_to
 from steps.evaluate import EVALUATED, check_report_prompts, count_report_prompts
@@ -123,7 +125,7 @@ def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> lis
     except Unresolved:
         return []  # the plan names it
     from sft_core.data.packing import PackPlan
-    from sft_core.train.estimate import estimate, told
+    from sft_core.train.estimate import estimate, estimate_line
     from sft_core.train.model import skeleton
 
     loader = pinned.model_loader
@@ -142,23 +144,23 @@ def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> lis
             plan, counts = PackPlan.read(store.path(packed.ref)), store.manifest(mixture.ref)["counts"]
             trained_share = counts["trained_tokens"] / counts["tokens"]
         keys = pinned.recipe.for_phase(phase)
-        line = told(estimate(keys, shape, plan, trained_share=trained_share), keys)
+        line = estimate_line(estimate(keys, shape, plan, trained_share=trained_share), keys)
         lines.append(line if len(pinned.recipe.phases) == 1 else f"{phase}: {line}")
     return lines
 
 
 def plan(store: Store, pinned: PinnedRecipe) -> list[Located]:
     """Every output of the recipe, inputs before what reads them; of a search those that are known by now."""
-    pinned = progress(store, pinned).pinned
+    lookups = Lookups()
+    pinned = progress(store, pinned, lookups).pinned
     planned: dict[tuple[str, str], Located] = {}
-    seen: dict[Any, Any] = {}
 
     def visit(stage: Stage, part: dict[str, Any]) -> None:
         if (name := (stage.name, part_name(part))) in planned:
             return  # a graph has far more paths than outputs
         for needed, needed_part in stage.inputs(pinned, part).values():
             visit(needed, needed_part)
-        planned[name] = store.locate(stage, pinned, part, seen)
+        planned[name] = store.locate(stage, pinned, part, lookups)
 
     visit(PUSHED if pinned.recipe.hub else RELEASED, {})
     return sorted(planned.values(), key=lambda located: ORDER.index(located.stage.name))

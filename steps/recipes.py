@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sft_core.recipe import Recipe
-    from sft_core.store import Store
+    from sft_core.store.store import Store
 
 
 # Imports stand in the functions: the flow file imports this module, and every task and card pays for its imports.
@@ -60,7 +60,7 @@ def effective(data: Mapping[str, Any], overrides: Iterable[str] | None, limit: i
 
 @functools.cache  # behind a URL a store lists its bucket once in a process
 def open_store(address: str) -> Store:
-    from sft_core.store import Store
+    from sft_core.store.store import Store
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return Store(address)

@@ -13,7 +13,7 @@ from sft_core.local_files import is_local
 from sft_core.pins import PinnedRecipe
 from sft_core.release.folder import build_release
 from sft_core.release.push import build_pushed
-from sft_core.store import Needs, Part, Stage
+from sft_core.store.stage import Needs, Part, Stage
 from steps.download import CONVERSATIONS
 from steps.harness import scored_tasks, scorings
 from steps.mix import MIXTURE

@@ -7,7 +7,9 @@ from typing import Any
 from sft_core.evaluate.summary import GAIN_HEADER, build_report
 from sft_core.report.plots import first_to_last
 from sft_core.report.tables import LOSSES, models_of, overview_rows, text_table
-from sft_core.store import Ref, Stage, Store
+from sft_core.store.ref import Ref
+from sft_core.store.stage import Stage
+from sft_core.store.store import Store
 from steps.cards import chart, heading, table, warnings
 from steps.harness import scored_tasks, scorings
 from steps.painted import last_column_red

@@ -16,7 +16,8 @@ from sft_core.data.over_long import windows_of
 from sft_core.data.packing import PackPlan
 from sft_core.data.sharding import shard_folders
 from sft_core.data.shards import read_index, read_windows
-from sft_core.store import Ref, Store
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 
 if TYPE_CHECKING:
     from rich.tree import Tree

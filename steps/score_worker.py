@@ -22,7 +22,7 @@ from sft_core.evaluate.piped_process import PipedProcess, ProcessEnded
 from sft_core.lifetime import STARTED_BY, die_with_parent
 from sft_core.measuring import LM_EVAL
 from sft_core.pins import PinnedRecipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.evaluate import EVALUATED, measure_ahead
 from steps.harness import KILLED, scoring
 from steps.painted import faults_in_colour

@@ -18,7 +18,9 @@ from sft_core.search.journal import CURVES, Cost, Drawn, read_journal
 from sft_core.search.registry import make_search
 from sft_core.search.rollouts import Curves, Decision
 from sft_core.search.strategy import SearchInput
-from sft_core.store import Part, Store
+from sft_core.store.lookups import Lookups
+from sft_core.store.stage import Part
+from sft_core.store.store import Store
 from steps.cards import chart, facts, heading, table
 from steps.mix import MIXTURE
 from steps.train import TRAINED
@@ -70,32 +72,32 @@ class Progress:
         return parts
 
 
-def progress(store: Store, pinned: PinnedRecipe) -> Progress:
+def progress(store: Store, pinned: PinnedRecipe, lookups: Lookups | None = None) -> Progress:
     """How far the searches of the recipe are; of a phase without one nothing is looked up."""
+    lookups = lookups or Lookups()
     searches: dict[str, Searched] = {}
     for name, phase in pinned.recipe.phases.items():
         if phase.search is not None:
             comes_later = any(not search.is_over for search in searches.values())
-            searches[name] = _searched(store, pinned, name, comes_later=comes_later)
+            searches[name] = _searched(store, pinned, name, lookups, comes_later=comes_later)
             pinned = searches[name].pinned
     return Progress(pinned, searches)
 
 
-def _searched(store: Store, pinned: PinnedRecipe, phase: str, *, comes_later: bool) -> Searched:
+def _searched(store: Store, pinned: PinnedRecipe, phase: str, lookups: Lookups, *, comes_later: bool) -> Searched:
     """comes_later: an earlier phase is not over, so that this one's first round has no key yet."""
     keys = pinned.recipe.phases[phase]
     assert keys.search is not None
-    sizes = _sizes(store, pinned, phase)
+    sizes = _sizes(store, pinned, phase, lookups)
     search = make_search(SearchInput(keys.search, keys.dataset_mixture.trained_sources, sizes))
     measured: list[Measured] = []
     rounds = Rounds(sizes=sizes)
-    seen: dict[Any, Any] = {}  # the rounds before are the same for each of them
     while (rollout := search.propose()) is not None:
         rounds = dataclasses.replace(rounds, rollouts=(*rounds.rollouts, rollout))
         pinned = _with_rounds(pinned, phase, rounds)
         if comes_later:
             return Searched(pinned, rounds)
-        located = store.locate(TRAINED, pinned, pinned.part_of(phase, round=rollout.round), seen)
+        located = store.locate(TRAINED, pinned, pinned.part_of(phase, round=rollout.round), lookups)
         if located.status != "hit" or located.ref is None:
             return Searched(pinned, rounds, False, measured)
         with store.open(located.ref, CURVES) as file:
@@ -112,9 +114,9 @@ def _with_rounds(pinned: PinnedRecipe, phase: str, rounds: Rounds) -> PinnedReci
 def is_trained(store: Store, pinned: PinnedRecipe) -> bool:
     """Whether every round of every phase is there."""
     known = progress(store, pinned)
-    seen: dict[Any, Any] = {}
+    lookups = Lookups()
     return all(search.is_over for search in known.searches.values()) and all(
-        store.locate(TRAINED, known.pinned, part, seen).status == "hit" for part in known.rounds
+        store.locate(TRAINED, known.pinned, part, lookups).status == "hit" for part in known.rounds
     )
 
 
@@ -124,8 +126,8 @@ def place(store: Store, pinned: PinnedRecipe) -> str:
     return "nodes" if on_nodes else "here"
 
 
-def _sizes(store: Store, pinned: PinnedRecipe, phase: str) -> dict[str, int]:
-    located = store.locate(MIXTURE, pinned, pinned.part_of(phase))
+def _sizes(store: Store, pinned: PinnedRecipe, phase: str, lookups: Lookups) -> dict[str, int]:
+    located = store.locate(MIXTURE, pinned, pinned.part_of(phase), lookups)
     if located.status != "hit" or located.ref is None:
         return {}
     sources = store.manifest(located.ref)["counts"]["sources"]

@@ -11,7 +11,7 @@ from sft_core.data.shards import TokenShards
 from sft_core.data.tokenizer import load_tokenizer
 from sft_core.data.tokens import EncodedRows
 from sft_core.pins import pin
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.painted import legend, painted
 from steps.recipes import read_recipe
 from steps.tokenize import TOKENS

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from humanize import naturalsize, naturaltime
 
 if TYPE_CHECKING:
-    from sft_core.store import Store
+    from sft_core.store.store import Store
 
 
 def existing_store(root: str) -> Store:
-    from sft_core.store import Store, is_url
+    from sft_core.store.store import Store, is_url
 
     if not is_url(root) and not Path(root).expanduser().is_dir():
         raise FileNotFoundError(f"--store: found {root!r}; no such folder (looked in {Path.cwd()})")
@@ -34,16 +35,18 @@ def list_outputs(root: str) -> None:
     Example: sft store list
     """
     from sft_core.report.tables import text_table
-    from sft_core.store import part_name
+    from sft_core.store.stage import part_name
 
     opened = existing_store(root)
     rows = []
     for ref in opened.refs():
         part = part_name(opened.manifest(ref)["identity"]["part"])
-        rows.append((str(ref), part, _size(opened.num_bytes(ref)), _ago(opened.last_used(ref))))
-    total = sum(opened.num_bytes(ref) for ref in opened.refs())
+        unused_s = max(0.0, time.time() - opened.last_used(ref))  # the clock of a server may be ahead of this one
+        size = naturalsize(opened.num_bytes(ref), binary=True)
+        rows.append((str(ref), part, size, naturaltime(unused_s, months=False)))
+    total = naturalsize(sum(opened.num_bytes(ref) for ref in opened.refs()), binary=True)
     click.echo(text_table(("output", "name", "size", "last used"), rows) if rows else f"{root}: no outputs")
-    click.echo(f"\n{len(rows)} outputs, {_size(total)}")
+    click.echo(f"\n{len(rows)} outputs, {total}")
 
 
 @store.command()
@@ -63,39 +66,25 @@ def gc(refs: tuple[str, ...], root: str, days: float, delete: bool) -> None:
     opened = existing_store(root)
     old = time.time() - days * 86400
     chosen = [opened.find(ref) for ref in refs] or [ref for ref in opened.refs() if opened.last_used(ref) < old]
-    left = [] if refs else [path for path in opened.abandoned() if path.stat().st_mtime < old]
+    unfinished = [] if refs else [path for path in opened.abandoned() if path.stat().st_mtime < old]
     sizes = {str(ref): opened.num_bytes(ref) for ref in chosen}
-    sizes |= {f"{path.name} (unfinished)": _folder_bytes(path) for path in left}
-    there = [] if refs or not opened.remote else [one for one in opened.remote.leftovers() if one.last_used < old]
-    sizes |= {f"{one.path} (unfinished)": one.num_bytes for one in there}
+    sizes |= {f"{path.name} (unfinished)": _folder_bytes(path) for path in unfinished}
+    leftovers = [] if refs or not opened.remote else opened.remote.leftovers()
+    leftovers = [leftover for leftover in leftovers if leftover.last_used < old]
+    sizes |= {f"{leftover.path} (unfinished)": leftover.num_bytes for leftover in leftovers}
     for name, size in sizes.items():
-        click.echo(f"{'removed' if delete else 'would remove'} {name}  {_size(size)}")
+        click.echo(f"{'removed' if delete else 'would remove'} {name}  {naturalsize(size, binary=True)}")
     if delete:
         for ref in chosen:
             opened.remove(ref)
-        for path in left:
+        for path in unfinished:
             shutil.rmtree(path)
-        for one in there:
+        for leftover in leftovers:
             assert opened.remote is not None
-            opened.remote.remove_leftover(one)
-    click.echo(f"{len(sizes)} outputs, {_size(sum(sizes.values()))}" + ("" if delete else "; add --delete to remove"))
+            opened.remote.remove_leftover(leftover)
+    total = naturalsize(sum(sizes.values()), binary=True)
+    click.echo(f"{len(sizes)} outputs, {total}" + ("" if delete else "; add --delete to remove"))
 
 
 def _folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
-
-
-def _ago(when: float) -> str:
-    seconds = max(0.0, time.time() - when)
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit} ago"
-    return "just now"

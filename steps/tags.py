@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_core.local_files import is_local
-from sft_core.source_code import SourceCode, source_code, told
+from sft_core.store.provenance import SourceCode, source_code, source_label
 
 if TYPE_CHECKING:
     from sft_core.recipe import Recipe
@@ -34,7 +34,7 @@ def resumed_tags(tags: Iterable[str], source: SourceCode) -> list[str]:
 
 
 def _commit(source: SourceCode) -> dict[str, str]:
-    return {} if source["commit"] is None else {"commit": str(told(source))}
+    return {} if source["commit"] is None else {"commit": str(source_label(source))}
 
 
 def _model(recipe: Recipe) -> str:

@@ -11,7 +11,9 @@ from sft_core.evaluate.gpus import gpus_by_themselves, gpus_of_share, visible_gp
 from sft_core.evaluate.loading import TASKS_AT_A_TIME
 from sft_core.pins import PinnedRecipe
 from sft_core.recipe import Recipe
-from sft_core.store import Ref, Store
+from sft_core.store.lookups import Lookups
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 from steps import harness
 from steps.cards import failure, heading, progress_bar, redraw
 from steps.pipeline import on_cluster
@@ -121,14 +123,14 @@ def score(store: Store, pinned: PinnedRecipe, tasks: list[str], number: int, liv
     number: of the share, which tells its GPUs. live: Metaflow's current.card, which ends with a section a task.
     """
     share = Share(tasks, pinned.recipe.models)
-    seen: dict[Any, Any] = {}
+    lookups = Lookups()
     drawing = Drawing(store, share, live)
     missing: list[Scoring] = []
     for scoring in (Scoring(model, task) for model in share.models for task in tasks):
         try:
             stage, part = harness.scoring(*scoring)
-            if store.locate(stage, pinned, part, seen).status == "hit":
-                ref = store.ensure(stage, pinned, seen, **part)  # which notes its use
+            if store.locate(stage, pinned, part, lookups).status == "hit":
+                ref = store.ensure(stage, pinned, lookups, **part)  # which notes its use
                 share.scored.setdefault(scoring.task, {})[scoring.model] = str(ref)
             else:
                 missing.append(scoring)

@@ -4,7 +4,9 @@ from typing import Any
 
 from sft_core.data.tokens import build_tokens
 from sft_core.report.plots import histogram
-from sft_core.store import Ref, Stage, Store
+from sft_core.store.ref import Ref
+from sft_core.store.stage import Stage
+from sft_core.store.store import Store
 from steps.cards import bins, chart, facts, heading, rejects, sample
 from steps.download import CONVERSATIONS
 from steps.render import RENDERED, how_rendered, loaders

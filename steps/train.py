@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from humanize import precisedelta
+
 from sft_core.pins import PinnedRecipe
 from sft_core.report.plots import by_step, loss_by_source, loss_curve
 from sft_core.rounds import Rounds
@@ -19,7 +21,8 @@ from sft_core.search.job import RolloutSpec, SearchSpec
 from sft_core.search.launch import CONVERSATIONS as OF_CONVERSATIONS
 from sft_core.search.launch import build_rollout
 from sft_core.sections import Training
-from sft_core.store import Build, Located, Needs, Part, Stage, Store, Unresolved
+from sft_core.store.stage import Build, Located, Needs, Part, Stage, Unresolved
+from sft_core.store.store import Store
 from sft_core.train import accelerator
 from sft_core.train.job import ModelLoader, SelectionSpec, TokenizerLoader, TrainSpec
 from sft_core.train.launch import START, build_trained, comes_true, join_training, node_environment
@@ -302,10 +305,7 @@ def _number(event: dict[str, Any], key: str, form: str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{hours} h"
+    return precisedelta(seconds, minimum_unit="seconds" if seconds < 120 else "minutes", format="%.0f")
 
 
 def check_machine(store: Store, pinned: PinnedRecipe, part: Part) -> None:

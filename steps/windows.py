@@ -2,7 +2,7 @@
 
 from sft_core.data.windows import build_windows
 from sft_core.pins import PinnedRecipe
-from sft_core.store import Part, Stage
+from sft_core.store.stage import Part, Stage
 from steps.download import CONVERSATIONS
 from steps.render import RENDERED, how_rendered, loaders
 from steps.tokenize import TOKENS

@@ -67,7 +67,7 @@ def save_recipe(tmp_path: Path) -> Callable[..., str]:
 def _built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sft_core.pins import pin
     from sft_core.recipe import parse_recipe
-    from sft_core.store import Store
+    from sft_core.store.store import Store
     from steps.pack import PACKED
 
     root = tmp_path_factory.mktemp("built") / "store"

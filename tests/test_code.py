@@ -9,7 +9,7 @@ import pytest
 from sft_core import code
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Stage
+from sft_core.store.stage import Stage
 from steps.download import CONVERSATIONS
 from steps.pipeline import ORDER
 
@@ -185,6 +185,16 @@ def data_stages() -> tuple[Stage, ...]:
         *(decontaminate.REPORT_PROMPTS, decontaminate.CONTAMINATION),
         *(mix.MIXTURE, windows.WINDOWS, pack.PACKED),
     )
+
+
+def test_store_is_in_no_key():
+    """A package runs with each of its modules: a builder that imports one would be built again for a change in any."""
+    from steps import deliver, release, report
+
+    stages = (*data_stages(), deliver.DELIVERED, report.REPORT, release.RELEASED)
+    closures = {stage.name: code.closure(stage.build.__module__) for stage in stages}
+    assert "sft_core.links" in closures["delivered"] and "sft_core.digests" in closures["delivered"]
+    assert [name for name, modules in closures.items() if any("sft_core.store" in module for module in modules)] == []
 
 
 def test_data_builders_are_those_of_the_stages():

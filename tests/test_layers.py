@@ -1,6 +1,7 @@
 """The layers, read off the source: imports run one way, heavy ones stay where they are used, names say something."""
 
 import ast
+import graphlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,19 +13,15 @@ FILES = sorted(path for package in ("flows", "steps", "sft_core") for path in (R
 # Lower may not import higher. pins resolves what data reads, so it stands above data.
 RANKS = {
     "sft_core.recipe": 0,
-    "sft_core.code": 0,
     "sft_core.datasets": 0,
     "sft_core.digests": 0,
     "sft_core.lifetime": 0,
     "sft_core.links": 0,
     "sft_core.local_files": 0,
-    "sft_core.manifest": 0,
     "sft_core.measuring": 0,
     "sft_core.rank_strategies": 0,
-    "sft_core.remote": 0,
     "sft_core.search_settings": 0,
     "sft_core.sections": 0,
-    "sft_core.source_code": 0,
     "sft_core.store": 0,
     "sft_core.wording": 0,
     "sft_core.report": 0,
@@ -46,10 +43,10 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(tree: ast.AST, *, late: bool) -> Iterator[str]:
-    """Modules that run when the code does; those inside a function only when `late`."""
+def imports(tree: ast.AST, *, late: bool, types: bool = False) -> Iterator[str]:
+    """Names that the code imports when it runs; inside a function only when `late`, for types alone when `types`."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not types:
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -57,7 +54,7 @@ def imports(tree: ast.AST, *, late: bool) -> Iterator[str]:
             assert node.level == 0, f"line {node.lineno}: a relative import hides its layer"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif late or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            yield from imports(node, late=late)
+            yield from imports(node, late=late, types=types)
 
 
 def rank(module: str) -> int | None:
@@ -111,27 +108,35 @@ def test_report_sees_plain_numbers_only():
     assert [f"{a} imports {b}" for a, b in pairs if b.startswith(("sft_core", "steps")) and "report" not in b] == []
 
 
-def test_store_and_recipe_know_none_of_the_project_but_code():
-    names = (
-        "recipe",
-        "sections",
-        "measuring",
-        "wording",
-        "code",
-        "datasets",
-        "digests",
-        "local_files",
-        "manifest",
-        "rank_strategies",
-        "remote",
-        "source_code",
-        "store",
-    )
-    bottom, strategies = {f"sft_core.{name}" for name in names}, "sft_core.search_settings"
-    pairs = [(a, b) for a, b in found(late=True) if top(a) in bottom or a.startswith(strategies)]
+def test_store_knows_the_recipe_by_its_types_only():
+    store = [path for path in FILES if path.parent.name == "store"]
+    assert len(store) > 5
+    names = {name for path in store for name in imports(ast.parse(path.read_text()), late=True)}
+    own = ("sft_core.store.", "sft_core.digests.")
+    assert [name for name in sorted(names) if name.startswith(("sft_core", "steps")) and not name.startswith(own)] == []
+    typed = {name for path in store for name in imports(ast.parse(path.read_text()), late=True, types=True)} - names
+    other = {name for name in typed if not name.startswith(own)}
+    assert other == {"sft_core.recipe.Recipe", "sft_core.sections.Runtime"}
+    assert "sft_core.store.remote.Remote" not in {b for _, b in found(late=False)}  # a folder store loads no fsspec
+
+
+def test_store_has_no_circle_of_imports_not_even_for_types():
+    modules = {name_of(path): path for path in FILES if path.parent.name == "store" or path.stem == "digests"}
+    graph = {
+        module: {name.rpartition(".")[0] for name in imports(ast.parse(path.read_text()), late=True, types=True)}
+        & modules.keys()
+        for module, path in modules.items()
+    }
+    assert sum(map(len, graph.values())) > 10
+    assert [*graphlib.TopologicalSorter(graph).static_order()][-1] == "sft_core.store"
+
+
+def test_recipe_knows_what_stands_at_the_bottom_only():
+    names = ("recipe", "sections", "measuring", "wording", "datasets", "local_files", "rank_strategies", "rounds")
+    bottom = {f"sft_core.{name}" for name in (*names, "search_settings")}
+    pairs = [(a, b) for a, b in found(late=True) if top(a) in bottom]
     known = {top(b) for _, b in pairs if b.startswith("sft_core")}
-    assert known - {strategies} == bottom - {"sft_core.recipe", "sft_core.store"}
-    assert "sft_core.remote.Remote" not in {b for _, b in found(late=False)}  # a folder store loads no fsspec
+    assert known == bottom - {"sft_core.recipe"}
 
 
 def test_metaflow_is_imported_by_the_flow_and_in_steps_functions_only():

@@ -10,7 +10,8 @@ import pytest
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
 from sft_core.rounds import ONLY
-from sft_core.store import Located, Store
+from sft_core.store.stage import Located
+from sft_core.store.store import Store
 from steps.pipeline import differences, plan
 from steps.train import TRAINED
 from tests.train.tiny import QUICKSTART, tiny_recipe

@@ -15,7 +15,7 @@ from sft_core.data.shards import read_index
 from sft_core.data.sources.read import accept
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import Recipe, load_recipe, parse_recipe, read_yaml
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.deduplicate import DUPLICATES
 from steps.evaluate import check_report_prompts, count_report_prompts
 from steps.mix import MIXTURE

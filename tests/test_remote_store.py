@@ -23,8 +23,12 @@ from click.testing import CliRunner
 
 from sft_core.digests import write_digests
 from sft_core.recipe import parse_recipe
-from sft_core.remote import Remote
-from sft_core.store import Build, CorruptOutput, Ref, Stage, Store
+from sft_core.store.lookups import Lookups
+from sft_core.store.manifest import CorruptOutput
+from sft_core.store.ref import Ref
+from sft_core.store.remote import Remote
+from sft_core.store.stage import Build, Stage
+from sft_core.store.store import Store
 from steps.cli import main
 from steps.pipeline import prepare
 from tests.object_server import ObjectServer
@@ -443,8 +447,8 @@ def test_locating_sixty_outputs_lists_once(machine: Callable, server: ObjectServ
     counts = []
     for _ in range(2):
         server.requests.clear()
-        store, seen = machine("two"), {}
-        found = [store.locate(stage, toy(), part, seen) for stage in (NUMBERS, total) for part in parts]
+        store, lookups = machine("two"), Lookups()
+        found = [store.locate(stage, toy(), part, lookups) for stage in (NUMBERS, total) for part in parts]
         assert {located.status for located in found} == {"hit"} and len({located.ref for located in found}) == 60
         counts.append(len(server.requests))
     assert counts == [1 + 30, 1]  # a list, and the manifest of each input once
@@ -486,7 +490,7 @@ def test_gc_takes_the_manifest_first_and_what_unfinished_builds_left(
     def gc(*arguments: str) -> str:
         return CliRunner().invoke(main, ["store", "gc", "--store", url, *arguments], catch_exceptions=False).output
 
-    assert f"would remove {ref}  2 B\n1 outputs" in gc(str(ref))
+    assert f"would remove {ref}  2 Bytes\n1 outputs" in gc(str(ref))
     assert gc("--unused-for", "1").startswith("0 outputs")
     server.requests.clear()
     assert f"removed {ref}" in gc(str(ref), "--delete")
@@ -500,7 +504,7 @@ def test_gc_takes_the_manifest_first_and_what_unfinished_builds_left(
 
 def test_use_is_noted_once_a_day(machine: Callable, server: ObjectServer, monkeypatch: pytest.MonkeyPatch):
     ref = machine("one").ensure(PAIR, toy())
-    monkeypatch.setattr("sft_core.store.NOTED_S", -60)  # a day later
+    monkeypatch.setattr("sft_core.store.store.USE_NOTED_S", -60)  # a day later
     server.requests.clear()
     machine("two").ensure(PAIR, toy())
     assert [one.path.rpartition("/")[2] for one in server.requests if one.method == "PUT"] == ["used"]

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from benchmarks.search import T_95, interval, summaries, variants
-from sft_core.store import Ref, Store
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = ("sft", "msft robust")

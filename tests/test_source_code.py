@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_core.source_code import DISTRIBUTION, source_code, told
+from sft_core.store.provenance import DISTRIBUTION, source_code, source_label
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -38,7 +38,7 @@ def test_source_code_of_a_clean_checkout_is_its_commit(checkout: Path):
     commit = git(checkout, "rev-parse", "HEAD")
     found = source_code(checkout)
     assert found == {"version": found["version"], "commit": commit, "dirty": False}
-    assert told(found) == commit[:7]
+    assert source_label(found) == commit[:7]
 
 
 @pytest.mark.parametrize("name", ["one.py", "new.py"])
@@ -46,13 +46,13 @@ def test_source_code_with_a_change_or_a_new_module_is_dirty(checkout: Path, name
     (checkout / "steps" / name).write_text("2\n")
     found = source_code(checkout)
     assert found["dirty"] is True
-    assert told(found) == git(checkout, "rev-parse", "HEAD")[:7] + "-dirty"
+    assert source_label(found) == git(checkout, "rev-parse", "HEAD")[:7] + "-dirty"
 
 
 def test_source_code_below_somebody_elses_checkout_is_not_its_commit(checkout: Path):
     found = source_code(checkout / "steps")
     assert (found["commit"], found["dirty"]) == (None, None)
-    assert told(found) == found["version"]
+    assert source_label(found) == found["version"]
 
 
 def test_source_code_in_a_hook_of_another_repository_is_this_ones(checkout: Path, tmp_path: Path, monkeypatch):
@@ -69,7 +69,7 @@ def test_source_code_in_a_hook_of_another_repository_is_this_ones(checkout: Path
 def test_source_code_without_git_is_the_version(checkout: Path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     found = source_code(checkout)
-    assert found["commit"] is None and told(found) == found["version"]
+    assert found["commit"] is None and source_label(found) == found["version"]
 
 
 def test_source_code_version_is_that_of_the_project():

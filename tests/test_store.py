@@ -15,11 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_core import code
 from sft_core.pins import PinnedRecipe
 from sft_core.recipe import override, parse_recipe
-from sft_core.source_code import source_code
-from sft_core.store import Build, CorruptOutput, Ref, Stage, Store
+from sft_core.store import code_digest as code
+from sft_core.store.lookups import Lookups
+from sft_core.store.manifest import CorruptOutput
+from sft_core.store.provenance import source_code
+from sft_core.store.ref import Ref
+from sft_core.store.stage import Build, Stage
+from sft_core.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE: dict[str, Any] = {
@@ -177,6 +181,56 @@ def test_logs_are_verified_but_no_part_of_the_content(store: Store):
     three, thirteen = (store.manifest(store.ensure(NUMBERS, toy(f"training.seed={s}"))) for s in (3, 13))
     assert three["files"]["logs/log.txt"] != thirteen["files"]["logs/log.txt"]
     assert three["content"] == thirteen["content"]
+
+
+# Lookups
+
+
+def test_lookups_locate_each_output_once_however_many_read_it(store: Store):
+    asked = []
+
+    def section(pinned: PinnedRecipe, part: dict[str, Any]) -> dict[str, Any]:
+        asked.append(part)
+        return {}
+
+    shared = Stage("shared", build_numbers, section, version=1)
+    readers = [
+        Stage(name, build_sum, lambda pinned, part: {}, needs=lambda pinned, part: {"numbers": (shared, {})}, version=1)
+        for name in ("a", "b")
+    ]
+    lookups = Lookups()
+    found = [store.locate(stage, toy(), {}, lookups) for stage in (*readers, shared, *readers)]
+    assert asked == [{}] and found[0] is found[3]
+    store.locate(readers[0], toy(), {})
+    assert len(asked) == 2, "without them nothing is kept"
+
+
+def test_lookups_digest_the_code_of_a_stage_once_and_new_ones_digest_it_again(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "sft_core").mkdir()
+    module = tmp_path / "sft_core" / "toy.py"
+    monkeypatch.setattr(code, "ROOT", tmp_path)
+
+    def build(build: Build) -> dict[str, Any]:
+        return {}
+
+    build.__module__ = "sft_core.toy"
+    stage, lookups = stage_of(build, version=None), Lookups()
+    module.write_text("X = 1\n")
+    first = store.locate(stage, toy(), {"source": "a"}, lookups).identity["code"]
+    module.write_text("X = 22\n")
+    second = store.locate(stage, toy(), {"source": "b"}, lookups).identity["code"]
+    anew = store.locate(stage, toy(), {"source": "b"}, Lookups()).identity["code"]
+    assert first == second != anew
+
+
+def test_lookups_know_what_ensure_has_built(store: Store):
+    lookups = Lookups()
+    assert store.locate(SUM, toy(), {}, lookups).status == "depends"
+    ref = store.ensure(SUM, toy(), lookups)
+    assert store.locate(SUM, toy(), {}, lookups).ref == ref
+    assert [store.locate(stage, toy(), {}, lookups).status for stage in (NUMBERS, SUM)] == ["hit", "hit"]
 
 
 # Building

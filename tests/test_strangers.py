@@ -80,7 +80,7 @@ RELEASE = """
 import json, sys
 from sft_core.pins import pin
 from sft_core.recipe import load_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.evaluate import EVALUATED
 from steps.release import RELEASED
 from steps.report import REPORT, summary

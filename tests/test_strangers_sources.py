@@ -11,7 +11,7 @@ import pytest
 
 from sft_core.pins import pin
 from sft_core.recipe import load_recipe, parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.download import CONVERSATIONS
 from tests.strangers.project_copy import copy_project, run_json, run_python
 
@@ -25,7 +25,7 @@ SCRIPT = """
     import pyarrow.parquet as pq
     from sft_core.pins import pin
     from sft_core.recipe import parse_recipe
-    from sft_core.store import Store
+    from sft_core.store.store import Store
     from steps import evaluate, lineage, release
     from steps.download import CONVERSATIONS
 

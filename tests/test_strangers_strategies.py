@@ -109,7 +109,7 @@ TRAINING = """
     import json, sys
     from sft_core.pins import pin
     from sft_core.recipe import parse_recipe
-    from sft_core.store import Store
+    from sft_core.store.store import Store
     from steps.train import TRAINED, events
 
     job = json.loads(sys.argv[1])

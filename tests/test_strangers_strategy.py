@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from sft_core.manifest import sha256_of
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
 from sft_core.search.registry import IMPLEMENTATIONS
 from sft_core.search.rollouts import Rollout
 from sft_core.search_settings.registry import STRATEGIES, declared
+from sft_core.store.manifest import sha256_of
 from steps.train import TRAINED
 from tests.search.test_searching import recipe
 from tests.train.tiny import ROOT, SOURCES
@@ -82,11 +82,11 @@ IMPLEMENTATIONS = {"turns": Implementation(sft, Turns)}
 SCRIPT = """
 import json, pathlib, sys
 import sft_core.search_settings
-from sft_core.manifest import sha256_of
+from sft_core.store.manifest import sha256_of
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
 from sft_core.search.journal import CURVES, read_journal
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.mix import MIXTURE
 from steps.search import progress
 from steps.train import TRAINED

@@ -13,7 +13,7 @@ from sft_core.data.packing import first_fit_decreasing, write_plan
 from sft_core.data.shards import read_index
 
 if TYPE_CHECKING:
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from sft_core.data.shards import read_index
 from sft_core.data.shares import draw_tokens, fill, normalised, requested_rows
 
 if TYPE_CHECKING:
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 log = logging.getLogger(__name__)
 MIXTURE = pa.schema(

@@ -18,7 +18,7 @@ from sft_core.data.lengths import by_length
 from sft_core.data.over_long import Documents, fit
 
 if TYPE_CHECKING:
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 PLAN = pa.schema([("pack", pa.int32()), ("source", pa.int16()), ("row", pa.int32()), ("num_tokens", pa.int32())])
 

@@ -21,7 +21,7 @@ from sft_core.data.tokenizer import PieceEncoder, control_tokens, load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 RENDERED = pa.schema(
     [

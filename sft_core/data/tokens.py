@@ -27,7 +27,7 @@ from sft_core.data.tokenizer import Literals, PieceEncoder, load_tokenizer
 from sft_core.data.tokenizer import stop_tokens as all_stop_tokens
 
 if TYPE_CHECKING:
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 
 def build_tokens(

@@ -30,7 +30,7 @@ from sft_core.data.tokenizer import stop_tokens as all_stop_tokens
 from sft_core.data.tokens import encode_rows
 
 if TYPE_CHECKING:
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 
 def build_windows(

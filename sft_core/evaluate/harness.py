@@ -15,7 +15,7 @@ from sft_core.evaluate.scores import Score
 from sft_core.train.job import ModelLoader, TokenizerLoader
 
 if TYPE_CHECKING:
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 log = logging.getLogger(__name__)
 ROWS_AT_A_TIME = 32  # unless runtime.eval_batch_size says otherwise

@@ -18,7 +18,7 @@ from sft_core.measuring import LM_EVAL
 from sft_core.report.tables import LOSSES, markdown_table, score_rows
 
 if TYPE_CHECKING:
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 THINK, NO_THINK = "_think", "_no_think"
 GAIN_HEADER = (

@@ -34,7 +34,7 @@ from sft_core.train.job import ModelLoader, TokenizerLoader
 
 if TYPE_CHECKING:
     from sft_core.sections import Runtime
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 log = logging.getLogger(__name__)
 TOKENS_A_FORWARD = 2048

@@ -18,7 +18,7 @@ from sft_core.report.model_card import Base, Card, CutOff, Score, Source, Value,
 from sft_core.rounds import BASE
 
 if TYPE_CHECKING:
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 log = logging.getLogger(__name__)
 README = "README.md"

@@ -18,7 +18,7 @@ from sft_core.data.hub_token import check_token
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 log = logging.getLogger(__name__)
 _WRITERS = ("admin", "write", "contributor")  # roles in an organisation

@@ -8,7 +8,7 @@ from sft_core.links import link_files
 from sft_core.search.evaluations import evaluation_folder
 
 if TYPE_CHECKING:
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 
 def build_delivered(build: Build, *, evaluation: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sft_core.train.launch import from_start, job_here, launch
 from sft_core.train.log_file import read_events
 
 if TYPE_CHECKING:
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 log = logging.getLogger(__name__)
 CONVERSATIONS = "conversations:"  # before a task's name, among the inputs of a build

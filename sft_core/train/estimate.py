@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING, Any
+
+from humanize import naturalsize
 
 from sft_core.rank_strategies import STRATEGIES
 from sft_core.train.accelerator import computes_in_half, liger
@@ -102,28 +105,25 @@ def activations_of(
     )
 
 
-def told(found: Estimate, recipe: PhaseRecipe) -> str:
-    """The estimate in a line."""
-    flops = "" if found.flops is None else f"; {found.flops:.3g} FLOPs in all"
+def estimate_line(needs: Estimate, recipe: PhaseRecipe) -> str:
+    """The estimate as people read it, in one line."""
+    size = functools.partial(naturalsize, binary=True)
+    flops = "" if needs.flops is None else f"; {needs.flops:.3g} FLOPs in all"
     begin = (
-        f"{found.num_parameters / 1e6:,.1f} M parameters by {recipe.runtime.distributed} on "
+        f"{needs.num_parameters / 1e6:,.1f} M parameters by {recipe.runtime.distributed} on "
         f"{recipe.runtime.num_processes} rank(s): "
     )
-    states = f"{_size(found.states)} for weights, gradients and AdamW"
-    if (held := found.activations) is None:
-        return f"{begin}{states} on each; what activations take is not known ({found.why_unknown}){flops}"
+    states = f"{size(needs.states)} for weights, gradients and AdamW"
+    if (held := needs.activations) is None:
+        return f"{begin}{states} on each; what activations take is not known ({needs.why_unknown}){flops}"
     parts = {
         "the layers": held.layers,
         "16-bit copies of weights": held.weight_copies,
         "the attention's mask": held.mask,
         "the head": held.head,
     }
-    named = ", ".join(f"{_size(size)} of {part}" for part, size in parts.items() if size)
+    named = ", ".join(f"{size(num_bytes)} of {part}" for part, num_bytes in parts.items() if num_bytes)
     return (
-        f"{begin}about {_size(found.states + held.total)} on each, {states}, {_size(held.total)} for the activations "
+        f"{begin}about {size(needs.states + held.total)} on each, {states}, {size(held.total)} for the activations "
         f"of a pack of {recipe.packing.max_length:,} tokens ({named}){flops}"
     )
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

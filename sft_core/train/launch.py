@@ -30,7 +30,7 @@ from sft_core.train.strategy import environment
 
 if TYPE_CHECKING:
     from sft_core.sections import Runtime
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 log = logging.getLogger(__name__)
 START = "start model"  # among the inputs of a build: the checkpoint of the phase before

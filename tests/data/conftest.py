@@ -15,7 +15,8 @@ from sft_core.data.spans import Renderer
 from sft_core.data.tokenizer import load_tokenizer
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Stage, Store
+from sft_core.store.stage import Stage
+from sft_core.store.store import Store
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart" / "tokenizer"

@@ -22,7 +22,7 @@ CLIENT = """
     sys.path.insert(0, {root!r})
     from sft_core.pins import pin
     from sft_core.recipe import parse_recipe
-    from sft_core.store import Store
+    from sft_core.store.store import Store
     from steps.pipeline import plan
     from steps.tokenize import TOKENS
 

@@ -19,7 +19,7 @@ from sft_core.data.shards import INDEX, read_index
 from sft_core.data.shares import draw_tokens, fill
 from sft_core.data.splits import TRAIN, assign
 from sft_core.sections import Runtime
-from sft_core.store import Build
+from sft_core.store.stage import Build
 from steps.mix import MIXTURE
 from steps.tokenize import TOKENS
 

@@ -17,7 +17,7 @@ from sft_core.data.over_long import truncated_length
 from sft_core.data.packing import PackPlan, build_packs, first_fit_decreasing
 from sft_core.data.shards import TOKENS, TokenShards
 from sft_core.sections import Runtime
-from sft_core.store import Build
+from sft_core.store.stage import Build
 from steps.pack import PACKED
 from steps.tokenize import TOKENS as TOKENS_STAGE
 

@@ -20,7 +20,7 @@ from sft_core.data import tokens
 from sft_core.data.sharding import MAX_GROUPS, MAX_SHARDS, Shard, build_shards, plan_shards, shard_folders
 from sft_core.pins import PinnedRecipe
 from sft_core.sections import Runtime
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.render import RENDERED
 from steps.tokenize import TOKENS
 

@@ -245,7 +245,7 @@ CLIENT = """
     import pyarrow.parquet as pq
     from sft_core.pins import pin
     from sft_core.recipe import parse_recipe
-    from sft_core.store import Store
+    from sft_core.store.store import Store
     from steps.download import CONVERSATIONS
 
     job = json.load(sys.stdin)

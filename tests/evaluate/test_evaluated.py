@@ -16,7 +16,8 @@ from sft_core.evaluate.scores import mean_score, perplexity, token_accuracy, tok
 from sft_core.evaluate.tasks import build_evaluated, row_losses
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Build, Store
+from sft_core.store.stage import Build
+from sft_core.store.store import Store
 from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.model import load_model, save_checkpoint
 from steps.evaluate import EVALUATED

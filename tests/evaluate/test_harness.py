@@ -16,7 +16,8 @@ from sft_core.evaluate.documents import document_differences, read_samples
 from sft_core.evaluate.harness import scores_of
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Ref, Store
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.model import load_model
 from steps.harness import HARNESS, card

@@ -24,7 +24,7 @@ from sft_core.evaluate.loading import (
 from sft_core.evaluate.rows import read_rows
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from sft_core.train import model as loader
 from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.model import load_model, save_checkpoint

@@ -11,7 +11,7 @@ from sft_core.evaluate.metrics.registry import load_metric
 from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.evaluate import EVALUATED
 from tests.evaluate.test_evaluated import TASK, evaluate_checkpoint, pinned, store, tokens, writes_four
 from tests.train.tiny import tiny_recipe

@@ -12,7 +12,7 @@ from sft_core.evaluate import selection_answers as module
 from sft_core.evaluate.selection_answers import AnswerScores
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from sft_core.train.collate import PackCollator
 from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.loss import Forward, trained_token_nll

@@ -19,7 +19,7 @@ from sft_core.measuring import Sampling
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
 from sft_core.sections import VllmSettings
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.evaluate import EVALUATED, measure_ahead
 from tests.evaluate.test_generate import PAD, VOCABULARY, model, prompts
 from tests.evaluate.test_sampling import probabilities

@@ -25,7 +25,7 @@ from sft_core.measuring import Sampling
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
 from sft_core.sections import VllmSettings
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.evaluate import EVALUATED, measure_ahead
 from tests.evaluate.test_loading import start_model
 from tests.train.tiny import ROOT, SOURCES, processes_naming, tiny_recipe

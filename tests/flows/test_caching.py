@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_core.source_code import source_code, told
+from sft_core.store.provenance import source_code, source_label
 from tests.flows.conftest import DATA, RECIPE, ROOT, Project, names
 from tests.report.columns import HEADER
 
@@ -57,7 +57,7 @@ def test_run_is_tagged_with_its_recipe_model_and_commit(finished: Project) -> No
     found = set(finished.call([sys.executable, "-c", code]).splitlines())
     expected = {"recipe:small", "model:random llama"}
     if (source := source_code())["commit"] is not None:
-        expected.add(f"commit:{told(source)}")
+        expected.add(f"commit:{source_label(source)}")
     assert found == expected
 
 

@@ -11,7 +11,8 @@ import pytest
 from sft_core.data.packing import PackPlan
 from sft_core.data.shards import read_index
 from sft_core.evaluate.rows import read_rows
-from sft_core.store import Ref, Store
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 from steps.lineage import trace
 from steps.row_journey import steps_of
 from tests.flows.conftest import Project

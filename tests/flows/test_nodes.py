@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.search import place
 from steps.train import TRAINED
 from tests.flows.conftest import RECIPE, Project

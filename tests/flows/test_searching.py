@@ -14,7 +14,8 @@ from pathlib import Path
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
 from sft_core.rounds import ONLY
-from sft_core.store import Ref, Store
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 from steps.search import Searched, progress
 from steps.train import CHECKPOINT
 from tests.flows.conftest import RECIPE, TIMEOUT_S, Project, names

@@ -10,7 +10,7 @@ import pytest
 
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.release import RELEASED
 from tests.train.tiny import tiny_recipe
 

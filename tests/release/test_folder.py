@@ -16,10 +16,11 @@ from huggingface_hub import ModelCard
 from sft_core.datasets.dataset import Dataset
 from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.links import link_files
-from sft_core.manifest import digest
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import override, parse_recipe, read_yaml
-from sft_core.store import Ref, Store
+from sft_core.store.manifest import file_digest
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 from steps.release import RELEASED
 from tests.report.test_model_card import rows
 from tests.train.tiny import ROOT, SOURCES
@@ -158,8 +159,8 @@ def test_card_recipe_is_the_recipe_without_where_it_ran(readme: str, pinned: Pin
 def test_release_is_the_checkpoint_that_was_scored_and_answers_by_its_cards_code(store: Store, released: Ref, readme):
     folder = store.path(released) / "model"
     trained = store.path(Ref(*store.manifest(released)["inputs"]["trained"])) / "model"
-    files = {path.name: digest(path) for path in folder.iterdir()}
-    assert files.pop("README.md") and files == {path.name: digest(path) for path in trained.iterdir()}
+    files = {path.name: file_digest(path) for path in folder.iterdir()}
+    assert files.pop("README.md") and files == {path.name: file_digest(path) for path in trained.iterdir()}
     code = re.search(r"^```python\n(.*?)\n```$", readme, re.MULTILINE | re.DOTALL)
     assert code and "enable_thinking=True,\n    header=False," in code[1]
     program = code[1].replace("max_new_tokens=256", "max_new_tokens=2")
@@ -175,7 +176,7 @@ def test_release_is_made_without_torch_and_of_links(store: Store, recipe: dict[s
 import json, sys
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.release import RELEASED
 data = json.loads(sys.argv[1])
 print(Store(data["runtime"]["store"]).ensure(RELEASED, pin(parse_recipe(data))), "torch" in sys.modules)

@@ -14,7 +14,8 @@ import pytest
 from sft_core.pins import pin
 from sft_core.recipe import override, parse_recipe
 from sft_core.release.push import may_not_write
-from sft_core.store import Ref, Store
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 from steps.release import RELEASED
 from tests.data.test_hub_token import holders
 from tests.hub_server import HubServer
@@ -30,7 +31,7 @@ logging.basicConfig(level=logging.DEBUG)
 sys.path.insert(0, {root!r})
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.pipeline import prepare
 from steps.release import PUSHED, RELEASED
 

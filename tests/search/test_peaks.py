@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import ttest_1samp
 
 from sft_core.search.peaks import fall_of, first_highest, peak_of, unimodal_peak
 
@@ -65,10 +66,18 @@ def test_fall_is_tested_row_by_row():
     assert fall_of(np.full(5, 0.1)).p == 0.0
 
 
-def test_fall_by_chance_is_as_rare_as_its_level():
+@pytest.mark.parametrize("num_rows", [5, 100])
+def test_fall_by_chance_is_as_rare_as_its_level(num_rows: int):
     rng = np.random.default_rng(1)
-    falls = sum(fall_of(rng.standard_normal(100)).p < 0.05 for _ in range(2000))
-    assert 60 < falls < 140
+    falls = sum(fall_of(rng.standard_normal(num_rows)).p < 0.05 for _ in range(4000))
+    assert 160 < falls < 240, "the normal distribution in place of Student's finds 350 in five rows"
+
+
+@settings(max_examples=60, deadline=None)
+@given(differences=st.lists(st.integers(-9, 9), min_size=2, max_size=30).filter(lambda rows: len({*rows}) > 1))
+def test_fall_has_the_p_of_the_t_test(differences: list[int]):
+    rows = np.array(differences) / 7
+    assert fall_of(rows).p == pytest.approx(ttest_1samp(rows, 0, alternative="greater").pvalue, rel=1e-9)
 
 
 def test_nothing_after_the_peak_has_not_fallen():

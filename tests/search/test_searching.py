@@ -24,7 +24,8 @@ from sft_core.search.evaluations import evaluation_folder
 from sft_core.search.job import RolloutJob
 from sft_core.search.journal import CURVES, read_journal
 from sft_core.search.rollouts import Curves, Decision
-from sft_core.store import Store, Unresolved
+from sft_core.store.stage import Unresolved
+from sft_core.store.store import Store
 from sft_core.train.checkpoints import numbered
 from sft_core.train.job import job_path, read_job, write_job
 from sft_core.wording import counted
@@ -231,7 +232,7 @@ LAUNCHER = """
 import json, sys
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.mix import MIXTURE
 from steps.search import progress
 from steps.train import TRAINED

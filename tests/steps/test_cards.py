@@ -15,7 +15,9 @@ import pytest
 from sft_core.data.sample import MAX_PIECES, pieces
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Ref, Stage, Store
+from sft_core.store.ref import Ref
+from sft_core.store.stage import Stage
+from sft_core.store.store import Store
 from steps import mix, pack, tokenize, train
 from steps.cards import bins, heading, table
 from steps.pack import PACKED
@@ -214,7 +216,7 @@ def test_training_card_of_25_sources_stays_legible_and_survives_a_loss_that_is_n
     page = browser.card(train.card(tmp_path))
     assert page.errors == []
     shown = dict(page.tables[0])
-    assert (shown["time so far"], shown["time to go"]) == ("10 min", "10 min")
+    assert (shown["time so far"], shown["time to go"]) == ("10 minutes", "10 minutes")
     assert shown["slowest rank / mean rank, FLOPs"] == "1.2500 (4 ranks, 8 packs a step)"
     together, by_source, measures = page.charts
     assert together.values[6]["loss"] is None and len(together.values) == 20

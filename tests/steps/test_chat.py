@@ -17,7 +17,8 @@ import pytest
 
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Ref, Store
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 from steps.chat import find_checkpoint
 from steps.train import TRAINED
 from tests.evaluate.chained import NO_THINK, SMILE, THINK, chained

@@ -18,7 +18,7 @@ from sft_core.data.shards import read_index
 from sft_core.data.tokens import EncodedRows
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps import tokenize
 from steps.painted import faults_in_colour
 from tests.data.test_rendering import REWRITES

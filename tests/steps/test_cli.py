@@ -11,7 +11,7 @@ import click
 import pytest
 
 from sft_core.recipe import load_recipe, override
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,7 +154,9 @@ def test_verify_whole_store_passes_and_damage_exits_with_1(sft, built_recipe):
 
 def test_store_list_names_every_output(sft, built_recipe):
     store = Store(built_recipe["runtime"]["store"])
+    os.utime(store.path(store.refs()[0]), (time.time() - 40 * 86400 - 60,) * 2)
     lines = sft("store", "list", "--store", store.root).stdout.splitlines()
+    assert lines[2].endswith("  40 days ago") and all(line.endswith(("ago", "now")) for line in lines[2:10])
     assert {line.split()[0] for line in lines[2:10]} == {str(ref) for ref in store.refs()}
     assert lines[-1].startswith("8 outputs, ")
     assert sum("copy_no_think" in line for line in lines) == 3

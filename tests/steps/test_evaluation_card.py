@@ -12,7 +12,8 @@ import pytest
 from sft_core.evaluate.rows import ROWS, answer_counts, scores
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Ref, Store
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 from steps import evaluate, report
 from tests.report.columns import HEADER
 from tests.train.tiny import tiny_recipe

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from sft_core.manifest import sha256_of
 from sft_core.pins import PinnedRecipe
 from sft_core.recipe import Recipe, load_recipe, parse_recipe
 from sft_core.search.rollouts import Point, Rollout
+from sft_core.store.manifest import sha256_of
 from steps.pack import PACKED
 from steps.train import TRAINED
 from tests.search.test_searching import recipe

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sft_core.data.shards import TokenShards, read_index
-from sft_core.store import Ref, Store
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 from tests.conftest import QUICKSTART
 
 SOURCES = ("copy_no_think", "checksum_think")

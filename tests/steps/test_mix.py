@@ -9,7 +9,7 @@ import pytest
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
 from sft_core.report.plots import BASE_COLOUR, TUNED_COLOUR, requested_and_achieved
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps import mix
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sft_core.pins import PinnedRecipe, pin
-from sft_core.recipe import override, parse_recipe
-from sft_core.store import Store
+from sft_core.recipe import load_recipe, override, parse_recipe
+from sft_core.store.store import Store
 from steps.evaluate import count_report_prompts
 from steps.mix import MIXTURE, SHARES_HEADER
 from steps.pipeline import ORDER, differences, plan, prepare
@@ -46,6 +46,18 @@ def test_plan_nothing_built_builds_the_sources_and_the_rest_depends(small_recipe
         assert status == ("build" if stage == "conversations" else "depends")
         assert (key is None) == (status == "depends")
     assert not Path(small_recipe["runtime"]["store"]).exists()
+
+
+def test_plan_locates_an_output_once_for_each_reader(monkeypatch: pytest.MonkeyPatch):
+    """Not once for each path through the graph: configs/smollm3.yaml has 206 outputs and 98,527 paths."""
+    recipe = load_recipe(str(ROOT / "configs" / "smollm3.yaml"))
+    sources = dict.fromkeys(recipe.sources, "a" * 40)
+    pinned = PinnedRecipe(recipe, {"sources": sources, "tokenizer": "b" * 40, "model": "e" * 40, "template": "c" * 64})
+    located, locate = [], Store.locate
+    monkeypatch.setattr(Store, "locate", lambda self, *arguments: (located.append(1), locate(self, *arguments))[1])
+    outputs = plan(Store("no-such-store"), pinned)
+    inputs = [needed for one in outputs for needed in one.stage.inputs(pinned, one.part)]
+    assert len(outputs) > 200 and len(located) <= len(outputs) + len(inputs) + 2  # 2: in `progress`
 
 
 def test_plan_data_built_is_hit_and_training_is_next(built_recipe, planned):
@@ -429,4 +441,6 @@ def test_plan_memory_estimates_what_training_takes_until_it_is_there(sft, save_r
     path = save_recipe(built_recipe)
     assert "parameters by ddp" not in sft("plan", path).stdout
     line = sft("plan", path, "--memory", "--set", "training.learning_rate=5e-4").stdout.splitlines()[-1]
-    assert re.search(r"M parameters by ddp on 1 rank\(s\): about [\d.]+ MiB on each, [\d.]+ MiB for weights", line)
+    assert re.search(
+        r"M parameters by ddp on 1 rank\(s\): about [\d.]+ [KM]iB on each, [\d.]+ [KM]iB for weights", line
+    )

@@ -9,7 +9,7 @@ import pytest
 
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps import evaluate, report
 from tests.browser import Browser
 from tests.train.tiny import SOURCES, tiny_recipe

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from rich.text import Text
 
-from sft_core.store import Ref, Store
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 
 GREEN = 2  # of the terminal's 16 colours
 COLOURS = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLORTERM": "truecolor"}

@@ -6,7 +6,7 @@ import pytest
 from metaflow.tagging_util import MAX_TAG_SIZE, validate_tags
 
 from sft_core.recipe import override, parse_recipe
-from sft_core.source_code import SourceCode
+from sft_core.store.provenance import SourceCode
 from steps.tags import resumed_tags, tag_run, tags_of
 
 COMMIT: SourceCode = {"version": "0.1.0", "commit": "0123456789abcdef", "dirty": False}

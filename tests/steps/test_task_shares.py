@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps import score_worker, task_shares
 from steps.harness import MAX_REASON, reasons_of, shortened
 from steps.score_worker import Order, Scoring, orders, outcomes

@@ -10,7 +10,8 @@ import pytest
 
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Build, Store
+from sft_core.store.stage import Build
+from sft_core.store.store import Store
 from sft_core.train.checkpoints import stop_request
 from sft_core.train.job import TrainJob, write_job
 from sft_core.train.launch import job_here

@@ -9,9 +9,9 @@ import torch
 
 from sft_core.data.packing import PackPlan
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from sft_core.train.activations import Activations
-from sft_core.train.estimate import estimate, told
+from sft_core.train.estimate import estimate, estimate_line
 from sft_core.train.model import skeleton
 from steps.pack import PACKED
 from tests.train.tiny import LLAMA, Run, tiny_recipe
@@ -62,7 +62,7 @@ def test_flops_are_those_that_the_run_counted(plain_run: Run, store: Store) -> N
     lengths = plan.num_tokens.astype(float)
     an_epoch = 6 * ((found.num_parameters - head + head / 4) * lengths + 2 * 32 * lengths**2)
     assert found.flops == pytest.approx(3 * float(np.sum(an_epoch)))
-    assert "FLOPs in all" in told(found, plain_run.pinned.recipe)
+    assert "FLOPs in all" in estimate_line(found, plain_run.pinned.recipe)
 
 
 def test_checkpointing_and_qlora_take_less() -> None:
@@ -95,12 +95,12 @@ def test_activations_are_those_of_weights_as_the_strategy_computes_with_them(
     assert of(distributed).total <= share * of("ddp").total
 
 
-def test_told_names_the_parts_that_there_are() -> None:
+def test_estimate_line_names_the_parts_that_there_are() -> None:
     def line_of(attention: str, *, bf16: bool) -> str:
         recipe = parse_recipe(tiny_recipe(model={"attn_implementation": attention}, training={"bf16": bf16}))
-        return told(estimate(recipe, shape_of(LLAMA), None), recipe)
+        return estimate_line(estimate(recipe, shape_of(LLAMA), None), recipe)
 
-    size = r"[\d.]+ MiB"
+    size = r"[\d.]+ [KM]iB"
     whole = rf"{size} for the activations of a pack of 384 tokens \({size} of the layers, {size} of 16-bit copies of "
     whole += rf"weights, {size} of the attention's mask, {size} of the head\)$"
     assert re.search(whole, line_of("sdpa", bf16=True))
@@ -113,4 +113,6 @@ def test_activations_of_a_model_that_does_not_run_without_memory_are_told_to_be_
     # Without its kernels it goes through the tokens one by one.
     found = estimate(recipe, shape_of({"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2}), None)
     assert found.activations is None and found.states > 0
-    assert "what activations take is not known (MambaForCausalLM does not run without memory" in told(found, recipe)
+    assert "what activations take is not known (MambaForCausalLM does not run without memory" in estimate_line(
+        found, recipe
+    )

@@ -11,7 +11,7 @@ import pytest
 from sft_core.digests import write_digests
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from sft_core.train.checkpoints import numbered, publish
 from sft_core.train.continuation import Continuation
 from steps.train import TRAINED

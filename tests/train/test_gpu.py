@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 from sft_core.data.shards import TokenRow
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from sft_core.train.collate import Batch, collate, to_device
 from sft_core.train.head import add_fused_head
 from sft_core.train.job import ModelLoader, TokenizerLoader

@@ -14,7 +14,7 @@ from sft_core.search.launch import rollout_here
 from sft_core.search.rollouts import Point
 from sft_core.search_settings.registry import STRATEGIES
 from sft_core.sections import Lora, Runtime
-from sft_core.store import Build
+from sft_core.store.stage import Build
 from sft_core.train.assemble import bytes_on_disk
 from sft_core.train.job import TrainJob, TrainSpec, job_path, read_job, write_job
 from sft_core.train.launch import job_here

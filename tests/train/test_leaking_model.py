@@ -14,7 +14,7 @@ from sft_core.data.packing import PackPlan
 from sft_core.data.shards import TokenShards
 from sft_core.pins import PinnedRecipe
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from sft_core.train.job import TrainJob
 from sft_core.train.model import load_model
 from sft_core.train.preflight import LONG, try_class

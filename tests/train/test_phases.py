@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Ref, Store
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
 from steps.pack import PACKED
 from steps.search import progress
 from steps.train import CHECKPOINT, TRAINED, checkpoint_of

@@ -14,7 +14,7 @@ import pytest
 
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from sft_core.train.checkpoints import latest, numbered
 from steps.pack import PACKED
 from steps.train import TRAINED
@@ -26,7 +26,7 @@ LAUNCHER = """
 import json, sys
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.train import TRAINED
 Store(sys.argv[1]).ensure(TRAINED, pin(parse_recipe(json.loads(sys.argv[2]))), round=0)
 """

@@ -15,7 +15,7 @@ from sft_core.data.packing import PackPlan
 from sft_core.data.shards import TokenRow, TokenShards
 from sft_core.pins import PinnedRecipe
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from sft_core.train.collate import collate
 from sft_core.train.job import TrainJob
 from sft_core.train.loss import Forward, trained_losses

@@ -17,7 +17,7 @@ from sft_core.data.shards import TokenShards, read_index
 from sft_core.evaluate.tasks import row_losses
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from sft_core.train.assemble import log_balance
 from sft_core.train.checkpoints import numbered, step_of
 from sft_core.train.log_file import read_events

@@ -18,7 +18,7 @@ from sft_core.data.shards import read_index
 from sft_core.pins import PinnedRecipe, pin
 from sft_core.rank_strategies import STRATEGIES
 from sft_core.recipe import parse_recipe
-from sft_core.store import Store
+from sft_core.store.store import Store
 from sft_core.train.job import TrainJob
 from sft_core.train.loss import trained_token_nll
 from sft_core.train.strategy import CONFIGS, WrongStrategy, check_engaged, environment

@@ -24,7 +24,7 @@ from sft_core.data.overlap.words import HashedTurns, excerpt, folded_words, hash
 from sft_core.data.sharding import Shard, build_shards, plan_shards, shard_folders, total
 
 if TYPE_CHECKING:
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 CONTAMINATION = pa.schema(
     [

@@ -32,7 +32,7 @@ from sft_core.data.shards import read_index
 
 if TYPE_CHECKING:
     from sft_core.data.overlap.candidates import Candidates, Signatures
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 log = logging.getLogger(__name__)
 DUPLICATES = pa.schema(

@@ -13,7 +13,7 @@ from sft_core.data.overlap.stored_rows import read_column, read_places
 from sft_core.data.overlap.words import folded_words, turns
 
 if TYPE_CHECKING:
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 PROMPTS = pa.schema([("row_id", pa.string()), ("turns", pa.list_(pa.string()))])
 

@@ -17,7 +17,7 @@ from sft_core.data.overlap.words import SETTINGS, SIDES, Turn, exact_digest, has
 from sft_core.data.sharding import Shard, build_shards, plan_shards, total
 
 if TYPE_CHECKING:
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 
 def build_signatures(build: Build, *, ngram: int | None, num_permutations: int | None) -> dict[str, Any]:

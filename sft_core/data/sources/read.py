@@ -15,7 +15,7 @@ from sft_core.data.splits import prompt_hash
 
 if TYPE_CHECKING:
     from sft_core.data.sources.source import Source
-    from sft_core.store import Build
+    from sft_core.store.stage import Build
 
 ROWS_A_GROUP = 500  # rendering and tokenizing work on row groups, several at a time
 ROWS_A_BATCH = 100  # read at once from Parquet: a row can be a book, and a row group of the hub's a thousand of them

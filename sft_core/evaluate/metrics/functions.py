@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-from sft_core.code import user_code_digest
 from sft_core.evaluate.metrics.metric import Asked, Metric, Question
+from sft_core.store.code_digest import user_code_digest
 
 if TYPE_CHECKING:
     from sft_core.measuring import Evaluation

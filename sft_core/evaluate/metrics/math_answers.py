@@ -15,8 +15,8 @@ import sys
 from types import TracebackType
 from typing import Any
 
-from sft_core.code import ROOT
 from sft_core.evaluate.metrics.metric import Metric
+from sft_core.store.code_digest import ROOT
 
 log = logging.getLogger(__name__)
 TIMEOUT_S = 10.0

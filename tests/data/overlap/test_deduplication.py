@@ -270,7 +270,7 @@ def test_result_is_the_same_whatever_the_hash_seed_and_the_workers(find: Duplica
     recipe.write_text(json.dumps(find.recipe.recipe.model_dump(mode="json", exclude_none=True)))
     code = (
         "import sys, json\nfrom sft_core.pins import pin\nfrom sft_core.recipe import load_recipe\n"
-        "from sft_core.store import Store\nfrom steps.deduplicate import DUPLICATES\n"
+        "from sft_core.store.store import Store\nfrom steps.deduplicate import DUPLICATES\n"
         "pinned = pin(load_recipe(sys.argv[1], overrides=tuple(sys.argv[2:])))\n"
         "store = Store(pinned.recipe.runtime.store)\nref = store.ensure(DUPLICATES, pinned)\n"
         "manifest = store.manifest(ref)\nprint(manifest['counts']['near'], manifest['content'], ref.key)"

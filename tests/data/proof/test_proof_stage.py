@@ -16,7 +16,7 @@ from sft_core.data import spans, tokens
 from sft_core.data.proof.mask import MaskProofFailed
 from sft_core.data.spans import RenderedRow, Renderer
 from sft_core.data.tokens import EncodedRows
-from sft_core.store import Store
+from sft_core.store.store import Store
 from steps.render import RENDERED
 from steps.tokenize import TOKENS
 from tests.data.families import assistant, talk, user

@@ -1,11 +1,11 @@
-"""What of a store lies behind a URL: an output is there once its manifest is, which is written after its data.
+"""Remote: the objects of a store behind a URL. An output is there once its manifest is, which is written last.
 
     <url>/outputs/<stage>/<key>/manifest.json   written last; beside it `used`, an empty object written again on use
-    <url>/.data/<stage>-<key>/<digest>/...      the files, in a folder named by what is in them
-    <url>/.partial/<stage>-<key>/...            what an unfinished build keeps, each folder's digests.json written last
+    <url>/.data/<stage>-<key>/<digest>/...      the files, in a folder named by their digest
+    <url>/.partial/<stage>-<key>/...            folders that an unfinished build keeps, each digests.json written last
 
-Two builders of one output never write to the same place, unless they write the same bytes: a manifest's files stay
-those that it was written for. Each object is whole or absent, as object stores have it.
+Two builders of one output write to different folders unless they write the same bytes, so the files of a manifest stay
+those that it was written for. Each object is whole or absent: object stores see to that.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import fsspec
 from tqdm import tqdm
 
-from sft_core.digests import DIGESTS, is_whole
-
-if TYPE_CHECKING:
-    from sft_core.store import Ref
+from sft_core.digests import DIGESTS, SHA256, hex_digest, is_whole
+from sft_core.store.manifest import MANIFEST, FileDigest
+from sft_core.store.ref import Ref
 
 log = logging.getLogger(__name__)
 NUM_TRANSFERS = 8  # files at a time; a shard's files are small, and a request costs more than their bytes
-SHOWN_BYTES = 4 * 2**20  # a transfer of fewer shows no bar
-_MANIFEST, _USED = "manifest.json", "used"
+SHOWN_BYTES = 4 * 2**20  # a transfer of fewer bytes shows no bar
+_USED = "used"
 _PACKAGES = {
     "s3": "'sft-flow[s3]'",
     "s3a": "'sft-flow[s3]'",
@@ -54,11 +53,11 @@ class Transfer(NamedTuple):
 
 
 class MissingFile(FileNotFoundError):
-    """A file that is to be moved is not there; the message has its place."""
+    """The source of a transfer is not there; the message names it."""
 
 
 class Leftover(NamedTuple):
-    """What a build that did not end left behind, or one that lost to another."""
+    """Objects of a build that did not end, or of one that was second to another build of the same output."""
 
     path: str
     num_bytes: int
@@ -71,7 +70,7 @@ class Remote:
     def __init__(self, url: str):
         parts = urlsplit(url)
         if "@" in url or "?" in url:
-            # Not a word of the URL: it would go into logs and terminals.
+            # The message leaves out the URL: its credentials would go into logs and terminals.
             raise ValueError(
                 "runtime.store: found a URL with credentials or a query in it; it is plain, as s3://bucket/prefix, "
                 "and credentials come from the environment"
@@ -80,7 +79,7 @@ class Remote:
         protocol = parts.scheme
         try:
             options = {"auto_mkdir": True} if protocol in ("file", "local") else {}
-            # Listings that were true once are no answer to whether an output is there.
+            # A cached listing would miss the outputs that other machines have built since.
             self._fs = fsspec.filesystem(protocol, use_listings_cache=False, **options)
         except ImportError as error:
             package = _PACKAGES.get(protocol)
@@ -90,7 +89,7 @@ class Remote:
             known = "s3, gs, abfs or another that fsspec knows"
             raise ValueError(f"runtime.store: found {url}; {protocol}:// is unknown, expected {known}") from None
         self._root = self._fs._strip_protocol(self.url).rstrip("/")
-        self._listed: dict[tuple[str, str], float] | None = None
+        self._last_uses: dict[Ref, float] | None = None
         self._sizes: dict[str, int] | None = None
         self._is_writable = False
 
@@ -100,23 +99,23 @@ class Remote:
         base = os.environ.get("SFT_CACHE") or "~/.cache/sft-flow"
         return Path(base).expanduser() / hashlib.sha256(self.url.encode()).hexdigest()[:12]
 
-    # What is there
+    # Listing
 
-    def outputs(self) -> dict[tuple[str, str], float]:
-        """(stage, key) of every output, with the time of its last use; listed once, until `forget`."""
-        if self._listed is None:
-            there: dict[tuple[str, str], float] = {}
-            used: dict[tuple[str, str], float] = {}
+    def outputs(self) -> dict[Ref, float]:
+        """When each output was last used, in seconds since the epoch; listed once, until `forget`."""
+        if self._last_uses is None:
+            times: dict[str, dict[Ref, float]] = {MANIFEST: {}, _USED: {}}
             for path, info in self._find("outputs").items():
                 *ref, name = path.split("/")
-                if len(ref) == 2 and name in (_MANIFEST, _USED):  # consoles leave objects that stand for folders
-                    (there if name == _MANIFEST else used)[ref[0], ref[1]] = _modified(info)
-            self._listed = {ref: max(written, used.get(ref, 0.0)) for ref, written in there.items()}
-        return self._listed
+                if len(ref) == 2 and name in times:  # consoles leave objects that stand for folders
+                    times[name][Ref(*ref)] = _modified(info)
+            used = times[_USED]
+            self._last_uses = {ref: max(written, used.get(ref, 0.0)) for ref, written in times[MANIFEST].items()}
+        return self._last_uses
 
     def forget(self) -> None:
-        """The next question is answered by what is there then."""
-        self._listed = self._sizes = None
+        """Forgets the listings: `outputs` and `sizes` list again."""
+        self._last_uses = self._sizes = None
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the files of each `<stage>-<key>`, finished or not; listed once, until `forget`."""
@@ -128,17 +127,17 @@ class Remote:
         return self._sizes
 
     def leftovers(self) -> list[Leftover]:
-        """Data that no manifest stands for, and what unfinished builds have kept."""
+        """Data without a manifest, and folders that unfinished builds have kept."""
         whole = {f"{stage}-{key}" for stage, key in self.outputs()}
-        found: dict[str, list[dict[str, Any]]] = {}
+        infos_by_path: dict[str, list[dict[str, Any]]] = {}
         for top in (".data", ".partial"):
             for path, info in self._find(top).items():
                 name = path.split("/")[0]
                 if top == ".partial" or name not in whole:
-                    found.setdefault(f"{top}/{name}", []).append(info)
+                    infos_by_path.setdefault(f"{top}/{name}", []).append(info)
         return [
             Leftover(path, sum(info["size"] for info in infos), max(map(_modified, infos)))
-            for path, infos in found.items()
+            for path, infos in infos_by_path.items()
         ]
 
     def read(self, ref: Ref) -> str:
@@ -147,42 +146,42 @@ class Remote:
             return self._fs.cat_file(self._manifest(ref), start=0).decode()  # with a start s3fs asks for no size first
 
     def open(self, ref: Ref, digest: str, name: str) -> IO[bytes]:
-        """A file of an output where it is: only what is read of it is fetched."""
+        """A file of an output, open behind the URL: only the part that is read is fetched."""
         with self._reached():
             return self._fs.open(f"{self._data(ref, digest)}/{name}", "rb")
 
-    def digest_of(self, ref: Ref, digest: str, name: str) -> dict[str, Any] | None:
-        """Size and SHA-256 of a file as its manifest has them, read through once; None when it is missing."""
+    def digest_of(self, ref: Ref, digest: str, name: str) -> FileDigest | None:
+        """Size and SHA-256 of a file, in the manifest's form; None when it is missing. It reads the whole file."""
         try:
             with self._reached(), self._fs.open(f"{self._data(ref, digest)}/{name}", "rb") as file:
-                return {"bytes": file.size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+                return {"bytes": file.size, "sha256": hex_digest(file, SHA256)}
         except FileNotFoundError:
             return None
 
-    # What comes and goes
+    # Moving and removing
 
-    def publish(self, ref: Ref, folder: Path, files: dict[str, dict[str, Any]], digest: str) -> bool:
-        """Uploads an output, manifest last. False when another builder's manifest is there: that one stands."""
+    def publish(self, ref: Ref, folder: Path, files: dict[str, FileDigest], digest: str) -> bool:
+        """Uploads an output, manifest last. False when another builder's manifest is there, which stays."""
         data = self._data(ref, digest)
-        wanted = [Transfer(f"{folder}/{name}", f"{data}/{name}", entry["bytes"]) for name, entry in files.items()]
-        self._move(f"upload {ref}", wanted, self._fs.put_file)
+        transfers = [Transfer(f"{folder}/{name}", f"{data}/{name}", entry["bytes"]) for name, entry in files.items()]
+        self._move(f"upload {ref}", transfers, self._fs.put_file)
         with self._reached():
             try:
-                self._fs.pipe_file(self._manifest(ref), (folder / _MANIFEST).read_bytes(), mode="create")
-            except OSError:  # stores have different words for a condition that does not hold
+                self._fs.pipe_file(self._manifest(ref), (folder / MANIFEST).read_bytes(), mode="create")
+            except OSError:  # each protocol has another error for a manifest that is there already
                 if not self._fs.exists(self._manifest(ref)):
                     raise
                 return False
-        if self._listed is not None:
-            self._listed[ref] = time.time()
+        if self._last_uses is not None:
+            self._last_uses[ref] = time.time()
         self._sizes = None
         return True
 
-    def download(self, ref: Ref, folder: Path, files: dict[str, dict[str, Any]], digest: str) -> None:
-        """The files of an output into a folder, as they are: the caller compares them with the manifest."""
+    def download(self, ref: Ref, folder: Path, files: dict[str, FileDigest], digest: str) -> None:
+        """Downloads the files of an output into a folder. The caller compares them with the manifest."""
         data = self._data(ref, digest)
-        wanted = [Transfer(f"{data}/{name}", f"{folder}/{name}", entry["bytes"]) for name, entry in files.items()]
-        self._fetch(f"download {ref}", wanted)
+        transfers = [Transfer(f"{data}/{name}", f"{folder}/{name}", entry["bytes"]) for name, entry in files.items()]
+        self._fetch(f"download {ref}", transfers)
 
     def touch(self, ref: Ref) -> None:
         """Notes a use, for gc."""
@@ -190,13 +189,13 @@ class Remote:
             self._fs.pipe_file(f"{self._root}/outputs/{ref.stage}/{ref.key}/{_USED}", b"")
 
     def remove(self, ref: Ref) -> None:
-        # The manifest first: what is left of a half-removed output is none.
-        self._remove(f"outputs/{ref.stage}/{ref.key}", first=_MANIFEST)
+        # The manifest first: what a killed removal leaves must not be an output.
+        self._remove(f"outputs/{ref.stage}/{ref.key}", first=MANIFEST)
         self._remove(f".data/{ref.stage}-{ref.key}")
         self.forget()
 
     def remove_data(self, ref: Ref, digest: str) -> None:
-        """Removes the data of a builder that lost the race for an output."""
+        """Removes the data of a build that was second to another build of the same output."""
         self._remove(f".data/{ref.stage}-{ref.key}/{digest}")
 
     def remove_leftover(self, leftover: Leftover) -> None:
@@ -212,38 +211,38 @@ class Remote:
             self._fs.rm_file(probe)
         self._is_writable = True
 
-    # What unfinished builds keep
+    # Folders that unfinished builds keep
 
     def keep(self, name: str, out: Path, folder: Path) -> None:
-        """Uploads a finished folder below `out`, its digests.json last, and drops kept ones that are gone from `out`.
+        """Uploads a finished folder below `out`, its digests.json last, and removes kept folders that `out` lost.
 
-        A folder that is removed meanwhile is not kept: a newer one is on its way.
+        A folder that is removed during its upload is not kept: a newer one follows it.
         """
         where = f".partial/{name}/{folder.resolve().relative_to(out.resolve()).as_posix()}"
-        kept = self._kept(name)
-        for relative in kept:
+        for relative in self._kept(name):
             if not (out / relative).exists():
                 self._remove(f".partial/{name}/{relative}", first=DIGESTS)
-        self._remove(where, first=DIGESTS)  # of an earlier attempt: its digests would stand for other bytes
+        self._remove(where, first=DIGESTS)  # an earlier attempt's digests would stand for other bytes
         try:
             files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / DIGESTS]
-            wanted = [_upload(file, f"{self._root}/{where}/{file.relative_to(folder).as_posix()}") for file in files]
-            self._move(f"keep {name}", wanted, self._fs.put_file)
-            self._move("", [_upload(folder / DIGESTS, f"{self._root}/{where}/{DIGESTS}")], self._fs.put_file)
+            base = f"{self._root}/{where}"
+            transfers = [_upload(file, f"{base}/{file.relative_to(folder).as_posix()}") for file in files]
+            self._move(f"keep {name}", transfers, self._fs.put_file)
+            self._move("", [_upload(folder / DIGESTS, f"{base}/{DIGESTS}")], self._fs.put_file)
         except OSError:
             if folder.exists():
                 raise
             self._remove(where, first=DIGESTS)
             log.info("kept=%s status=gone", folder.name)
             return
-        log.info("kept=%s bytes=%d", folder.name, sum(one.num_bytes for one in wanted))
+        log.info("kept=%s bytes=%d", folder.name, sum(transfer.num_bytes for transfer in transfers))
 
     def fetch_kept(self, name: str, out: Path) -> None:
-        """Downloads into `out` every kept folder that is whole; a damaged one is passed over, loudly."""
+        """Downloads into `out` every kept folder that is whole; it leaves out damaged ones with a warning."""
         for relative, infos in self._kept(name).items():
             base = f"{self._root}/.partial/{name}/{relative}"
-            wanted = [Transfer(f"{base}/{file}", str(out / relative / file), info["size"]) for file, info in infos]
-            self._fetch(f"fetch {name}", wanted)
+            transfers = [Transfer(f"{base}/{file}", str(out / relative / file), info["size"]) for file, info in infos]
+            self._fetch(f"fetch {name}", transfers)
             if is_whole(out / relative):
                 log.info("kept=%s status=fetched", relative)
             else:
@@ -254,28 +253,28 @@ class Remote:
         self._remove(f".partial/{name}", first=DIGESTS)
 
     def _kept(self, name: str) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-        """The files of each kept folder that has its digests, by the folder's place."""
-        found = self._find(f".partial/{name}")
-        folders = [path.rpartition("/")[0] for path in found if path.rpartition("/")[2] == DIGESTS]
+        """The files of each kept folder that has its digests.json, by the folder's path below `out`."""
+        infos = self._find(f".partial/{name}")
+        folders = [path.rpartition("/")[0] for path in infos if path.rpartition("/")[2] == DIGESTS]
         return {
-            folder: [(path[len(folder) + 1 :], info) for path, info in found.items() if path.startswith(f"{folder}/")]
+            folder: [(path[len(folder) + 1 :], info) for path, info in infos.items() if path.startswith(f"{folder}/")]
             for folder in folders
         }
 
     # Objects
 
     def _manifest(self, ref: Ref) -> str:
-        return f"{self._root}/outputs/{ref.stage}/{ref.key}/{_MANIFEST}"
+        return f"{self._root}/outputs/{ref.stage}/{ref.key}/{MANIFEST}"
 
     def _data(self, ref: Ref, digest: str) -> str:
         return f"{self._root}/.data/{ref.stage}-{ref.key}/{digest}"
 
     def _find(self, below: str) -> dict[str, dict[str, Any]]:
-        """What is known of each object below a place, by its name from there."""
+        """fsspec's info of each object below a folder, by its path from that folder."""
         base = f"{self._root}/{below}"
         with self._reached():
-            found = self._fs.find(base, detail=True)
-        return {path[len(base) + 1 :]: info for path, info in found.items() if path.startswith(f"{base}/")}
+            infos = self._fs.find(base, detail=True)
+        return {path[len(base) + 1 :]: info for path, info in infos.items() if path.startswith(f"{base}/")}
 
     def _remove(self, below: str, first: str | None = None) -> None:
         names = [f"{self._root}/{below}/{name}" for name in self._find(below)]
@@ -284,43 +283,53 @@ class Remote:
             _each(self._fs.rm_file, firsts)
             _each(self._fs.rm_file, [name for name in names if name not in firsts])
 
-    def _fetch(self, what: str, wanted: list[Transfer]) -> None:
-        for one in wanted:
-            Path(one.target).parent.mkdir(parents=True, exist_ok=True)
-        self._move(what, wanted, self._fs.get_file)
+    def _fetch(self, title: str, transfers: list[Transfer]) -> None:
+        for transfer in transfers:
+            Path(transfer.target).parent.mkdir(parents=True, exist_ok=True)
+        self._move(title, transfers, self._fs.get_file)
 
-    def _move(self, what: str, wanted: list[Transfer], move: Callable[..., None]) -> None:
-        total = sum(one.num_bytes for one in wanted)
+    def _move(self, title: str, transfers: list[Transfer], move: Callable[..., None]) -> None:
+        """Moves files with put_file or get_file under one bar of bytes. Raises MissingFile for a source that is gone.
+
+        `fs.put` and `fs.get` with lists and fsspec's TqdmCallback would be shorter, and worse (tried with s3fs 2026.9):
+        the bar counts files, so it stands at 0 while a checkpoint's one large file moves; the error for a missing
+        object is "The specified key does not exist." without the key; after an error, coroutines that never ran print
+        warnings; and file:// moves one file at a time.
+        """
+        total = sum(transfer.num_bytes for transfer in transfers)
         hidden = True if total < SHOWN_BYTES else None
-        with self._reached(), tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=hidden) as bar:
+        with self._reached(), tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=hidden) as bar:
             progress = _Progress(bar)
 
-            def move_one(one: Transfer) -> None:
+            def move_one(transfer: Transfer) -> None:
                 try:
-                    move(one.source, one.target, callback=progress)
+                    move(transfer.source, transfer.target, callback=progress)
                 except FileNotFoundError:
-                    raise MissingFile(f"{one.source} is missing") from None
+                    raise MissingFile(f"{transfer.source} is missing") from None
 
-            _each(move_one, wanted)
+            _each(move_one, transfers)
 
     @contextlib.contextmanager
-    def _reached(self, what: str = "reached") -> Iterator[None]:
+    def _reached(self, verb: str = "reached") -> Iterator[None]:
+        """Errors of the protocol become OSErrors with the URL and what to do."""
         try:
             yield
         except MissingFile:
             raise
-        except Exception as error:  # each protocol has errors of its own, and few are OSErrors
+        except Exception as error:  # each protocol has its own errors, and few of them are OSErrors
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise  # of the disk here
+                raise  # this machine's disk is full
             kind = type(error) if isinstance(error, FileNotFoundError | PermissionError) else OSError
-            told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise kind(
-                f"the store at {self.url} cannot be {what} ({told}); check runtime.store, the network, and the "
+                f"the store at {self.url} cannot be {verb} ({reason}); check runtime.store, the network, and the "
                 "credentials in the environment"
             ) from error
 
 
 class _Progress(fsspec.Callback):
+    """Adds the bytes of several files to one bar. fsspec's TqdmCallback takes each file's size for the bar's total."""
+
     def __init__(self, bar: tqdm):
         super().__init__()
         self.bar = bar
@@ -330,7 +339,7 @@ class _Progress(fsspec.Callback):
 
 
 def _each(do: Callable[[Any], None], items: Sequence[Any]) -> None:
-    """Several at a time; the first error ends it, and what has not begun does not begin."""
+    """Calls `do` for several items at a time. After the first error it starts no more of them, and raises it."""
     pool = ThreadPoolExecutor(NUM_TRANSFERS)
     try:
         for _ in pool.map(do, items):
@@ -344,7 +353,7 @@ def _upload(file: Path, target: str) -> Transfer:
 
 
 def _modified(info: dict[str, Any]) -> float:
-    """Seconds since the epoch, under the names that the protocols have for it."""
+    """Seconds since the epoch. The protocols have several names for it."""
     names = ("LastModified", "mtime", "last_modified", "updated", "modified", "created")
     value = next(info[name] for name in names if info.get(name) is not None)
     return value if isinstance(value, int | float) else value.timestamp()

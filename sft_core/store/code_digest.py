@@ -1,8 +1,8 @@
-"""Code identity: a digest over what a builder executes, blind to comments, docstrings and formatting.
+"""Code identity: a digest over the code that a builder executes, blind to comments, docstrings and formatting.
 
-The closure of a builder is its module and the project modules that these import, at the top or inside a
-function. Imports under `if TYPE_CHECKING:` run nothing and do not count. An import whose target cannot be
-read off the source is refused, for it could be missed.
+The closure of a builder is its module and the project modules that it imports, directly or through others, at the top
+or inside a function. Imports under `if TYPE_CHECKING:` execute nothing and do not count. An import whose target the
+source does not name is refused: the digest would miss its code.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROJECT_PACKAGES = ("steps", "sft_core")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Tree(NamedTuple):
-    """Where code is looked at."""
+    """The folder whose code counts."""
 
     root: Path
-    packages: tuple[str, ...] | None  # None: whatever lies below the root
+    packages: tuple[str, ...] | None  # None: all below the root
 
 
 def code_digest(module: str, libraries: tuple[str, ...] = (), *, others: tuple[str, ...] = ()) -> str:
@@ -42,10 +42,10 @@ def code_digest(module: str, libraries: tuple[str, ...] = (), *, others: tuple[s
 
 
 def user_code_digest(module: str) -> str:
-    """SHA-256 (hex) of a user's module and of what it imports from the folder that it lies in.
+    """SHA-256 (hex) of a user's module and of the modules that it imports from the same folder.
 
-    Of a module among installed packages, of its own package alone. Raises ValueError where there is no such module
-    on Python's path, and as `code_digest` does.
+    For an installed module only its own package counts. Raises ValueError when there is no such module on Python's
+    path, and as `code_digest` does.
     """
     top = module.split(".")[0]
     spec = importlib.util.find_spec(top)
@@ -64,14 +64,14 @@ def user_code_digest(module: str) -> str:
 
 def closure(module: str, tree: Tree | None = None) -> list[str]:
     """The modules of the project, or of another tree, that `module` can execute, itself included, sorted by name."""
-    found: set[str] = set()
+    modules: set[str] = set()
     waiting = [module, *(name for name in _with_parents(module) if _path(name, tree))]
     while waiting:
         name = waiting.pop()
-        if name not in found:
-            found.add(name)
+        if name not in modules:
+            modules.add(name)
             waiting.extend(_read(name, tree).imports)
-    return sorted(found)
+    return sorted(modules)
 
 
 class _Module(NamedTuple):
@@ -95,7 +95,7 @@ def _parse(module: str, path: Path, mtime_ns: int, size: int, tree: Tree) -> _Mo
 
 
 def _path(module: str, tree: Tree | None = None) -> Path | None:
-    """The module's file, found without importing its package."""
+    """The module's file. It is looked up without importing the package."""
     base = (tree.root if tree else ROOT).joinpath(*module.split("."))
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
@@ -113,7 +113,8 @@ class _WithoutDocstrings(ast.NodeTransformer):
 
 
 def _imports(syntax: ast.Module, module: str, tree: Tree, *, is_package: bool) -> set[str]:
-    found: set[str] = set()
+    """Modules of the tree that the module imports, with the packages around them, which run first."""
+    names: set[str] = set()
     package = module.split(".") if is_package else module.split(".")[:-1]
     waiting: list[ast.AST] = [syntax]
     while waiting:
@@ -122,27 +123,27 @@ def _imports(syntax: ast.Module, module: str, tree: Tree, *, is_package: bool) -
             waiting.extend(node.orelse)
             continue
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = (
                 [*package[: len(package) - node.level + 1], *filter(None, [node.module])]
                 if node.level
                 else [node.module]
             )
-            found.update(".".join([*base, alias.name]) for alias in node.names)  # a module, or a name in one
+            names.update(".".join([*base, alias.name]) for alias in node.names)  # a module, or a name in one
         if _DYNAMIC.intersection(_names(node)):
             line = getattr(node, "lineno", "?")
             raise ValueError(f"{module}, line {line}: a dynamic import in a builder's code cannot be tracked")
         waiting.extend(ast.iter_child_nodes(node))
-    near = (name for name in found if tree.packages is None or name.split(".")[0] in tree.packages)
-    return {part for name in near for part in _with_parents(name) if _path(part, tree) is not None}
+    inside = (name for name in names if tree.packages is None or name.split(".")[0] in tree.packages)
+    return {part for name in inside for part in _with_parents(name) if _path(part, tree) is not None}
 
 
 _DYNAMIC = frozenset({"__import__", "import_module", "run_module", "run_path"})
 
 
 def _names(node: ast.AST) -> list[str]:
-    """What the node itself refers to by name, under whatever other name it is imported."""
+    """Names that the node itself refers to; of an import the imported name, not the `as` name."""
     if isinstance(node, ast.Name):
         return [node.id]
     if isinstance(node, ast.Attribute):

@@ -1,4 +1,4 @@
-"""Which state of this project's source is at work: its commit where it is a git checkout. Told, never part of a key."""
+"""Which source of this project runs: its version and git commit. Manifests and tags show it; no key depends on it."""
 
 from __future__ import annotations
 
@@ -9,28 +9,23 @@ import subprocess
 from pathlib import Path
 from typing import TypedDict
 
-ROOT = Path(__file__).resolve().parent.parent
+from sft_core.store.code_digest import ROOT
+
 DISTRIBUTION = "sft-flow"
-SOURCE = (
-    "flows",
-    "steps",
-    "sft_core",
-    "configs/templates",
-    "configs/accelerate",
-)  # what runs, or is read while it does
-_OTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # set in a git hook: they would answer for another
+SOURCE = ("flows", "steps", "sft_core", "configs/templates", "configs/accelerate")  # code, and files that it reads
+_OTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # a git hook sets them, for its own repository
 _GIT_S = 10
 
 
 class SourceCode(TypedDict):
     version: str | None  # None: not installed, as on a cluster that was sent the code alone
-    commit: str | None  # None: no git checkout, or no git
+    commit: str | None  # None: no git checkout, or git is not installed
     dirty: bool | None  # whether the checkout's source differs from that commit; None without one
 
 
 @functools.cache
 def source_code(root: Path = ROOT) -> SourceCode:
-    """What this process runs. Asked once: a checkout that changes later is not what was imported."""
+    """The source that this process imported. Read once: the checkout may change while the process runs."""
     try:
         version = importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
@@ -44,8 +39,8 @@ def source_code(root: Path = ROOT) -> SourceCode:
     return {"version": version, "commit": commit, "dirty": changes is None or changes != ""}
 
 
-def told(source: SourceCode) -> str | None:
-    """`abc1234`, `abc1234-dirty`, `0.1.0`, or None where nothing is known."""
+def source_label(source: SourceCode) -> str | None:
+    """`abc1234`, `abc1234-dirty`, `0.1.0`, or None when neither commit nor version is known."""
     if source["commit"] is None:
         return source["version"]
     return source["commit"][:7] + ("-dirty" if source["dirty"] else "")

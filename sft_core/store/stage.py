@@ -1,0 +1,128 @@
+"""Stage: one kind of output, how it is built and what its identity is made of; Build and Located go with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+
+from sft_core.store.code_digest import code_digest
+from sft_core.store.ref import Ref
+
+if TYPE_CHECKING:
+    from sft_core.recipe import Recipe
+    from sft_core.sections import Runtime
+
+Part = dict[str, Any]
+Needs = dict[str, tuple["Stage[Any]", Part]]  # by the name under which the builder finds the output
+
+
+class Subject(Protocol):
+    """What an output is of, such as a recipe with its pins. The store reads `recipe.runtime` and passes the subject to
+    the functions of a stage."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+
+S = TypeVar("S", bound=Subject)
+
+
+class Unresolved(ValueError):
+    """A name whose content is not known now: outputs that are made from it have no key yet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """What a builder gets beside its slice of the recipe."""
+
+    out: Path  # an empty folder, or the folder of the last attempt when the stage is resumable
+    inputs: Mapping[str, Path]  # folders of the outputs that the builder reads
+    runtime: Runtime
+    upload: Callable[[Path], None] | None = None  # None for a store that is a folder
+    manifests: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # of all inputs, `mentions` too
+
+    def keep(self, folder: Path) -> None:
+        """Keeps a finished folder below `out`, such as a checkpoint, so that it outlives this machine.
+
+        A store behind a URL uploads the folder; a store that is a folder does nothing. A build that starts with an
+        empty `out` gets the kept folders back, under the same names, without the damaged ones. All of them are removed
+        once the output is whole.
+
+        The folder holds the digests.json that `write_digests` (sft_core/digests.py) writes; it is uploaded last.
+        Kept folders that are no longer below `out` are removed, so the URL never keeps more of them than `out`; a
+        folder that is removed during its upload is not kept. Call it in the process that builds, one folder at a time;
+        a second thread of that process may call it. Raises OSError when the store cannot be reached.
+        """
+        if self.upload is not None:
+            self.upload(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage(Generic[S]):
+    """One kind of output.
+
+    `section` gives the builder's keyword arguments from the recipe; they are part of the identity. `places` gives
+    paths for what `section` names only by digest; they are passed in place of the section's values of the same names
+    and are not part of the identity. `needs` names the outputs that the builder reads, `mentions` the outputs of
+    which it reads the manifest alone, so that their files are not downloaded. `version` replaces the digest of the
+    builder's code where a rename must not cost days of training. `modules` names modules that the builder reaches
+    through an object among `places`, which its imports do not show: their code counts as the builder's. The builder
+    returns counts for the manifest: plain JSON, shown on cards.
+    """
+
+    name: str
+    build: Callable[..., dict[str, Any]]
+    section: Callable[[S, Part], dict[str, Any]]
+    places: Callable[[S, Part], dict[str, Any]] = lambda subject, part: {}
+    needs: Callable[[S, Part], Needs] = lambda subject, part: {}
+    mentions: Callable[[S, Part], Needs] = lambda subject, part: {}
+    modules: Callable[[S, Part], tuple[str, ...]] = lambda subject, part: ()
+    version: int | None = None
+    libraries: tuple[str, ...] = ()
+    resumable: bool = False
+    verify_inputs: bool = False
+
+    def code(self, modules: tuple[str, ...]) -> str | int:
+        """What stands for the builder's code in an identity: the version, or a digest, which takes milliseconds.
+
+        modules: what `self.modules` names for the part.
+        """
+        if self.version is not None:
+            return self.version
+        return code_digest(self.build.__module__, self.libraries, others=modules)
+
+    def inputs(self, subject: S, part: Part) -> Needs:
+        """All outputs that must be there before it is built; their contents are part of the identity."""
+        return {**self.needs(subject, part), **self.mentions(subject, part)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """Where an output is or would be.
+
+    status: `hit`, it is there; `build`, it is not; `depends`, its key depends on an input that is not built yet or on a
+    name that could not be resolved, so `ref` is None.
+    """
+
+    stage: Stage[Any]
+    part: Part
+    status: Literal["hit", "build", "depends"]
+    ref: Ref | None
+    identity: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return part_name(self.part)
+
+
+def part_name(part: Part) -> str:
+    """A part as people see it: its values, joined by commas; of the rows of a roll-out each source, and how many."""
+    return ",".join(map(_shown, part.values())) or "-"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(name if amount is None else f"{name}:{amount}" for name, amount in value.items())
+    return str(value)

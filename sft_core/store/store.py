@@ -1,0 +1,332 @@
+"""Store: outputs that are addressed by what went into them, whole or absent, and verifiable.
+
+A folder of the store is an output only when it holds a manifest.json, which is written last, before the one rename that
+makes the folder visible. Readers read nothing else. A store behind a URL (remote.py) keeps the same promise: its
+outputs are built in a local folder and uploaded manifest last; readers download them into a local folder (cached.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from sft_core.digests import write_synced
+from sft_core.store.cached import Cached
+from sft_core.store.folders import Folders
+from sft_core.store.lookups import Lookups
+from sft_core.store.manifest import (
+    KEY_HEX,
+    MANIFEST,
+    CorruptOutput,
+    FileDigest,
+    check,
+    content_digest,
+    data_digest,
+    digest_in,
+    file_digest,
+    files_of,
+    read_manifest,
+    sha256_of,
+)
+from sft_core.store.provenance import source_code
+from sft_core.store.ref import Ref
+from sft_core.store.stage import Build, Located, Part, S, Stage, Unresolved
+
+log = logging.getLogger(__name__)
+USE_NOTED_S = 86400  # seconds between two notes of a use behind a URL: each note is a request
+
+
+def is_url(root: str | Path) -> bool:
+    return "://" in str(root)
+
+
+class Store:
+    """A folder of outputs: <root>/<stage>/<key>/ with a manifest.json each; or such a folder as the cache of a URL.
+
+    With a URL an output is there when the URL has it, and the folder holds what was built or read on this machine.
+    """
+
+    def __init__(self, root: str | Path):
+        if is_url(root):
+            from sft_core.store.remote import Remote
+
+            self.remote: Remote | None = Remote(str(root))
+            self.root, self.address = self.remote.cache, self.remote.url
+        else:
+            self.remote = None
+            self.root = Path(root).expanduser()
+            self.address = str(self.root)
+        self._folders = Folders(self.root)
+        self._cached = Cached(self.remote, self._folders) if self.remote else None
+
+    # Locating
+
+    def locate(self, stage: Stage[S], subject: S, part: Part, lookups: Lookups | None = None) -> Located:
+        """Where the output is or would be; nothing is built. Calls for one subject share work through `lookups`."""
+        lookups = Lookups() if lookups is None else lookups
+        located = lookups.get(stage, part)
+        if located is None:
+            located = self._locate(stage, subject, part, lookups)
+            lookups.add(located)
+        return located
+
+    def _locate(self, stage: Stage[S], subject: S, part: Part, lookups: Lookups) -> Located:
+        contents: dict[str, str | None] = {}
+        for name, (needed, needed_part) in stage.inputs(subject, part).items():
+            located = self.locate(needed, subject, needed_part, lookups)
+            is_there = located.status == "hit" and located.ref
+            contents[name] = self.manifest(is_there)["content"] if is_there else None
+        identity = {"stage": stage.name, "part": part, "inputs": contents, "code": lookups.code(stage, subject, part)}
+        try:
+            identity["section"] = stage.section(subject, part)
+        except Unresolved:
+            return Located(stage, part, "depends", None, identity)
+        if None in contents.values():
+            return Located(stage, part, "depends", None, identity)
+        ref = Ref(stage.name, sha256_of(identity)[:KEY_HEX])
+        return Located(stage, part, "hit" if self.has(ref) else "build", ref, identity)
+
+    # Reading
+
+    def refresh(self) -> None:
+        """Forgets which outputs a URL has, so that those that other machines have made since count too."""
+        if self.remote:
+            self.remote.forget()
+
+    def has(self, ref: Ref) -> bool:
+        return ref in self.remote.outputs() if self.remote else self.is_here(ref)
+
+    def is_here(self, ref: Ref) -> bool:
+        """Whether the output can be read without a download."""
+        return self._folders.is_here(ref)
+
+    def path(self, ref: Ref) -> Path:
+        """The output's folder, to read; it is downloaded first when only the URL has it. Raises CorruptOutput."""
+        if self._cached and not self.is_here(ref) and self.has(ref):
+            self._cached.download(ref)
+        return self._folders.output(ref)
+
+    def open(self, ref: Ref, name: str) -> IO[bytes]:
+        """A file of an output, open to read a part of it: behind a URL only that part is fetched, and not cached."""
+        if self.remote and not self.is_here(ref):
+            return self.remote.open(ref, data_digest(self.manifest(ref)), name)
+        return (self._folders.output(ref) / name).open("rb")
+
+    def scratch(self, ref: Ref) -> Path:
+        """Where a build works. That of a resumable stage stays until its output is whole."""
+        return self._folders.scratch(ref)
+
+    def manifest(self, ref: Ref) -> dict[str, Any]:
+        path = self._folders.manifest(ref)
+        if self._cached and not path.is_file():
+            path = self._cached.manifest_path(ref)
+        try:
+            return read_manifest(path, path.stat().st_mtime_ns)
+        except ValueError as error:
+            raise CorruptOutput(f"{ref}: {MANIFEST} cannot be read ({error}). {self._remedy(ref)}") from None
+
+    # Building
+
+    def ensure(self, stage: Stage[S], subject: S, lookups: Lookups | None = None, **part: Any) -> Ref:
+        """The output's address. The output is built first when it is not there, and so are the outputs that it reads.
+
+        Two processes that ensure the same output build it once: the second waits for the first.
+        Raises what the builder raises, with the stage named, and CorruptOutput for a damaged input.
+        """
+        lookups = Lookups() if lookups is None else lookups
+        for needed, needed_part in stage.inputs(subject, part).values():
+            if self.locate(needed, subject, needed_part, lookups).status != "hit":
+                self.ensure(needed, subject, lookups, **needed_part)
+                lookups.forget_outputs()
+        located = self.locate(stage, subject, part, lookups)
+        assert located.ref is not None, f"{stage.name}: inputs are built, so the key is known"
+        ref = located.ref
+        if located.status == "hit":
+            with contextlib.suppress(OSError):  # a store that others keep may be read-only, and its outputs still hit
+                self._note_use(ref)
+            log.info("stage=%s part=%s key=%s status=hit", stage.name, located.name, ref.key)
+            return ref
+        self.check_writable()
+        with self._folders.lock(ref):
+            if self.remote:
+                self.remote.forget()  # another machine may have built it meanwhile
+            if not self.has(ref):
+                if self.is_here(ref):
+                    self.verify(ref)  # a process ended before all of it was uploaded
+                else:
+                    self._build(located, subject, lookups)
+                if self._cached:
+                    self._cached.publish(ref)
+                if self.remote and stage.resumable:
+                    self.remote.drop_kept(self.scratch(ref).name)
+        lookups.forget_outputs()
+        return ref
+
+    def _note_use(self, ref: Ref) -> None:
+        """Notes when the output was last used, for `sft store gc`."""
+        if not self.remote or self.is_here(ref):
+            os.utime(self._folders.output(ref))
+        if self.remote and self.last_used(ref) < time.time() - USE_NOTED_S:
+            self.remote.touch(ref)
+
+    def _build(self, located: Located, subject: S, lookups: Lookups) -> None:
+        stage, ref = located.stage, located.ref
+        assert ref is not None
+        refs = self._input_refs(located, subject, lookups)
+        read = stage.needs(subject, located.part)
+        inputs = {name: self.path(input_ref) for name, input_ref in refs.items() if name in read}
+        if stage.verify_inputs:
+            for name in inputs:
+                self.verify(refs[name])
+        manifests = {name: self.manifest(input_ref) for name, input_ref in refs.items()}
+        out = self.scratch(ref)
+        if not stage.resumable:
+            shutil.rmtree(out, ignore_errors=True)
+        elif self._cached:
+            self._cached.fetch_kept(ref)
+        out.mkdir(parents=True, exist_ok=True)
+        log.info("stage=%s part=%s key=%s status=build", stage.name, located.name, ref.key)
+        started = time.monotonic()
+        try:
+            arguments = located.identity["section"] | stage.places(subject, located.part)
+            upload = functools.partial(self.remote.keep, out.name, out) if self.remote and stage.resumable else None
+            counts = stage.build(Build(out, inputs, subject.recipe.runtime, upload, manifests), **arguments)
+            files = {str(path.relative_to(out)): file_digest(path) for path in files_of(out)}
+            seconds = round(time.monotonic() - started, 3)
+            manifest = _manifest(ref, located.identity, files, counts, refs, seconds)
+            # Manifest last, rename after it: a reader must never see half an output.
+            write_synced(out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+            self._folders.put_in_place(out, ref)
+            self._journal(located, seconds)
+        except BaseException as error:
+            if not stage.resumable:
+                shutil.rmtree(out, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                full = f"no space is left for the store at {self.root}; `sft store gc` frees what is not used"
+                error = OSError(error.errno, full).with_traceback(error.__traceback__)
+            error.add_note(f"while building {stage.name} {located.name} ({ref})")
+            raise error
+        log.info("stage=%s part=%s key=%s seconds=%.1f", stage.name, located.name, ref.key, seconds)
+
+    def _input_refs(self, located: Located, subject: S, lookups: Lookups) -> dict[str, Ref]:
+        refs = {}
+        for name, (stage, part) in located.stage.inputs(subject, located.part).items():
+            ref = self.locate(stage, subject, part, lookups).ref
+            assert ref is not None, f"{located.stage.name}: {name} is built, so its key is known"
+            refs[name] = ref
+        return refs
+
+    def _journal(self, located: Located, seconds: float) -> None:
+        """Appends one line for a build, at once, so that people and tests can count builds."""
+        line = json.dumps(
+            {"stage": located.stage.name, "part": located.part, "ref": str(located.ref), "seconds": seconds}
+        )
+        with (self.root / "builds.jsonl").open("a", encoding="utf-8") as journal:
+            journal.write(line + "\n")
+
+    def check_writable(self) -> None:
+        """Raises OSError with what to do when nothing can be written here."""
+        try:
+            (self.root / ".locks").mkdir(parents=True, exist_ok=True)
+            probe = self.root / ".locks" / f".probe-{os.getpid()}"
+            probe.write_text("x")
+            probe.unlink()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"the store at {self.root.resolve()} cannot be written ({error.strerror}); "
+                f"free space or set {'SFT_CACHE' if self.remote else 'runtime.store'} to a folder that can",
+            ) from None
+        if self.remote:
+            self.remote.check_writable()
+
+    # Looking after
+
+    def verify(self, ref: Ref, *, remote: bool = False) -> None:
+        """Raises CorruptOutput when a file of the output is missing, or its digest or the manifest's own differs.
+
+        In a store behind a URL it checks the copy on this machine or, with `remote`, the files behind the URL.
+        """
+        if self._cached and remote:
+            self._cached.verify(ref)
+        else:
+            folder = self.path(ref)
+            remedy = self._remedy(ref)
+            if self.remote:
+                remedy = f"Remove {self._folders.output(ref)}, the copy here; the next run reads or builds it again."
+            check(ref, self.manifest(ref), functools.partial(digest_in, folder), remedy)
+
+    def _remedy(self, ref: Ref) -> str:
+        if self._cached:
+            return self._cached.remedy(ref)
+        return f"Remove it with `sft store gc {ref} --delete`; the next run builds it again."
+
+    def refs(self) -> list[Ref]:
+        """Every output, oldest use first."""
+        if self.remote:
+            used = self.remote.outputs()
+            return sorted(used, key=lambda ref: used[ref])
+        manifests = self.root.glob(f"[!.]*/*/{MANIFEST}")
+        folders = sorted((path.parent for path in manifests), key=lambda folder: folder.stat().st_mtime)
+        return [Ref(folder.parent.name, folder.name) for folder in folders]
+
+    def find(self, text: str) -> Ref:
+        """The output that `stage/key` or the start of its key names. Raises ValueError when none or several match."""
+        stage, _, key = text.rpartition("/")
+        refs = [ref for ref in self.refs() if ref.key.startswith(key) and (not stage or ref.stage == stage)]
+        if len(refs) != 1:
+            outputs = f"{len(refs)} outputs" if refs else "no output"
+            raise ValueError(f"{outputs} of the store at {self.address} match {text!r}; `sft store list` shows them")
+        return refs[0]
+
+    def num_bytes(self, ref: Ref) -> int:
+        if self.remote:
+            return self.remote.sizes().get(f"{ref.stage}-{ref.key}", 0)
+        return sum(path.stat().st_size for path in files_of(self._folders.output(ref)))
+
+    def last_used(self, ref: Ref) -> float:
+        """Seconds since the epoch."""
+        return self.remote.outputs()[ref] if self.remote else self._folders.output(ref).stat().st_mtime
+
+    def remove(self, ref: Ref) -> None:
+        """Removes the output, behind the URL too. A copy on another machine stays, and is read no more."""
+        with self._folders.lock(ref):
+            if self.remote:
+                self.remote.remove(ref)
+            self._folders.remove(ref, missing_ok=self.remote is not None)
+
+    def abandoned(self) -> list[Path]:
+        """Unfinished work, of builds and downloads, that no process goes on with."""
+        return self._folders.abandoned()
+
+
+def _manifest(
+    ref: Ref,
+    identity: dict[str, Any],
+    files: dict[str, FileDigest],
+    counts: dict[str, Any],
+    inputs: dict[str, Ref],
+    seconds: float,
+) -> dict[str, Any]:
+    return {
+        "ref": list(ref),
+        "identity": identity,
+        "identity_sha256": sha256_of(identity),
+        "content": content_digest(files),
+        "files": files,
+        "counts": counts,
+        "inputs": {name: list(input_ref) for name, input_ref in inputs.items()},
+        "seconds": seconds,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "source_code": source_code(),
+    }
