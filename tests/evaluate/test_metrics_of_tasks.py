@@ -92,6 +92,17 @@ def test_tool_call_task_without_calls_is_an_error(store: Store, tmp_path: Path) 
         evaluated(store, {"metric_by_task": {"quiet": "tool_call"}}, "quiet", **changes)
 
 
+def test_task_without_answers_has_losses_alone_unless_its_metric_is_named(store: Store, tmp_path: Path) -> None:
+    changes = write_rows(tmp_path / "plain.jsonl", [asked(n, {"content": "None."}) for n in range(20)])
+    _, counts = evaluated(store, {}, "plain", **changes)
+    assert counts["answers"] == 0 < counts["rows"]
+    assert [score["metric"] for score in counts["scores"]] == ["loss", "perplexity", "token_accuracy"]
+    with pytest.raises(
+        ValueError, match=r"numeric finds nothing to ask in the task's \d+ report rows: none has an answer\n"
+    ):
+        evaluated(store, {"metric_by_task": {"plain": "numeric"}}, "plain", **changes)
+
+
 def test_reasoning_gym_task_reads_the_item_from_the_rows_answer(store: Store, tmp_path: Path) -> None:
     import reasoning_gym
 
@@ -116,7 +127,9 @@ def test_sampled_task_has_the_mean_over_samples_of_each_row(store: Store) -> Non
     assert counts["cut_off"] == sum(sum(row["cut_off"]) for row in rows)
 
 
-def test_sampled_task_is_the_same_in_other_batches_and_with_fewer_samples(store: Store, tmp_path: Path) -> None:
+def test_sampled_task_is_the_same_in_other_batches_beside_other_rows_and_with_fewer_samples(
+    store: Store, tokens: Path, tmp_path: Path
+) -> None:
     folder, _ = evaluated(store, {"metric_by_task": {TASK: "json"}, "sampling": SAMPLING})
     wanted = read_rows(folder)["outputs"].to_pylist()
     other = Store(tmp_path / "store")  # batches are no part of the key
@@ -126,5 +139,17 @@ def test_sampled_task_is_the_same_in_other_batches_and_with_fewer_samples(store:
     two = {"sampling": {**SAMPLING, "num_samples": 2}, "max_rows": 7}
     fewer, _ = evaluated(store, {"metric_by_task": {TASK: "json"}, **two})
     assert read_rows(fewer)["outputs"].to_pylist() == [outputs[:2] for outputs in wanted[:7]]
+    by_row = dict(zip(read_rows(folder)["row_id"].to_pylist(), wanted, strict=True))
+    lengths = dict(zip(*(read_index(tokens)[name].to_pylist() for name in ("row_id", "num_tokens")), strict=True))
+    middle = sorted(lengths[row_id] for row_id in by_row)[6]
+    short, counts = evaluated(
+        store, {"metric_by_task": {TASK: "json"}, "sampling": SAMPLING}, packing={"max_length": middle}
+    )
+    assert counts["over_long"] > 0, "rows have other places than they had"
+    found = dict(zip(*(read_rows(short)[name].to_pylist() for name in ("row_id", "outputs")), strict=True))
+    shared = found.keys() & by_row.keys()
+    assert len(shared) > 4 and {row_id: found[row_id] for row_id in shared} == {
+        row_id: by_row[row_id] for row_id in shared
+    }
     reseeded, _ = evaluated(store, {"metric_by_task": {TASK: "json"}, "sampling": {**SAMPLING, "seed": 4}})
     assert read_rows(reseeded)["outputs"].to_pylist() != wanted
