@@ -37,18 +37,14 @@ CONFIGS = {
 FACTS = """
     import json, sys
     from pathlib import Path
-    import torch.distributed as dist
     from sft_core.recipe import parse_recipe
     from sft_core.train.accelerator import lost_updates, unmet_demands
-    from sft_core.train.arguments import training_arguments
     from sft_core.train.continuation import Continuation, resumable
     from sft_core.train.estimate import bytes_a_parameter
-    from sft_core.train.main import bytes_on_disk
     from sft_core.train.checkpoints import publish
     from sft_core.train.strategy import environment
     from steps.import_recipe import import_recipe
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     job = json.loads(sys.argv[1])
 
     def recipe(distributed="zero1", ranks=2, batch=4, nodes=1, search=None, dtype="float32", **training):
@@ -67,19 +63,10 @@ FACTS = """
         except ValueError as caught:
             return str(caught)
 
-    def accumulation(recipe):
-        training = recipe.training.model_dump(mode="json")
-        runtime = recipe.runtime
-        return training_arguments(
-            training, num_steps=1, num_data_ranks=runtime.num_data_ranks, staging="staging",
-            runtime=runtime.model_dump(mode="json"),
-        ).gradient_accumulation_steps
-
     staged = Path(job["folder"]) / "staging" / "checkpoint-7"
     staged.mkdir(parents=True)
     Continuation("zero1", 2, logged=5, losses=[0.0] * 2, sums=[[[0.0], [0.0]]] * 2).write(staged)
     publish(staged, Path(job["folder"]) / "checkpoints", keep=2)
-    disk = {"training": {"lora": None}, "runtime": {"distributed": "zero1", "keep_checkpoints": 0}}
     accelerate = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 1}}
     imported = lambda accelerate: import_recipe(
         {"model_name_or_path": "a/b", "dataset_name": "c/d"}, output=Path("mine.yaml"), accelerate=accelerate
@@ -88,7 +75,6 @@ FACTS = """
         "unknown": error(recipe, "zero9"),
         "bytes": [bytes_a_parameter(made.training, made.runtime) for made in (recipe(), recipe(bf16=True))],
         "lora": bytes_a_parameter(recipe("pairs", lora={}).training, recipe("pairs", lora={}).runtime),
-        "disk": bytes_on_disk(1000, disk),
         "environment": environment("zero1"),
         "resumed": resumable(Path(job["folder"]) / "checkpoints", "zero1", 2).name,
         "resume_error": error(resumable, Path(job["folder"]) / "checkpoints", "zero1", 4),
@@ -100,7 +86,6 @@ FACTS = """
         "imported_type": imported({"distributed_type": "PAIRS"}).get("runtime.distributed"),
         "not_imported": imported({"distributed_type": "TRIPLES"}).not_carried["accelerate config: distributed_type"],
         "ranks": [recipe("pairs", 4, nodes=2).runtime.num_ranks, recipe("pairs", 4, nodes=2).runtime.num_data_ranks],
-        "accumulation": [accumulation(recipe(name, 4)) for name in ("zero1", "pairs")],
         "batch_error": error(recipe, "pairs", 4, batch=1),
         "ranks_error": error(recipe, "pairs", 3, batch=3),
     }))
@@ -109,15 +94,22 @@ TRAINING = """
     import json, sys
     from sft_core.pins import pin
     from sft_core.recipe import parse_recipe
+<<<<<<< HEAD
     from sft_core.store.store import Store
     from steps.train import TRAINED, events
+=======
+    from sft_core.store.store import Store
+    from sft_core.train.log_file import read_events
+    from steps.train import TRAINED
+>>>>>>> sources
 
     job = json.loads(sys.argv[1])
     store, pinned = Store(job["store"]), pin(parse_recipe(job["recipe"]))
     ref = store.ensure(TRAINED, pinned, round=0)
-    losses = [event["loss"] for event in events(store.path(ref))]
-    told = [event["ranks"] for event in events(store.path(ref), "balance.jsonl")]
-    print(json.dumps({"losses": losses, "ranks": told}))
+    logs = store.path(ref) / "logs"
+    losses = [event["loss"] for event in read_events(logs / "log.jsonl")]
+    ranks = [event["ranks"] for event in read_events(logs / "balance.jsonl")]
+    print(json.dumps({"losses": losses, "ranks": ranks}))
 """
 
 
@@ -151,7 +143,6 @@ def test_strategy_entry_is_a_value_of_the_recipe_and_named_in_messages(facts: di
 def test_strategy_entry_is_known_to_the_estimate_to_checkpoints_and_to_imports(facts: dict[str, Any]) -> None:
     assert facts["bytes"] == [4 + 4 + 8 / 2, 2 + 2 + 12 / 2]
     assert facts["lora"] == 4 / 2, "ranks that share the weights share a base without gradients too"
-    assert facts["disk"] == 1000 * (16 + 4)
     assert facts["environment"]["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "1"
     assert facts["resumed"] == "checkpoint-7"
     assert "checkpoint-7 was written under zero1 by 2 ranks; zero1 resumes on as many only" in facts["resume_error"]
@@ -160,7 +151,6 @@ def test_strategy_entry_is_known_to_the_estimate_to_checkpoints_and_to_imports(f
 
 def test_strategy_of_ranks_that_share_a_pack_divides_the_batch_by_groups_of_ranks(facts: dict[str, Any]) -> None:
     assert facts["ranks"] == [8, 4]
-    assert facts["accumulation"] == [1, 2]
     divisor = "runtime.num_nodes * runtime.num_processes / 2, for pairs computes each pack on 2 ranks (2)"
     assert f"training.global_batch_size: found 1; it is a multiple of {divisor}" in facts["batch_error"]
     assert facts["ranks_error"].startswith("runtime: num_nodes * num_processes is 3; pairs computes each pack on 2")

@@ -19,9 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, which holds hub_server.py
-
-from hub_server import HubServer
+from tests.hub_server import HubServer
 
 CONFIGS = ("SFT", "Mid")
 SPLITS = ("a_no_think", "b_think", "c_think")

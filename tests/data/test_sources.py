@@ -14,13 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, which holds hub_server.py
-
-from hub_server import HubServer
-
 from sft_core.data.sources.files import list_files, read_files
 from sft_core.data.splits import prompt_hash
 from steps.download import CONVERSATIONS
+from tests.hub_server import HubServer
 
 ROOT = Path(__file__).parents[2]
 
