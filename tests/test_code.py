@@ -172,8 +172,8 @@ def test_source_reader_is_part_of_the_code_of_its_own_sources(small_recipe):
         assert {module.split(".")[1] for module in closure if "." in module} <= {"data", "local_files"}
         digests.add(CONVERSATIONS.code((reader,)))
     assert len(digests) == 3
-    same_kind = CONVERSATIONS.code(pinned, {"source": "checksum_think"})
-    assert same_kind == CONVERSATIONS.code(pinned, {"source": "copy_no_think"})
+    same_kind = CONVERSATIONS.modules(pinned, {"source": "checksum_think"})
+    assert same_kind == CONVERSATIONS.modules(pinned, {"source": "copy_no_think"})
 
 
 def data_stages() -> tuple[Stage, ...]:

@@ -94,14 +94,9 @@ TRAINING = """
     import json, sys
     from sft_core.pins import pin
     from sft_core.recipe import parse_recipe
-<<<<<<< HEAD
-    from sft_core.store.store import Store
-    from steps.train import TRAINED, events
-=======
     from sft_core.store.store import Store
     from sft_core.train.log_file import read_events
     from steps.train import TRAINED
->>>>>>> sources
 
     job = json.loads(sys.argv[1])
     store, pinned = Store(job["store"]), pin(parse_recipe(job["recipe"]))
