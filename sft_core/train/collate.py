@@ -133,10 +133,16 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
     return cast(Batch, moved)
 
 
-def model_inputs(batch: Batch, told_by: DocumentInputs) -> dict[str, Any]:
+def model_inputs(batch: Batch, told_by: DocumentInputs, *, alone: bool = False) -> dict[str, Any]:
     """What a model's forward takes of the batch. use_cache is off: with a cache transformers lets documents of a pack
-    attend to each other."""
-    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    attend to each other.
+
+    alone: the batch is one document. Then the model counts positions by itself, and not every model begins at 0
+    (RoBERTa's begin behind the padding token's id).
+    """
+    inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+    if not alone:
+        inputs["position_ids"] = batch["position_ids"]
     if told_by == "positions":
         return inputs
     bounds, longest = batch["bounds"], int(batch["lengths"].max())

@@ -87,7 +87,7 @@ def _without_targets(part: Batch) -> Batch:
 
 
 def _run(model: torch.nn.Module, batch: Batch, forward: Forward) -> Any:
-    inputs = model_inputs(batch, forward.told_by)
+    inputs = model_inputs(batch, forward.told_by, alone=forward.alone)
     if forward.router is not None:
         inputs["output_router_logits"] = True
     if forward.fused_head:

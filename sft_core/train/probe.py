@@ -196,8 +196,9 @@ def run_trial(
     )
     with _evaluating(model), torch.no_grad():
         own = trained_token_logits(model, packed, forward)
-        changed, by_itself, leaked = (
-            _difference(trained_token_logits(model, batch, forward), own) for batch in (exchanged, alone, planted)
+        by_itself = _difference(trained_token_logits(model, alone, dataclasses.replace(forward, alone=True)), own)
+        changed, leaked = (
+            _difference(trained_token_logits(model, batch, forward), own) for batch in (exchanged, planted)
         )
         gradient = _gradient(model, packed, forward) if with_gradient else None
     return Trial(told_by, changed, by_itself, leaked, gradient)
@@ -298,7 +299,9 @@ def check_router(model: Any, router: RouterLoss, forward: Forward, *, device: An
     batch = to_device(collate([_documents(model)[2]]), device)
     forward = dataclasses.replace(forward, fused_head=False, router=router)
     with _evaluating(model), torch.no_grad():
-        own = model(**model_inputs(batch, forward.told_by), output_router_logits=True).get("aux_loss")
+        own = model(**model_inputs(batch, forward.told_by, alone=forward.alone), output_router_logits=True).get(
+            "aux_loss"
+        )
         total = trained_losses(model, batch, forward).router
     assert total is not None
     found = float(total) / int(batch["lengths"].sum())

@@ -28,6 +28,7 @@ LEAKS: dict[str, dict[str, Any]] = {
     "falcon_h1": {},
     "qwen3_next": {},
     "biogpt": {},
+    "roberta": {"is_decoder": True},
     "falcon": {"alibi": True},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
 }
