@@ -9,7 +9,7 @@ from tests.strangers.project_copy import copy_project, run_json, run_python
 from tests.train.tiny import tiny_recipe
 
 TABLE = "sft_core/rank_strategies.py"
-END_OF_TABLE = '    )\n}\nDEFAULT = "ddp"\n'
+BEGIN_OF_TABLE = "    for strategy in (\n"
 ENTRIES = """\
         RankStrategy(
             name="zero1",
@@ -73,7 +73,9 @@ FACTS = """
     )
     print(json.dumps({
         "unknown": error(recipe, "zero9"),
-        "bytes": [bytes_a_parameter(made.training, made.runtime) for made in (recipe(), recipe(bf16=True))],
+        "bytes": [bytes_a_parameter(made.training, made.runtime) for made in (
+            recipe(), recipe(bf16=True), recipe("pairs", bf16=True)
+        )],
         "lora": bytes_a_parameter(recipe("pairs", lora={}).training, recipe("pairs", lora={}).runtime),
         "environment": environment("zero1"),
         "resumed": resumable(Path(job["folder"]) / "checkpoints", "zero1", 2).name,
@@ -113,8 +115,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project with two more entries and their configs, and nothing else of it changed."""
     folder = copy_project(tmp_path_factory.mktemp("project"))
     text = (folder / TABLE).read_text()
-    assert text.count(END_OF_TABLE) == 1
-    (folder / TABLE).write_text(text.replace(END_OF_TABLE, ENTRIES + END_OF_TABLE))
+    assert text.count(BEGIN_OF_TABLE) == 1
+    (folder / TABLE).write_text(text.replace(BEGIN_OF_TABLE, BEGIN_OF_TABLE + ENTRIES))
     for name, config in CONFIGS.items():
         (folder / "configs" / "accelerate" / f"{name}.yaml").write_text(config)
     return folder
@@ -128,15 +130,15 @@ def facts(project: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def test_strategy_entry_is_a_value_of_the_recipe_and_named_in_messages(facts: dict[str, Any]) -> None:
-    assert "found 'zero9'; input should be 'ddp', 'fsdp2', 'zero2', 'zero3', 'zero1' or 'pairs'" in facts["unknown"]
+    assert "found 'zero9'; input should be 'zero1', 'pairs', 'ddp', 'fsdp2', 'zero2' or 'zero3'" in facts["unknown"]
     assert "works on each rank by itself, for which it holds all weights: ddp" in facts["search"]
-    assert facts["not_imported"].endswith("runtime.distributed is ddp, fsdp2, zero2, zero3, zero1 or pairs")
-    assert facts["masters"][0].endswith("or runtime.distributed: zero2, zero3 or zero1") and facts["masters"][1] is None
+    assert facts["not_imported"].endswith("runtime.distributed is zero1, pairs, ddp, fsdp2, zero2 or zero3")
+    assert facts["masters"][0].endswith("or runtime.distributed: zero1, zero2 or zero3") and facts["masters"][1] is None
     assert "runtime.distributed: pairs: needs a GPU" in facts["unmet"] and facts["met"] is None
 
 
 def test_strategy_entry_is_known_to_the_estimate_to_checkpoints_and_to_imports(facts: dict[str, Any]) -> None:
-    assert facts["bytes"] == [4 + 4 + 8 / 2, 2 + 2 + 12 / 2]
+    assert facts["bytes"] == [4 + 4 + 8 / 2, 2 + 2 + 12 / 2, 4 / 2 + 4 + 8]
     assert facts["lora"] == 4 / 2, "ranks that share the weights share a base without gradients too"
     assert facts["environment"]["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "1"
     assert facts["resumed"] == "checkpoint-7"
