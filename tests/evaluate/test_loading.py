@@ -126,9 +126,9 @@ def networks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref[Any]]
     found: list[weakref.ref[Any]] = []
     load = loader.load_model
 
-    def noted(**arguments: Any) -> Any:
+    def noted(*loaders: Any, **arguments: Any) -> Any:
         assert [one for one in found if one() is not None] == [], "two models at once"
-        network, tokenizer = load(**arguments)
+        network, tokenizer = load(*loaders, **arguments)
         found.append(weakref.ref(network))
         return network, tokenizer
 
