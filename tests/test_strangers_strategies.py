@@ -73,17 +73,17 @@ FACTS = """
     )
     print(json.dumps({
         "unknown": error(recipe, "zero9"),
-        "bytes": [bytes_a_parameter(made.training, made.runtime) for made in (
+        "bytes": [bytes_a_parameter(made.last_phase.training, made.runtime) for made in (
             recipe(), recipe(bf16=True), recipe("pairs", bf16=True)
         )],
-        "lora": bytes_a_parameter(recipe("pairs", lora={}).training, recipe("pairs", lora={}).runtime),
+        "lora": bytes_a_parameter(recipe("pairs", lora={}).last_phase.training, recipe("pairs", lora={}).runtime),
         "environment": environment("zero1"),
         "resumed": resumable(Path(job["folder"]) / "checkpoints", "zero1", 2).name,
         "resume_error": error(resumable, Path(job["folder"]) / "checkpoints", "zero1", 4),
         "search": error(recipe, search={"strategy": "dynamix"}),
-        "unmet": unmet_demands(recipe("pairs"), on_gpu=False),
-        "met": unmet_demands(recipe("zero1"), on_gpu=False),
-        "masters": [lost_updates(recipe(name, dtype="bfloat16")) for name in ("ddp", "zero1")],
+        "unmet": unmet_demands(recipe("pairs").for_phase("tuned"), on_gpu=False),
+        "met": unmet_demands(recipe("zero1").for_phase("tuned"), on_gpu=False),
+        "masters": [lost_updates(recipe(name, dtype="bfloat16").for_phase("tuned")) for name in ("ddp", "zero1")],
         "imported": imported(accelerate).get("runtime.distributed"),
         "imported_type": imported({"distributed_type": "PAIRS"}).get("runtime.distributed"),
         "not_imported": imported({"distributed_type": "TRIPLES"}).not_carried["accelerate config: distributed_type"],
