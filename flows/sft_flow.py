@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("METAFLOW_USER", os.environ.get("USER") or "sft")  # Metaflow does not start without a name
 os.environ.setdefault("METAFLOW_RUN_MAX_WORKERS", "2")  # tasks at a time share the machine's cores
+os.environ.setdefault("METAFLOW_RESUME_MAX_WORKERS", os.environ["METAFLOW_RUN_MAX_WORKERS"])  # a resume is as a run
+os.environ.setdefault("METAFLOW_RUN_MAX_NUM_SPLITS", "1000")  # sources of a recipe, or its tasks; Metaflow stops at 100
+os.environ.setdefault("METAFLOW_RESUME_MAX_NUM_SPLITS", os.environ["METAFLOW_RUN_MAX_NUM_SPLITS"])
 os.environ.setdefault("SFT_STARTED_BY", str(os.getpid()))  # by the scheduler, whose tasks end with it
 os.environ.setdefault("TQDM_DISABLE", "1")  # a task's log is no terminal
 if sys.stdout.isatty():

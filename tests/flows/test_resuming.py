@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.flows.conftest import RECIPE, TIMEOUT_S, Project, names
+from tests.flows.conftest import RECIPE, ROOT, TIMEOUT_S, Project, names
 
 STEPS = 400
 
@@ -101,3 +101,13 @@ def test_two_runs_on_one_store_both_finish_and_build_each_output_once(tmp_path: 
     counted = names(project.builds())
     assert counted["trained 0"] == 1
     assert max(counted.values()) == 1
+
+
+def test_resume_runs_as_many_tasks_at_once_as_a_run() -> None:
+    """The flow file says it by what Metaflow reads of the environment before its commands are known."""
+    asked = "import os, flows.sft_flow; print(*(os.environ[f'METAFLOW_{c}_MAX_WORKERS'] for c in ('RUN', 'RESUME')))"
+    for workers in (None, "6"):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("METAFLOW_")}
+        environment |= {} if workers is None else {"METAFLOW_RUN_MAX_WORKERS": workers}
+        done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == [workers or "2"] * 2, done.stderr
