@@ -370,6 +370,18 @@ def test_baselines_run_to_their_end(store: Store, strategy: str):
     assert store.ensure(CHECKPOINT, found.pinned)
 
 
+def test_search_that_works_on_each_rank_by_itself_refuses_ranks_that_share_the_weights():
+    def sharded(**search: Any) -> dict[str, Any]:
+        data = recipe(**search)
+        data["runtime"]["distributed"] = "zero3"
+        return data
+
+    assert parse_recipe(sharded(strategy="msft")).search is not None
+    for search, name in (({"strategy": "dynamix"}, "dynamix"), ({"score": "answers"}, "search.score answers")):
+        with pytest.raises(ValueError, match=rf"runtime\.distributed: found 'zero3'; {name} works on each rank by"):
+            parse_recipe(sharded(**search))
+
+
 def test_search_refuses_a_key_that_its_strategy_does_not_know():
     with pytest.raises(ValueError, match=r"search: alpha: sft does not know it; remove it"):
         parse_recipe(recipe(strategy="sft", alpha=0.1))
