@@ -440,4 +440,6 @@ def test_plan_memory_estimates_what_training_takes_until_it_is_there(sft, save_r
     path = save_recipe(built_recipe)
     assert "parameters by ddp" not in sft("plan", path).stdout
     line = sft("plan", path, "--memory", "--set", "training.learning_rate=5e-4").stdout.splitlines()[-1]
-    assert re.search(r"M parameters by ddp on 1 rank\(s\): about [\d.]+ [KM]iB on each, [\d.]+ [KM]iB for weights", line)
+    assert re.search(
+        r"M parameters by ddp on 1 rank\(s\): about [\d.]+ [KM]iB on each, [\d.]+ [KM]iB for weights", line
+    )
