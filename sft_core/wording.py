@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 
@@ -13,10 +13,15 @@ def short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """The end of a message about a name that is not known."""
+def nearest(name: str, known: Collection[str], *, otherwise: str | None = None) -> str:
+    """The end of a message about an unknown name: the known name that is nearest to it.
+
+    otherwise: the end where no name is near; the default lists all known names.
+    """
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(sorted(known))}" if otherwise is None else otherwise
 
 
 def alternatives(names: Iterable[str]) -> str:

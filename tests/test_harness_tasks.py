@@ -74,6 +74,8 @@ def test_digest_of_a_moved_folder_is_the_same(folder: Path) -> None:
 def test_unknown_name_is_refused_with_the_nearest(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"evaluation\.lm_eval\.tasks: found 'gsm8kk'; lm-eval knows .*'gsm8k'"):
         pin_tasks(["red", "gsm8kk"], str(folder), None)
+    with pytest.raises(ValueError, match=r"found '@@@'; lm-eval knows no such task; `lm-eval ls tasks` lists them$"):
+        pin_tasks(["@@@"], str(folder), None)
 
 
 def test_task_of_the_harness_is_found_with_its_folder_and_read_from_there_alone() -> None:

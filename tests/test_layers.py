@@ -27,6 +27,7 @@ RANKS = {
     "sft_core.report": 0,
     "sft_core.rounds": 0,
     "sft_core.data": 1,
+    "sft_core.harness_index": 2,
     "sft_core.harness_tasks": 2,
     "sft_core.pins": 2,
     "sft_core.train": 3,

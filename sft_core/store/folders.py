@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,11 @@ from sft_core.store.manifest import MANIFEST
 from sft_core.store.ref import Ref
 
 log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """The folder in which this machine keeps copies. SFT_CACHE moves it; no identity depends on it."""
+    return Path(os.environ.get("SFT_CACHE") or "~/.cache/sft-flow").expanduser()
 
 
 class Folders:

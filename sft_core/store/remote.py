@@ -29,6 +29,7 @@ import fsspec
 from tqdm import tqdm
 
 from sft_core.digests import DIGESTS, SHA256, hex_digest, is_whole
+from sft_core.store.folders import cache_folder
 from sft_core.store.manifest import MANIFEST, FileDigest
 from sft_core.store.ref import Ref
 
@@ -95,9 +96,8 @@ class Remote:
 
     @property
     def cache(self) -> Path:
-        """The local folder where outputs are made and read. SFT_CACHE moves it; it is part of no identity."""
-        base = os.environ.get("SFT_CACHE") or "~/.cache/sft-flow"
-        return Path(base).expanduser() / hashlib.sha256(self.url.encode()).hexdigest()[:12]
+        """The local folder in which outputs are built and read."""
+        return cache_folder() / hashlib.sha256(self.url.encode()).hexdigest()[:12]
 
     # Listing
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import typing
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_core.train.accelerator import liger
+from sft_core.wording import nearest
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -51,8 +51,7 @@ def check_extra(extra: dict[str, Any]) -> None:
         if name in OWNED:
             raise ValueError(f"training.extra.{name}: set by the recipe's own keys or by the pipeline; remove it")
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = nearest(name, fields, otherwise="")  # it has 150 fields
             raise ValueError(f"training.extra.{name}: no field of trl.SFTConfig{hint}")
         try:
             TypeAdapter(hints[name]).validate_python(value, strict=not isinstance(value, str))
@@ -68,9 +67,8 @@ def check_report_to(trackers: Sequence[str]) -> None:
 
     for tracker in trackers:
         if tracker not in INTEGRATION_TO_CALLBACK:
-            close = difflib.get_close_matches(tracker, INTEGRATION_TO_CALLBACK, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it knows {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
-            raise ValueError(f"runtime.report_to: found {tracker!r}, which is no tracker of the Trainer's; {hint}")
+            hint = nearest(tracker, INTEGRATION_TO_CALLBACK)
+            raise ValueError(f"runtime.report_to: found {tracker!r}, which is no tracker of the Trainer's{hint}")
         try:
             INTEGRATION_TO_CALLBACK[tracker]()  # as the Trainer will
         except (ImportError, RuntimeError, ValueError) as error:

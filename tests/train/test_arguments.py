@@ -71,6 +71,7 @@ def test_training_keys_reach_the_arguments() -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
+        ({"@@@": 1}, r"training\.extra\.@@@: no field of trl\.SFTConfig$"),
         ({"adam_beta3": 0.9}, r"training\.extra\.adam_beta3: no field of trl\.SFTConfig; did you mean 'adam_beta"),
         ({"packing": True}, r"training\.extra\.packing: set by the recipe's own keys"),
         ({"warmup_ratio": 0.1}, r"training\.extra\.warmup_ratio: set by the recipe's own keys"),

@@ -18,7 +18,7 @@ from tests.train.tiny import Run, tiny_recipe
     ("tracker", "told"),
     [
         ("wandbb", "found 'wandbb', which is no tracker of the Trainer's; did you mean 'wandb'?"),
-        ("paper", "found 'paper', which is no tracker of the Trainer's; it knows azure_ml, clearml, codecarbon"),
+        ("paper", "found 'paper', which is no tracker of the Trainer's; known: azure_ml, clearml, codecarbon"),
     ],
 )
 def test_tracker_unknown_is_told_with_those_that_are_known(tracker: str, told: str) -> None:
