@@ -12,7 +12,7 @@ from sft_core.search.launch import drop_checkpoints_without_weights
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """A roll-out after its checkpoint of step 4, with the weights that it kept there and those of a later evaluation."""
+    """A roll-out after its checkpoint of step 4, with the weights kept there and those of a later evaluation."""
     (tmp_path / "checkpoints" / "checkpoint-4").mkdir(parents=True)
     (tmp_path / "logs").mkdir()
     events = [{"step": 0, "kept": [0]}, {"step": 4, "kept": [0, 2]}, {"step": 6, "kept": [3]}]
