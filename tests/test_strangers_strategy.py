@@ -13,8 +13,8 @@ import pytest
 
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
+from sft_core.rounds import ONLY, Rollout, Rounds
 from sft_core.search.registry import IMPLEMENTATIONS
-from sft_core.search.rollouts import Rollout
 from sft_core.search_settings.registry import STRATEGIES, declared
 from sft_core.store.manifest import sha256_of
 from steps.train import TRAINED
@@ -101,14 +101,14 @@ except ValueError as error:
 store, pinned = Store("store"), pin(parse_recipe(json.loads(sys.argv[2])))
 store.ensure(MIXTURE, pinned)
 store.ensure(TRAINED, progress(store, pinned).pinned, round=0)
-state = progress(store, pinned)
+state = progress(store, pinned).searches["tuned"]
 folder = store.path(store.locate(TRAINED, state.pinned, {"round": 0}).ref)
 with (folder / CURVES).open() as file:
     journal = read_journal(file)
 result |= {
     "over": state.is_over,
-    "title": pinned.recipe.search.title,
-    "identity": pinned.recipe.search.identity,
+    "title": pinned.recipe.last_phase.search.title,
+    "identity": pinned.recipe.last_phase.search.identity,
     "shares": [drawn.shares for drawn in journal.drawn],
     "epochs": [drawn.epochs for drawn in journal.drawn],
     "trained": [[name for name in json.loads(line) if name.startswith("loss/")]
@@ -121,9 +121,8 @@ print(json.dumps(result))
 def section_of(data: dict[str, Any]) -> dict[str, Any]:
     """What the first round of a recipe's training is identified by."""
     pinned = pin(parse_recipe(data))
-    return TRAINED.section(
-        dataclasses.replace(pinned, rollouts=(Rollout(0, None, tuple(pinned.recipe.sources), 2.0),)), {"round": 0}
-    )
+    rounds = Rounds((Rollout(0, None, tuple(pinned.recipe.sources), 2.0),))
+    return TRAINED.section(dataclasses.replace(pinned, rounds={ONLY: rounds}), {"round": 0})
 
 
 def test_strategy_of_a_stranger_is_two_modules(tmp_path: Path) -> None:

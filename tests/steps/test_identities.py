@@ -6,7 +6,7 @@ import pytest
 
 from sft_core.pins import PinnedRecipe
 from sft_core.recipe import Recipe, load_recipe, parse_recipe
-from sft_core.search.rollouts import Point, Rollout
+from sft_core.rounds import ONLY, Point, Rollout, Rounds
 from sft_core.store.manifest import sha256_of
 from steps.pack import PACKED
 from steps.train import TRAINED
@@ -42,11 +42,12 @@ def digests(recipe: Recipe) -> tuple[str, ...]:
     names = {"tokenizer": "b" * 40, "model": "e" * 40, "template": "c" * 64}
     pins = {"sources": {source: "a" * 40 for source in recipe.sources}, **names}
     pinned, rounds = PinnedRecipe(recipe, pins), [0]
-    if recipe.search is not None:
-        tasks = tuple(recipe.dataset_mixture.trained_sources)
+    if recipe.last_phase.search is not None:
+        tasks = tuple(recipe.last_phase.dataset_mixture.trained_sources)
         second = Rollout(1, Point(0, 3), tasks[:1], 1.5, {tasks[0]: 7})
-        sizes = tuple((task, 10 + place) for place, task in enumerate(tasks))
-        pinned = PinnedRecipe(recipe, pins, rollouts=(Rollout(0, None, tasks, 2.0), second), sizes=sizes)
+        sizes = {task: 10 + place for place, task in enumerate(tasks)}
+        searched = Rounds((Rollout(0, None, tasks, 2.0), second), sizes=sizes)
+        pinned = PinnedRecipe(recipe, pins, rounds={ONLY: searched})
         rounds = [0, 1]
     sections = [PACKED.section(pinned, {}), *(TRAINED.section(pinned, {"round": number}) for number in rounds)]
     return tuple(sha256_of(section)[:16] for section in sections)
