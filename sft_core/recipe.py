@@ -233,6 +233,10 @@ class Recipe(Section):
         }
 
 
+# The keys of a recipe of one phase, in the order in which a person reads them.
+ROOT_KEYS = [key for name in Recipe.model_fields for key in (PHASE_KEYS if name == "phases" else (name,))]
+
+
 def read_yaml(text: str) -> dict[str, Any]:
     """YAML 1.2 text as plain JSON-able data: `1e-5` is a number, a key that stands twice is an error."""
     data = _plain(text, "the recipe")

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from sft_core.datasets.dataset import Dataset
 from sft_core.datasets.mixture import DatasetMixture
 from sft_core.datasets.union import section_of
-from sft_core.recipe import Recipe
+from sft_core.recipe import ROOT_KEYS, Recipe
 from sft_core.sections import Lora, Model, Packing, Runtime, Training
 from steps.import_account import Imported, short
 
@@ -61,6 +61,8 @@ def _keys(section: type[BaseModel] | None, data: dict[str, Any]) -> list[str]:
     """In the order in which a person reads them; of no section as they stand in the data."""
     if section is None:
         return list(data)
+    if section is Recipe:
+        return ROOT_KEYS
     return section.ordered_keys() if issubclass(section, Dataset) else list(section.model_fields)
 
 

@@ -133,7 +133,7 @@ def test_card_lineage_leads_from_the_scores_to_the_files(readme: str, store: Sto
 def test_card_recipe_is_the_recipe_without_where_it_ran(readme: str, pinned: PinnedRecipe, tmp_path: Path):
     block = re.search(r"^```yaml\n(.*?)\n```$", readme, re.MULTILINE | re.DOTALL)
     assert block and str(ROOT) not in readme and str(tmp_path) not in readme
-    data, whole = read_yaml(block[1]), pinned.recipe.model_dump(mode="json", exclude={"runtime", "hub"})
+    data, whole = read_yaml(block[1]), pinned.recipe.as_written(exclude=("runtime", "hub"))
     keys = [
         "name",
         "id",
@@ -144,7 +144,7 @@ def test_card_recipe_is_the_recipe_without_where_it_ran(readme: str, pinned: Pin
         *(key for key in Dataset.model_fields if key != "name"),
     ]
     assert [list(dataset) for dataset in data["dataset_mixture"]["datasets"]] == [keys] * len(SOURCES)
-    shown = parse_recipe(data).model_dump(mode="json", exclude={"runtime", "hub"})
+    shown = parse_recipe(data).as_written(exclude=("runtime", "hub"))
     assert [dataset.pop("path") for dataset in shown["dataset_mixture"]["datasets"]] == [
         [f"{source}.jsonl"] for source in SOURCES
     ]

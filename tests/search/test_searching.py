@@ -178,7 +178,7 @@ def test_search_with_a_larger_cap_goes_on(store: Store, searched: Searched):
 def test_search_plan_shows_what_is_known(store: Store, searched: Searched, tmp_path: Path):
     def shown(store: Store, **search: Any) -> dict[tuple[str, str], str]:
         found = plan(store, pin(parse_recipe(recipe(**search))))
-        names = ("trained", "delivered", "report")
+        names = ("trained", "checkpoint", "report")
         return {(one.stage.name, one.name): one.status for one in found if one.stage.name in names}
 
     finished = shown(store)

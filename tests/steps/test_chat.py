@@ -204,7 +204,7 @@ def test_chat_folder_outside_a_store_has_no_kwargs(model: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("packed/", "holds no model; a checkpoint is an output of trained, delivered, release"),
+        ("packed/", "holds no model; a checkpoint is an output of trained, checkpoint, delivered, release"),
         ("trained/zz", "no output of the store"),
         ("./none", "found './none'; no such folder"),
         ("{empty}", "holds no config.json"),

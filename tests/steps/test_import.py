@@ -258,11 +258,11 @@ def test_defaults_are_those_of_the_installed_trl():
     assert (defaults["assistant_only_loss"], defaults["completion_only_loss"]) == (False, None)
     ours = parse_recipe(found)
     for key in ("learning_rate", "weight_decay", "max_grad_norm", "seed"):
-        assert getattr(ours.training, key) == defaults[key]
+        assert getattr(ours.last_phase.training, key) == defaults[key]
     lora = imported(change(MINIMAL, use_peft=True)).data["training"]["lora"]
     assert lora["lora_dropout"] == defaults["lora_dropout"]
-    assert (ours.training.lora, defaults["use_peft"]) == (None, False)
-    lora_defaults = parse_recipe(imported(change(MINIMAL, use_peft=True)).data).training.lora
+    assert (ours.last_phase.training.lora, defaults["use_peft"]) == (None, False)
+    lora_defaults = parse_recipe(imported(change(MINIMAL, use_peft=True)).data).last_phase.training.lora
     assert (lora_defaults.r, lora_defaults.lora_alpha) == (defaults["lora_r"], defaults["lora_alpha"])
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sft_core.recipe import parse_recipe
 from sft_core.train import accelerator
 from sft_core.train.accelerator import has_gpu, liger, lost_updates, slow_precision, unmet_demands
 from steps.pipeline import prepare
-from tests.train.tiny import tiny_recipe
+from tests.train.tiny import phase_recipe, tiny_recipe
 
 
 @pytest.mark.parametrize(
@@ -25,17 +24,17 @@ from tests.train.tiny import tiny_recipe
 )
 def test_demand_without_a_gpu_is_one_clear_message(changes: dict, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "has_gpu", lambda: False)
-    message = unmet_demands(parse_recipe(tiny_recipe(**changes)))
+    message = unmet_demands(phase_recipe(tiny_recipe(**changes)))
     assert message is not None
     assert told in message and "this machine has none" in message
     monkeypatch.setattr(accelerator, "has_gpu", lambda: True)
-    remaining = unmet_demands(parse_recipe(tiny_recipe(**changes)))
+    remaining = unmet_demands(phase_recipe(tiny_recipe(**changes)))
     assert remaining is None or "bitsandbytes" in remaining or "flash-attn" in remaining
 
 
 def test_defaults_demand_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "has_gpu", lambda: False)
-    assert unmet_demands(parse_recipe(tiny_recipe())) is None
+    assert unmet_demands(phase_recipe(tiny_recipe())) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="auto chooses otherwise on a GPU")
@@ -47,7 +46,7 @@ def test_flash_attention_without_its_package_is_refused_on_a_gpu_before_any_work
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert importlib.util.find_spec("flash_attn") is None, "this machine can"
-    recipe = parse_recipe(tiny_recipe(model={"attn_implementation": "flash_attention_2"}, training={"bf16": True}))
+    recipe = phase_recipe(tiny_recipe(model={"attn_implementation": "flash_attention_2"}, training={"bf16": True}))
     monkeypatch.setattr(accelerator, "has_gpu", lambda: True)
     message = unmet_demands(recipe)
     assert message is not None and "pip install flash-attn" in message and "varlen" in message
@@ -61,10 +60,10 @@ def test_attention_of_half_precision_alone_is_refused_in_fp32_on_a_gpu(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     model = {"attn_implementation": attention}
-    refused = unmet_demands(parse_recipe(tiny_recipe(model=model)), on_gpu=True)
+    refused = unmet_demands(phase_recipe(tiny_recipe(model=model)), on_gpu=True)
     assert refused is not None and "half precision alone" in refused
     for changes in ({"training": {"bf16": True}}, {"model": {**model, "dtype": "bfloat16"}}):
-        assert unmet_demands(parse_recipe(tiny_recipe(**{"model": model, **changes})), on_gpu=True) is None
+        assert unmet_demands(phase_recipe(tiny_recipe(**{"model": model, **changes})), on_gpu=True) is None
 
 
 @pytest.mark.parametrize(("visible", "is_seen"), [("0,1", True), ("", False), ("-1", False), (None, True)])
@@ -82,7 +81,7 @@ def test_gpu_that_is_hidden_is_none(
 
 
 def test_fp32_on_a_gpu_is_warned_of_with_its_factor(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_fp32, in_half = (parse_recipe(tiny_recipe(training={"bf16": half})) for half in (False, True))
+    in_fp32, in_half = (phase_recipe(tiny_recipe(training={"bf16": half})) for half in (False, True))
     monkeypatch.setattr(accelerator, "has_gpu", lambda: True)
     warning = slow_precision(in_fp32)
     assert warning is not None and "half the speed" in warning and "training.bf16" in warning
@@ -101,12 +100,12 @@ def test_fp32_on_a_gpu_is_warned_of_with_its_factor(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_weights_in_bfloat16_alone_are_warned_of(changes: dict, is_warned: bool) -> None:
-    assert bool(lost_updates(parse_recipe(tiny_recipe(**changes)))) == is_warned
+    assert bool(lost_updates(phase_recipe(tiny_recipe(**changes)))) == is_warned
 
 
 def test_prepare_bfloat16_without_masters_warns(small_recipe: dict, caplog: pytest.LogCaptureFixture) -> None:
-    prepare(parse_recipe(small_recipe))
+    prepare(phase_recipe(small_recipe))
     assert not caplog.text
     small_recipe["model"]["dtype"] = "bfloat16"
-    prepare(parse_recipe(small_recipe))
+    prepare(phase_recipe(small_recipe))
     assert "model.dtype bfloat16 keeps no fp32 master weights" in caplog.text

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from sft_core.data.packing import PackPlan
-from sft_core.recipe import parse_recipe
+from sft_core.rounds import ONLY
 from sft_core.store.store import Store
 from sft_core.train.activations import Activations
 from sft_core.train.estimate import estimate, estimate_line
 from sft_core.train.model import skeleton
 from steps.pack import PACKED
-from tests.train.tiny import LLAMA, Run, tiny_recipe
+from tests.train.tiny import LLAMA, Run, phase_recipe, tiny_recipe
 
 
 def shape_of(config: dict[str, Any]) -> Any:
@@ -36,7 +36,7 @@ def shape_of(config: dict[str, Any]) -> Any:
 )
 def test_states_are_those_of_the_formula(distributed: str, ranks: int, bf16: bool, bytes_a_parameter: float) -> None:
     runtime = {"distributed": distributed, "num_processes": ranks}
-    recipe = parse_recipe(tiny_recipe(training={"bf16": bf16, "global_batch_size": 8}, runtime=runtime))
+    recipe = phase_recipe(tiny_recipe(training={"bf16": bf16, "global_batch_size": 8}, runtime=runtime))
     found = estimate(recipe, shape_of(LLAMA), None)
     assert found.states == pytest.approx(found.num_parameters * bytes_a_parameter)
     assert found.flops is None
@@ -52,22 +52,22 @@ def test_states_of_plain_training_are_what_torch_holds() -> None:
     optimizer.step()
     held = sum(p.nbytes + p.grad.nbytes for p in model.parameters())
     held += sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.ndim)
-    assert estimate(parse_recipe(tiny_recipe()), shape_of(LLAMA), None).states == held
+    assert estimate(phase_recipe(tiny_recipe()), shape_of(LLAMA), None).states == held
 
 
 def test_flops_are_those_that_the_run_counted(plain_run: Run, store: Store) -> None:
     plan = PackPlan.read(store.path(store.ensure(PACKED, plain_run.pinned)))
-    found = estimate(plain_run.pinned.recipe, shape_of(LLAMA), plan, trained_share=0.25)
+    found = estimate(plain_run.pinned.recipe.for_phase(ONLY), shape_of(LLAMA), plan, trained_share=0.25)
     head = LLAMA["vocab_size"] * LLAMA["hidden_size"]  # which is the embedding
     lengths = plan.num_tokens.astype(float)
     an_epoch = 6 * ((found.num_parameters - head + head / 4) * lengths + 2 * 32 * lengths**2)
     assert found.flops == pytest.approx(3 * float(np.sum(an_epoch)))
-    assert "FLOPs in all" in estimate_line(found, plain_run.pinned.recipe)
+    assert "FLOPs in all" in estimate_line(found, plain_run.pinned.recipe.for_phase(ONLY))
 
 
 def test_checkpointing_and_qlora_take_less() -> None:
     def of(**training: Any) -> Any:
-        return estimate(parse_recipe(tiny_recipe(training=training)), shape_of(LLAMA), None)
+        return estimate(phase_recipe(tiny_recipe(training=training)), shape_of(LLAMA), None)
 
     assert of(gradient_checkpointing=True).activations.layers < of().activations.layers
     assert of(lora={"load_in_4bit": True}).states < of(lora={}).states < of().states
@@ -87,7 +87,7 @@ def test_activations_are_those_of_weights_as_the_strategy_computes_with_them(
     def of(distributed: str) -> Activations:
         runtime = {"distributed": distributed, "num_processes": 2}
         config = {**LLAMA, "hidden_size": 128, "intermediate_size": 512}
-        found = estimate(parse_recipe(tiny_recipe(training={"bf16": True}, runtime=runtime)), shape_of(config), None)
+        found = estimate(phase_recipe(tiny_recipe(training={"bf16": True}, runtime=runtime)), shape_of(config), None)
         assert found.activations is not None
         return found.activations
 
@@ -97,7 +97,7 @@ def test_activations_are_those_of_weights_as_the_strategy_computes_with_them(
 
 def test_estimate_line_names_the_parts_that_there_are() -> None:
     def line_of(attention: str, *, bf16: bool) -> str:
-        recipe = parse_recipe(tiny_recipe(model={"attn_implementation": attention}, training={"bf16": bf16}))
+        recipe = phase_recipe(tiny_recipe(model={"attn_implementation": attention}, training={"bf16": bf16}))
         return estimate_line(estimate(recipe, shape_of(LLAMA), None), recipe)
 
     size = r"[\d.]+ [KM]iB"
@@ -109,7 +109,7 @@ def test_estimate_line_names_the_parts_that_there_are() -> None:
 
 
 def test_activations_of_a_model_that_does_not_run_without_memory_are_told_to_be_unknown() -> None:
-    recipe = parse_recipe(tiny_recipe())
+    recipe = phase_recipe(tiny_recipe())
     # Without its kernels it goes through the tokens one by one.
     found = estimate(recipe, shape_of({"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2}), None)
     assert found.activations is None and found.states > 0

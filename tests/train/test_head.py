@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from sft_core.train import trainer
+from sft_core.train import tried_forward
 from sft_core.train.head import add_fused_head, takes_fused_head
 from sft_core.train.loss import Forward
 from sft_core.train.probe import check_head
@@ -22,7 +22,7 @@ from tests.train.tiny import LLAMA, Run, tiny_recipe
 
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "wants_fused_head", lambda device: True)
+    monkeypatch.setattr(tried_forward, "wants_fused_head", lambda device: True)
 
 
 def how_it_ran(run: Run) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def test_lora_with_added_tokens_takes_the_plain_head_and_trains_their_rows(
 ) -> None:
     recipe = recipe_with_added_token(tmp_path, tied=tied, lora_dropout=0.0)
     plain = train_here(recipe)
-    monkeypatch.setattr(trainer, "wants_fused_head", lambda device: True)
+    monkeypatch.setattr(tried_forward, "wants_fused_head", lambda device: True)
     forced = train_here(recipe)
     assert not how_it_ran(forced)["fused_head"], "PEFT wraps this head: its bare weight is the frozen one"
     assert_same_training(forced, plain)

@@ -9,9 +9,9 @@ import pytest
 
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
+from sft_core.rounds import Point
 from sft_core.search.job import RolloutJob, RolloutSpec, SearchSpec
 from sft_core.search.launch import rollout_here
-from sft_core.search.rollouts import Point
 from sft_core.search_settings.registry import STRATEGIES
 from sft_core.sections import Lora, Runtime
 from sft_core.store.stage import Build
@@ -48,9 +48,11 @@ def test_job_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_job_of_a_rollout_is_read_as_it_was_written(strategy: str, tmp_path: Path) -> None:
     parsed = parse_recipe(recipe(strategy=strategy))
-    assert parsed.search is not None
+    assert parsed.last_phase.search is not None
     answers = {SOURCES[0]: {"max_new_tokens": 7, "metric": {"name": "exact_match"}}}
-    rollout = RolloutSpec(parsed.search, [*SOURCES], {SOURCES[0]: 3}, [SOURCES[0]], Point(0, 2), answers, 384)
+    rollout = RolloutSpec(
+        parsed.last_phase.search, [*SOURCES], {SOURCES[0]: 3}, [SOURCES[0]], Point(0, 2), answers, 384
+    )
     train = train_job(tmp_path, dataset_mixture={"selection_share": 0.2})
     job = RolloutJob(train, rollout, [tmp_path / "before"], {SOURCES[0]: tmp_path})
     write_job(job, tmp_path)
@@ -60,16 +62,16 @@ def test_job_of_a_rollout_is_read_as_it_was_written(strategy: str, tmp_path: Pat
 def test_job_of_a_rollout_starts_from_the_weights_of_an_evaluation(tmp_path: Path) -> None:
     data = recipe()
     parsed = parse_recipe(data)
-    assert parsed.search is not None
+    assert parsed.last_phase.search is not None
     train = spec_of(tiny_recipe(evaluation={"during_training": {}}))
-    rollout = RolloutSpec(parsed.search, [*SOURCES], {}, [SOURCES[0]], Point(0, 2), None, None)
+    rollout = RolloutSpec(parsed.last_phase.search, [*SOURCES], {}, [SOURCES[0]], Point(0, 2), None, None)
     job = rollout_here(Build(tmp_path, INPUTS, parsed.runtime), SearchSpec(train, rollout), 1)
     before = Path("round:0").resolve()
     assert job.before == [before] and job.conversations == {"a": Path("conversations:a").resolve()}
     model = job.train.spec.model
     assert (model.path, model.config, model.revision) == (str(before / "evaluations" / "002"), None, None)
     assert job.train.spec.num_models == 3, "of a task's peak, the last and the best"
-    robust = parse_recipe(recipe(preset="robust", max_kept=5)).search
+    robust = parse_recipe(recipe(preset="robust", max_kept=5)).last_phase.search
     assert robust is not None
     kept = rollout_here(
         Build(tmp_path, INPUTS, parsed.runtime), SearchSpec(train, dataclasses.replace(rollout, search=robust)), 1

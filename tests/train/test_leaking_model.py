@@ -25,7 +25,7 @@ from steps.train import card
 from tests.browser import Browser
 from tests.train.test_objective import costs_of, documents_of
 from tests.train.test_strategies import trained
-from tests.train.tiny import LLAMA, Run, tiny_recipe
+from tests.train.tiny import LLAMA, Run, phase_recipe, tiny_recipe
 
 OPT = {
     **{name: LLAMA[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
@@ -98,7 +98,7 @@ LOADER = {"path": None, "revision": None, "trust_remote_code": False}
 def test_attention_that_a_class_does_not_run_with_is_refused_before_any_work(
     kind: str, attention: str, runs: bool
 ) -> None:
-    recipe = parse_recipe(
+    recipe = phase_recipe(
         tiny_recipe(model={"config": {**LLAMA, "model_type": kind}, "attn_implementation": attention})
     )
     loader = {**LOADER, "config": recipe.model.config}
@@ -112,9 +112,9 @@ def test_attention_that_a_class_does_not_run_with_is_refused_before_any_work(
 def test_mask_of_a_long_pack_is_told_with_its_size() -> None:
     config = {**LLAMA, "num_hidden_layers": 36}
     recipe = tiny_recipe(model={"config": config}, packing={"max_length": 32_768})
-    (told,) = try_class(parse_recipe(recipe), {**LOADER, "config": config})
+    (told,) = try_class(phase_recipe(recipe), {**LOADER, "config": config})
     assert "sdpa attention builds a mask of 32768 x 32768, 4.0 GiB, and each of 36 layers keeps one" in told
     recipe["packing"]["max_length"] = LONG
-    assert try_class(parse_recipe(recipe), {**LOADER, "config": config}) == []
+    assert try_class(phase_recipe(recipe), {**LOADER, "config": config}) == []
     recipe["packing"]["max_length"], recipe["model"]["attn_implementation"] = 32_768, "varlen"
-    assert try_class(parse_recipe(recipe), {**LOADER, "config": config}) == []
+    assert try_class(phase_recipe(recipe), {**LOADER, "config": config}) == []

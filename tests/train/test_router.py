@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sft_core.data.packing import PackPlan
 from sft_core.data.shards import TokenRow, TokenShards
 from sft_core.pins import PinnedRecipe
-from sft_core.recipe import parse_recipe
 from sft_core.store.store import Store
 from sft_core.train.collate import collate
 from sft_core.train.job import TrainJob
@@ -25,7 +24,7 @@ from sft_core.train.router import router_loss
 from sft_core.train.schedule import EMPTY, step_packs
 from tests.train.test_objective import costs_of, documents_of
 from tests.train.test_strategies import trained
-from tests.train.tiny import LLAMA, Run, tiny_recipe
+from tests.train.tiny import LLAMA, Run, phase_recipe, tiny_recipe
 
 KINDS = ("olmoe", "qwen3_moe", "mixtral", "gpt_oss")
 EXPERTS = {
@@ -155,4 +154,4 @@ def test_router_loss_asked_of_a_dense_model_is_refused_before_any_work() -> None
     data = tiny_recipe(training={"router_aux_loss_coef": 0.1})
     loader = {"path": None, "revision": None, "config": data["model"]["config"], "trust_remote_code": False}
     with pytest.raises(ValueError, match="remove it"):
-        try_class(parse_recipe(data), loader)
+        try_class(phase_recipe(data), loader)

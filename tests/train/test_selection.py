@@ -179,10 +179,8 @@ def test_card_of_a_training_shows_what_its_logs_say(watched: Run, browser: Brows
     told, by_source, last_events, lowest, held_out = page.tables
     last, shown = watched.events[-1], dict(told)
     assert shown["step"] == f"{last['step']} of {last['of']}" and shown["loss"] == f"{last['loss']:.4f}"
-    assert (
-        shown["time so far"] == f"{sum(event['seconds'] for event in watched.events):.0f} s"
-        and "time to go" not in shown
-    )
+    seconds = f"{sum(event['seconds'] for event in watched.events):.0f}"
+    assert shown["time so far"] == f"{seconds} second{'' if seconds == '1' else 's'}" and "time to go" not in shown
     assert float(shown["gradient norm"]) == pytest.approx(last["grad_norm"], rel=0.01)
     assert (shown["attention"], shown["packs a forward"]) == ("sdpa", "1")
     assert shown["documents of a pack"] == "together, apart from each other"

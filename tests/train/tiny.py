@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sft_core.pins import PinnedRecipe
+from sft_core.recipe import PhaseRecipe, parse_recipe
+from sft_core.rounds import ONLY
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart"
@@ -53,6 +55,11 @@ def tiny_recipe(**changes: dict[str, Any]) -> dict[str, Any]:
     for section, values in changes.items():
         data.setdefault(section, {}).update(values)
     return data
+
+
+def phase_recipe(data: dict[str, Any]) -> PhaseRecipe:
+    """What training reads of a recipe of one phase."""
+    return parse_recipe(data).for_phase(ONLY)
 
 
 class Run(NamedTuple):
