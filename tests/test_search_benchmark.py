@@ -74,7 +74,7 @@ def test_search_benchmark_knows_every_strategy_of_a_recipe() -> None:
     assert len({*names}) == len(names) >= 6
     for variant in variants():
         search = {"strategy": variant.strategy, **({"preset": variant.preset} if variant.preset else {})}
-        assert parse_recipe(recipe(**search)).search is not None
+        assert parse_recipe(recipe(**search)).last_phase.search is not None
 
 
 def test_summaries_pair_strategies_by_their_seed() -> None:

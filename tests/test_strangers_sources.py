@@ -32,7 +32,9 @@ SCRIPT = """
     job = json.loads(sys.argv[1])
     recipe = parse_recipe(job["recipe"])
     pinned, store = pin(recipe), Store(job["recipe"]["runtime"]["store"])
-    codes = lambda: {source: CONVERSATIONS.code(pinned, {"source": source}) for source in recipe.sources}
+    codes = lambda: {
+        source: CONVERSATIONS.code(CONVERSATIONS.modules(pinned, {"source": source})) for source in recipe.sources
+    }
     counts = evaluate.count_report_prompts(store, pinned)
     refs = {source: store.ensure(CONVERSATIONS, pinned, source=source) for source in recipe.sources}
     ref = refs["chats"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sft_core.recipe import parse_recipe
 from sft_core.train import accelerator
 from sft_core.train.accelerator import has_gpu, liger, lost_updates, slow_precision, unmet_demands
 from steps.pipeline import prepare
@@ -104,8 +105,8 @@ def test_weights_in_bfloat16_alone_are_warned_of(changes: dict, is_warned: bool)
 
 
 def test_prepare_bfloat16_without_masters_warns(small_recipe: dict, caplog: pytest.LogCaptureFixture) -> None:
-    prepare(phase_recipe(small_recipe))
+    prepare(parse_recipe(small_recipe))
     assert not caplog.text
     small_recipe["model"]["dtype"] = "bfloat16"
-    prepare(phase_recipe(small_recipe))
+    prepare(parse_recipe(small_recipe))
     assert "model.dtype bfloat16 keeps no fp32 master weights" in caplog.text
