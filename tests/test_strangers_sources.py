@@ -124,7 +124,7 @@ def test_source_kind_in_two_new_files_is_pinned_downloaded_counted_and_traced(
     assert result["report_prompts"] == result["counted_again"] and 5 < result["report_prompts"]["chats"] < NUM_ROWS - 5
     assert result["origin"] == {"source": {"query": query, "sha256": digest}}
     assert result["released"] == {
-        **{"name": "chats", "hub_id": None, "config": None, "split": None, "files": ["chats.sqlite"]},
+        **{"name": "chats", "phase": "tuned", "hub_id": None, "config": None, "split": None, "files": ["chats.sqlite"]},
         **{"licence": None, "revision": digest},
     }
     assert str(database.parent) not in json.dumps(result["shown"])
