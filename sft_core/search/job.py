@@ -42,6 +42,8 @@ class RolloutSpec:
             optional["answers"] = self.answers
         if self.search.needs.repacks:
             optional["max_length"] = self.max_length
+        if self.search.settings.test is not None:
+            optional["test"] = self.search.settings.test
         return {
             "search": self.search.identity,
             "tasks": self.tasks,

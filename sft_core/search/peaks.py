@@ -7,10 +7,6 @@ import math
 
 import numpy as np
 
-# The identity of a roll-out that the test can end names the test: by another one its search decides otherwise, and the
-# weights that the roll-out has kept are not those that the search goes on from.
-TEST = "student_t"
-
 
 @dataclasses.dataclass(frozen=True)
 class Fall:

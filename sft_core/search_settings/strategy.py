@@ -31,6 +31,12 @@ class StrategySettings(Section):
         """How many evaluations of a roll-out may have their weights on the disk at once; None: as many as needed."""
         return None
 
+    @property
+    def test(self) -> str | None:
+        """The statistical test that can end a roll-out. It is in a roll-out's identity: by another test the search
+        decides otherwise, and the weights that the roll-out has kept are not those that the search goes on from."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:

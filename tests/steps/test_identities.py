@@ -15,12 +15,13 @@ from tests.train.tiny import ROOT
 
 # Of each recipe: the section of packs, and that of each round of training. Written down before strategies owned their
 # settings; a change here needs a reason that is worth training everything again.
+# (The preset robust names its test since that is Student's: another test keeps other weights.)
 SECTIONS = {
     "quickstart": ("d6864d53e47bd15a", "0d88e904682171e0"),
     "smollm2-135m": ("6222895b77f27fd9", "5ee70ca8cacc039c"),
     "smollm3": ("92b8e3c9a33de14f", "fa88d8818cace0ab"),
     "tulu3-8b": ("63ec8fb343c8ba87", "4e12a104c6a5b835"),
-    "msft-quickstart": ("d6864d53e47bd15a", "614a1bf52195a458", "5cb1f16e0d6e32ae"),
+    "msft-quickstart": ("d6864d53e47bd15a", "2d424666ca4b0c5a", "8541aa4a214bc2c8"),
     "msft-paper": ("5ffcb8cf89c4f751", "bc9f31138aca10e6", "047f8aa8fc473431"),
 }
 SEARCHES: list[tuple[dict[str, Any], tuple[str, str, str]]] = [
@@ -28,7 +29,7 @@ SEARCHES: list[tuple[dict[str, Any], tuple[str, str, str]]] = [
     ({"strategy": "msft"}, ("cb16162cfb0f1b01", "63ee40a9c8c1d75e", "22c72206f10ccd5b")),
     (
         {"strategy": "msft", "preset": "robust", "alpha": 0.1, "readmit": True, "max_kept": 4},
-        ("cb16162cfb0f1b01", "95bdbcb4e8573053", "91c0beb32a05ab98"),
+        ("cb16162cfb0f1b01", "90bf7950b7770a85", "6c81df99ecbab612"),
     ),
     ({"strategy": "continual"}, ("cb16162cfb0f1b01", "437af66c861b44b1", "0d622dd62d0d83c2")),
     ({"strategy": "sro"}, ("cb16162cfb0f1b01", "d76012da66fd3829", "5718d8b0f037b931")),

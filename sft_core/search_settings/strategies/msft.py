@@ -35,6 +35,10 @@ class MsftSettings(StrategySettings):
         return self.preset
 
     @property
+    def test(self) -> str | None:
+        return "student_t" if self.preset == "robust" else None
+
+    @property
     def weights_at_once(self) -> int | None:
         return self.max_kept
 
