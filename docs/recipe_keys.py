@@ -6,10 +6,11 @@ A test compares the committed page with `page()`, so a key, a default or a descr
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,7 +22,8 @@ INTRODUCTION = """\
 # Every key of a recipe
 
 `python docs/recipe_keys.py` writes this page from the recipe's types ([sft_core/recipe.py](../sft_core/recipe.py),
-[sections.py](../sft_core/sections.py), [measuring.py](../sft_core/measuring.py)), and a test compares the two.
+[sections.py](../sft_core/sections.py), [datasets/](../sft_core/datasets/mixture.py),
+[measuring.py](../sft_core/measuring.py)), and a test compares the two.
 
 A recipe is one YAML file. `python flows/sft_flow.py --config recipe RECIPE run` runs it, and `sft plan RECIPE` says
 what a run will do. The README shows [a recipe](../README.md#a-recipe), and `configs/` holds several. A key has the name
@@ -51,24 +53,38 @@ def page() -> str:
     return "\n\n".join([INTRODUCTION.rstrip(), *_sections(schema, schema, "", "The recipe")]) + "\n"
 
 
+class _Below(NamedTuple):
+    """A section below a key. Where a key holds sections of several kinds, their required keys tell them apart."""
+
+    place: str
+    title: str
+    section: dict[str, Any]
+
+
 def _sections(schema: dict[str, Any], section: dict[str, Any], path: str, title: str) -> Iterator[str]:
     """The Markdown of a section, then of those below it. path: what its keys begin with."""
     definitions, below = schema.get("$defs", {}), []
     rows = ["| key | values | default | meaning |", "|-|-|-|-|"]
     for name, value in section["properties"].items():
         key, is_required = f"{path}{name}", name in section.get("required", ())
-        inner = [(f"{key}{'.NAME' if many else ''}", definitions[held]) for held, many in _sections_in(value)]
+        inner = list(_below(key, value, definitions))
         if key == "phases":  # whose keys stand at the root where there is one
-            inner = [("", section) for _, section in inner]
-        values = ", ".join(_link(place) for place, _ in inner) or _values(value)
-        text = value.get("description") or (inner[0][1].get("description", "") if inner else "")
+            inner = [below._replace(place="", title="A phase") for below in inner]
+        values = " or ".join(_link(one) for one in inner) or _values(value)
+        text = value.get("description") or (inner[0].section.get("description", "") if len(inner) == 1 else "")
         rows.append(f"| `{key}` | {values} | {_default(value, bool(inner), is_required)} | {_cell(text)} |")
         below += inner
     text = " ".join(section.get("description", "").split())
     yield "\n\n".join(filter(None, [f"## {title}", text, "\n".join(rows)]))
-    for place, inner_section in below:
-        title = f"`{place}`" if place else "A phase"
-        yield from _sections(schema, inner_section, f"{place}." if place else "", title)
+    for one in below:
+        yield from _sections(schema, one.section, f"{one.place}." if one.place else "", one.title)
+
+
+def _below(key: str, value: dict[str, Any], definitions: dict[str, Any]) -> Iterator[_Below]:
+    sections = [(f"{key}{'.NAME' if many else ''}", definitions[name]) for name, many in _sections_in(value)]
+    for place, section in sections:
+        kind = "".join(f" with `{required}`" for required in section["required"]) if len(sections) > 1 else ""
+        yield _Below(place, f"`{place}`{kind}", section)
 
 
 def _sections_in(value: dict[str, Any], many: bool = False) -> Iterator[tuple[str, bool]]:
@@ -86,10 +102,12 @@ def _sections_in(value: dict[str, Any], many: bool = False) -> Iterator[tuple[st
             yield from _sections_in(of_many, True)
 
 
-def _link(place: str) -> str:
-    if not place:
+def _link(below: _Below) -> str:
+    if not below.place:
         return "[sections by name](#a-phase)"
-    return f"[section{'s' if place.endswith('.NAME') else ''}](#{place.lower().replace('.', '')})"
+    kind = below.title.removeprefix(f"`{below.place}`")
+    anchor = re.sub(r"[^\w -]", "", below.title.lower()).replace(" ", "-")
+    return f"[section{'s' if below.place.endswith('.NAME') else ''}{kind}](#{anchor})"
 
 
 def _values(value: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ class Decontamination(Section):
 class DatasetMixture(Section):
     """The sources, how much of each is trained on, and how prompts are held out."""
 
-    datasets: Annotated[tuple[AnyDataset, ...], Field(min_length=1)]
+    datasets: Annotated[tuple[AnyDataset, ...], Field(min_length=1, description="the sources of conversations")]
     seed: int = Field(0, description="of the draw of each source's rows, and of their order")
     selection_share: Share = Field(0.02, description="share of prompts for decisions during training")
     report_share: Share = Field(0.05, description="share of prompts for the scores that are reported")
