@@ -13,6 +13,7 @@ import pyarrow as pa
 from sft_core.data.packing import write_plan
 from sft_core.data.shards import TOKENS
 from sft_core.recipe import Recipe, parse_recipe
+from sft_core.rounds import ONLY
 from sft_core.train.estimate import estimate
 from sft_core.train.job import ModelLoader, TokenizerLoader, TrainJob, TrainSpec
 from sft_core.train.model import skeleton
@@ -91,7 +92,7 @@ class Work:
 
     def estimated_gib(self) -> float:
         """Of the states and a forward; its activations grow with its packs, the copies of weights do not."""
-        found = estimate(self.recipe(), self._shape(), None)
+        found = estimate(self.recipe().for_phase(ONLY), self._shape(), None)
         assert found.activations is not None, found.why_unknown
         copies = found.activations.weight_copies
         of_forward = copies + (found.activations.total - copies) * (self.packs_a_forward or 1)
