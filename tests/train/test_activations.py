@@ -259,7 +259,8 @@ def test_operations_in_float32_are_those_of_torchs_autocast() -> None:
             name for name in names if name in ("layer_norm", "native_layer_norm", "rms_norm", "group_norm")
         }
 
-    assert listed("AT_FORALL_FP32") == fake_cuda.FLOAT32_INPUTS - {"__rpow__"}
+    later = {"rms_norm"} - listed("AT_FORALL_FP32")  # than torch 2.11, which has it in the input's own precision
+    assert listed("AT_FORALL_FP32") == fake_cuda.FLOAT32_INPUTS - {"__rpow__"} - later
     norms = {"norm", "linalg_vector_norm", "linalg_matrix_norm"}
     assert listed("AT_FORALL_FP32_SET_OPT_DTYPE") == fake_cuda.FLOAT32_RESULTS - norms
 
