@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -11,7 +12,7 @@ from sft_core.sections import PositiveInt, Section
 SourceFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 
 
-class Dataset(Section):
+class Dataset(Section, abc.ABC):
     """One source of conversations. A subclass in sft_core/datasets/kinds adds the keys that say where they are."""
 
     key: ClassVar[str]  # the recipe knows the kind by this key
@@ -41,9 +42,9 @@ class Dataset(Section):
         return self.name or self.default_name
 
     @property
+    @abc.abstractmethod
     def default_name(self) -> str:
         """The source's name where the recipe gives none: letters, digits, `.`, `_` and `-`."""
-        raise NotImplementedError
 
     @classmethod
     def kind(cls) -> str:
