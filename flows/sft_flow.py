@@ -241,7 +241,7 @@ class SFTFlow(FlowSpec):
         train.check_machine(self.store, pinned, part)
         die_with_parent()  # a killed scheduler must not leave a trainer behind
         if current.get("parallel") and current.parallel.node_index > 0:
-            self.trained = train.along(self.store, pinned, part)
+            self.trained = train.join_round(self.store, pinned, part)
         else:
             with train.live_card(self.store, pinned, part, current.card):
                 self.trained = self.ensure(train.TRAINED, pinned, **part)

@@ -325,7 +325,7 @@ def meet_other_nodes(parallel: Any, attempt: str) -> None:
     os.environ.update(node_environment(**nodes, address=parallel.main_ip, port=port))
 
 
-def along(store: Store, pinned: PinnedRecipe, part: Part) -> str:
+def join_round(store: Store, pinned: PinnedRecipe, part: Part) -> str:
     """Joins the training of the gang's first task, and returns the address of the output that the first task stores."""
     # The first node makes the checkpoint that a phase starts from; without it the round has no key.
     if not comes_true(lambda: _located(store, pinned, part).ref is not None, STARTED_WITHIN_S):
