@@ -129,8 +129,9 @@ class SFTFlow(FlowSpec):
             current.card.extend(cards.of_phase(pinned, phase, pack.card(self.store, self.ref(self.packed))))
             if pinned.recipe.selection_rows(phase) is not None:
                 self.selection = self.ensure(selection.SELECTION, pinned, **pinned.part_of(phase))
-        self.num_rounds, self.rounds_left = 0, len(self.progress.rounds)
-        self.place = search.place(self.store, pinned)
+        known = self.progress
+        self.num_rounds, self.rounds_left = 0, len(known.rounds)
+        self.place = search.place(self.store, known)
         self.next({"here": self.train, "nodes": self.gather}, condition="place")
 
     @asks("train")
@@ -262,7 +263,7 @@ class SFTFlow(FlowSpec):
     def pinned(self):
         """The recipe with what its names stand for; with a search its rounds are looked up, so ask once a step."""
         pinned = self.without_rounds
-        return self.progress.pinned if pinned.recipe.searches else pinned
+        return self.progress.pinned if pinned.recipe.has_search else pinned
 
     @property
     def without_rounds(self):

@@ -205,7 +205,7 @@ class Recipe(Section):
         return [*self.tasks, *(f"{LM_EVAL}{name}" for name in (lm_eval.tasks if lm_eval else ()))]
 
     @property
-    def searches(self) -> bool:
+    def has_search(self) -> bool:
         """Whether a phase has a search."""
         return any(phase.search is not None for phase in self.phases.values())
 

@@ -111,18 +111,17 @@ def _with_rounds(pinned: PinnedRecipe, phase: str, rounds: Rounds) -> PinnedReci
     return dataclasses.replace(pinned, rounds={**pinned.rounds, phase: rounds})
 
 
-def is_trained(store: Store, pinned: PinnedRecipe) -> bool:
+def is_trained(store: Store, known: Progress) -> bool:
     """Whether every round of every phase is there."""
-    known = progress(store, pinned)
     lookups = Lookups()
     return all(search.is_over for search in known.searches.values()) and all(
         store.locate(TRAINED, known.pinned, part, lookups).status == "hit" for part in known.rounds
     )
 
 
-def place(store: Store, pinned: PinnedRecipe) -> str:
+def place(store: Store, known: Progress) -> str:
     """Where it is trained: `here`, in this task or because it is all there already, or on several `nodes`."""
-    on_nodes = pinned.recipe.runtime.num_nodes > 1 and not is_trained(store, pinned)
+    on_nodes = known.pinned.recipe.runtime.num_nodes > 1 and not is_trained(store, known)
     return "nodes" if on_nodes else "here"
 
 

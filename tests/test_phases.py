@@ -105,9 +105,8 @@ def test_plan_of_phases_has_the_outputs_of_each(tmp_path):
     planned = plan(Store(tmp_path), pin(parse_recipe(phased_recipe())))
     for phase, source in (("mid", "copy_no_think"), ("sft", "checksum_think")):
         assert {f"mixture {phase}", f"packed {phase}", f"trained {phase},0", f"tokens {source}"} <= names(planned)
-    assert {f"evaluated {model},{task}" for model in ("base", "mid", "sft") for task in ("copy_no_think",)} <= names(
-        planned
-    )
+    models, tasks = ("base", "mid", "sft"), ("copy_no_think", "checksum_think")
+    assert {f"evaluated {model},{task}" for model in models for task in tasks} <= names(planned)
 
 
 def test_training_of_a_later_phase_depends_on_the_checkpoint_before_and_not_on_the_start_model(tmp_path):

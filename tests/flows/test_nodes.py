@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from sft_core.pins import pin
 from sft_core.recipe import parse_recipe
 from sft_core.store.store import Store
-from steps.search import place
+from steps.search import place, progress
 from steps.train import TRAINED
 from tests.flows.conftest import RECIPE, Project
 
@@ -38,5 +38,6 @@ def test_two_nodes_train_as_two_ranks_of_one_and_need_no_gang_for_what_is_there(
 
     recipe["runtime"] |= {"num_nodes": 2, "num_processes": 1}
     pinned = pin(parse_recipe(recipe))
-    assert place(alone, pinned) == "here", "it is there already"
-    assert place(Store(tmp_path / "empty"), pinned) == "nodes"
+    assert place(alone, progress(alone, pinned)) == "here", "it is there already"
+    empty = Store(tmp_path / "empty")
+    assert place(empty, progress(empty, pinned)) == "nodes"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,19 +52,36 @@ def chained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, PinnedReci
     return store, ensure_all(store, pin(parse_recipe(phased_recipe())))
 
 
+def trained_alone(store: Store, data: dict[str, Any], start: Path) -> dict[str, torch.Tensor]:
+    """The oracle: the second phase as a recipe of one phase, which starts from the first one's checkpoint."""
+    model = {**data["model"], "model_name_or_path": str(start / "model")}
+    del model["config"]
+    alone = {**data, **data["phases"]["sft"], "model": model}
+    del alone["phases"]
+    return weights(store.path(store.ensure(TRAINED, pin(parse_recipe(alone)), round=0)))
+
+
+def is_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_phase_starts_from_the_weights_of_the_one_before(chained: tuple[Store, PinnedRecipe], tmp_path: Path) -> None:
-    """The oracle: the second phase alone, as a recipe of one phase that starts from the first one's checkpoint."""
     store, pinned = chained
     first, second = (store.path(checkpoint(store, pinned, phase)) for phase in ("mid", "sft"))
-    assert any(not torch.equal(*pair) for pair in zip(weights(first).values(), weights(second).values(), strict=True))
+    assert not is_equal(weights(first), weights(second))
+    assert is_equal(weights(second), trained_alone(Store(tmp_path), phased_recipe(), first))
+
+
+def test_a_phase_starts_from_merged_weights_with_the_added_tokens(tmp_path: Path) -> None:
     data = phased_recipe()
-    alone = {**data, **data["phases"]["sft"], "model": {**data["model"], "config": None}}
-    alone["model"] |= {"model_name_or_path": str(first / "model")}
-    del alone["phases"], alone["model"]["config"]
-    other = Store(tmp_path)
-    expected = weights(other.path(other.ensure(TRAINED, pin(parse_recipe(alone)), round=0)))
-    found = weights(second)
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    data["model"]["add_special_tokens"] = ["<|note|>"]
+    data["phases"]["mid"]["training"]["lora"] = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    store = Store(tmp_path / "phases")
+    pinned = ensure_all(store, pin(parse_recipe(data)))
+    first, second = (store.path(checkpoint(store, pinned, phase)) for phase in ("mid", "sft"))
+    assert "model.embed_tokens.weight" in weights(first) and not is_equal(weights(first), weights(second))
+    assert len({len(weights(folder)["model.embed_tokens.weight"]) for folder in (first, second)}) == 1
+    assert is_equal(weights(second), trained_alone(Store(tmp_path / "alone"), data, first))
 
 
 def test_a_changed_key_of_the_second_phase_trains_the_second_alone(chained: tuple[Store, PinnedRecipe]) -> None:
