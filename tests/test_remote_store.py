@@ -454,6 +454,16 @@ def test_locating_sixty_outputs_lists_once(machine: Callable, server: ObjectServ
     assert counts == [1 + 30, 1]  # a list, and the manifest of each input once
 
 
+def test_refreshed_store_has_what_another_machine_made_since(machine: Callable):
+    """As the nodes of a gang wait for the first one's output, which they listed before it was there."""
+    mine, other = machine("mine"), machine("other")
+    assert mine.locate(PAIR, toy(), {}).status == "build"
+    other.ensure(PAIR, toy())
+    assert mine.locate(PAIR, toy(), {}).status == "build", "it lists once"
+    mine.refresh()
+    assert mine.locate(PAIR, toy(), {}).status == "hit"
+
+
 def test_commands_work_with_a_url_and_a_second_machine_downloads_what_it_reads(
     machine: Callable, server: ObjectServer, url: str, small_recipe: dict[str, Any], save_recipe: Callable
 ):
