@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from tests.flows.test_resuming import processes, wait_until
 SECTIONS = ("dataset_mixture", "packing", "training")
 
 
-def phased_recipe(num_nodes: int) -> dict:
+def phased_recipe(num_nodes: int, store: str) -> dict:
     recipe = copy.deepcopy(RECIPE)
     keys = {name: recipe.pop(name) for name in SECTIONS}
     recipe["phases"] = {"mid": copy.deepcopy(keys), "sft": keys}
@@ -23,7 +24,7 @@ def phased_recipe(num_nodes: int) -> dict:
         phase["dataset_mixture"] = {**phase["dataset_mixture"], "datasets": [dataset]}
     recipe["phases"]["mid"]["training"] |= {"loss_scope": "all", "max_steps": 6}
     recipe["evaluation"]["tasks"] = ["checksum_no_think"]  # of sft: rows that are trained whole ask for nothing
-    recipe["runtime"]["num_nodes"] = num_nodes
+    recipe["runtime"] |= {"num_nodes": num_nodes, "store": store}
     return recipe
 
 
@@ -32,8 +33,11 @@ def num_trained(project: Project, phase: str) -> int:
 
 
 def test_two_phases_on_two_nodes_killed_between_them_go_on_and_are_scored(tmp_path: Path) -> None:
-    project = Project(tmp_path)
-    project.write(phased_recipe(num_nodes=2))
+    """Behind a URL, where a node that waits for the first one's checkpoint has to list the bucket again."""
+    project, url = Project(tmp_path), f"file://{tmp_path}/bucket"
+    project.settings["SFT_CACHE"] = str(tmp_path / "cache")
+    project.store = tmp_path / "cache" / hashlib.sha256(url.encode()).hexdigest()[:12]
+    project.write(phased_recipe(num_nodes=2, store=url))
     run = project.start(project.command("run"))
     wait_until(lambda: num_trained(project, "mid") == 1 or run.poll() is not None, "the end of the first phase")
     assert run.poll() is None, (project.folder / "log.txt").read_text()[-3000:]
@@ -57,7 +61,7 @@ def test_two_phases_on_two_nodes_killed_between_them_go_on_and_are_scored(tmp_pa
     lineage = project.sft("lineage", "latest")
     assert "trained/" in lineage and lineage.count("packed/") == 2, "both phases are in the lineage"
 
-    project.write(phased_recipe(num_nodes=1))  # where it runs changes nothing
+    project.write(phased_recipe(num_nodes=1, store=url))  # where it runs changes nothing
     before = len(project.builds())
     project.run("run", "--set", "phases.sft.training.learning_rate=2e-3")
     added = names(project.builds()[before:])
