@@ -376,7 +376,7 @@ def test_search_that_works_on_each_rank_by_itself_refuses_ranks_that_share_the_w
         data["runtime"]["distributed"] = "zero3"
         return data
 
-    assert parse_recipe(sharded(strategy="msft")).search is not None
+    assert parse_recipe(sharded(strategy="msft")).last_phase.search is not None
     for search, name in (({"strategy": "dynamix"}, "dynamix"), ({"score": "answers"}, "search.score answers")):
         with pytest.raises(ValueError, match=rf"runtime\.distributed: found 'zero3'; {name} works on each rank by"):
             parse_recipe(sharded(**search))

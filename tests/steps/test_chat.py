@@ -106,6 +106,11 @@ def test_chat_piped_turn_without_room_is_told_and_the_others_are_answered(tmp_pa
     assert second.startswith("Error: found /nonsense; /think and /no_think switch thinking")
 
 
+def as_in_a_shell() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background of a shell inherit it ignored
+    os.close(os.open(os.ttyname(0), os.O_RDWR))  # makes it the controlling terminal
+
+
 class Terminal:
     """A process on a terminal of its own."""
 
@@ -119,7 +124,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # makes it the controlling terminal
+            preexec_fn=as_in_a_shell,
         )
         os.close(slave)
         self.seen = b""
