@@ -1,7 +1,7 @@
 """The documents' pictures of cards: `python docs/pictures.py [RUN]`, in the folder the flow ran in, after a run.
 
-Takes each step's card, and the card server, from the newest finished run without a search (or the one named) with
-headless Chromium, and from the newest one with a search the card of its last round of training.
+Headless Chromium takes the top of each step's card, and the card server, from the newest finished run without a search
+(or the one named), and from the newest one with a search the card of its last round of training.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tests.browser import Browser, Page  # noqa: E402
 FLOW = ROOT / "flows" / "sft_flow.py"
 STEPS = ("tokenize", "mix", "pack", "train", "evaluate", "report")
 MAX_BYTES, WIDTH = 500_000, 1100
+MAX_HEIGHT = 3600  # pixels: the card of all tasks is some 8,000 high
 TIMEOUT_S = 60
 SHOW = """(() => {
     const menu = document.querySelector("select");
@@ -51,7 +52,7 @@ def main() -> None:
             html = Path(folder) / f"{step}.html"
             html.write_text(card_html(max(run[step], key=number)))
             path = arguments.output / f"card-{step}.png"
-            tell(path, browser.picture(html, path))
+            tell(path, browser.picture(html, path, height=MAX_HEIGHT))
         for searching in [run for run in finished if searches(run)][:1]:
             html = Path(folder) / "search.html"
             html.write_text(card_html(max(searching["train"], key=number)))
