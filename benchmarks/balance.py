@@ -26,8 +26,8 @@ RANKS = (8, 64)
 
 def main() -> None:
     from benchmarks.packing import reasoning_lengths
-    from sft_core.data.balance import pack_costs
-    from sft_core.data.packing import PackPlan
+    from sft_core.data.packing.balance import pack_costs
+    from sft_core.data.packing.plan import PackPlan
     from sft_core.report.tables import text_table
     from sft_core.train.schedule import step_packs
 
@@ -87,9 +87,9 @@ def write_plan(lengths: np.ndarray, folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from sft_core.data.mixture import MIXTURE
-    from sft_core.data.packing import build_packs
-    from sft_core.sections import Runtime
+    from sft_core.data.mixing.mixture import MIXTURE
+    from sft_core.data.packing.plan import build_packs
+    from sft_core.recipe.sections import Runtime
     from sft_core.store.stage import Build
 
     columns = {"row": np.arange(len(lengths)), "num_tokens": lengths}
@@ -112,7 +112,7 @@ def trl_costs(lengths: np.ndarray) -> np.ndarray:
     import pyarrow as pa
     from trl import pack_dataset
 
-    from sft_core.data.balance import pack_costs
+    from sft_core.data.packing.balance import pack_costs
 
     datasets.disable_progress_bars()
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)

@@ -87,7 +87,7 @@ def measure(stage: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, 
 
 def write_rows(folder: Path, num_rows: int) -> None:
     """What download and tokenize leave of a source, as far as these stages read it."""
-    from sft_core.data.shards import INDEX
+    from sft_core.data.shards.token_shards import INDEX
     from sft_core.data.sources.read import CONVERSATIONS, accept
 
     rng = np.random.default_rng(0)
@@ -118,7 +118,7 @@ def write_rows(folder: Path, num_rows: int) -> None:
 
 
 def _build(out: Path, workers: int = 1, **inputs: Path) -> Any:
-    from sft_core.sections import Runtime
+    from sft_core.recipe.sections import Runtime
     from sft_core.store.stage import Build
 
     out.mkdir()

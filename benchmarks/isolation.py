@@ -68,8 +68,8 @@ def row(kind: str) -> dict[str, Any]:
 
     from sft_core.train.collate import collate
     from sft_core.train.loss import Forward, trained_token_nll
+    from sft_core.train.models.small import small_model
     from sft_core.train.probe import class_isolation
-    from sft_core.train.small import small_model
 
     try:
         config = AutoConfig.for_model(kind)
@@ -105,7 +105,7 @@ def untried(kind: str, why: str) -> dict[str, Any]:
 
 
 def random_documents(vocabulary: int) -> list[Any]:
-    from sft_core.data.shards import TokenRow
+    from sft_core.data.shards.token_shards import TokenRow
 
     rng = np.random.default_rng(1)
     return [

@@ -25,7 +25,7 @@ RUNS = 9
 
 
 def main() -> None:
-    from sft_core.data.packing import first_fit_decreasing
+    from sft_core.data.packing.plan import first_fit_decreasing
     from sft_core.report.tables import text_table
 
     lengths = reasoning_lengths(NUM_ROWS, CAPACITY, seed=0)

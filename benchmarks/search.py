@@ -132,8 +132,8 @@ def main() -> None:
 
 def variants() -> list[Variant]:
     """All that a recipe knows; msft with each of its presets."""
-    from sft_core.search_settings.registry import STRATEGIES
-    from sft_core.search_settings.strategies.msft import MsftSettings
+    from sft_core.recipe.search.registry import STRATEGIES
+    from sft_core.recipe.search.strategies.msft import MsftSettings
 
     presets = get_args(MsftSettings.model_fields["preset"].annotation)
     return [
@@ -255,8 +255,8 @@ def run_all(
 
 def start_model(store: Store, recipe: dict[str, Any]) -> Path:
     """The folder of the weights that all runs start from."""
-    from sft_core.pins import pin
-    from sft_core.recipe import parse_recipe
+    from sft_core.pins.pinned import pin
+    from sft_core.recipe.recipe import parse_recipe
     from steps.train import TRAINED
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -265,8 +265,8 @@ def start_model(store: Store, recipe: dict[str, Any]) -> Path:
 
 def searched(store: Store, data: dict[str, Any], budget: float) -> Searched:
     """The search at its end, every roll-out in the store. Trains those that are not there yet."""
-    from sft_core.pins import pin
-    from sft_core.recipe import parse_recipe
+    from sft_core.pins.pinned import pin
+    from sft_core.recipe.recipe import parse_recipe
     from sft_core.rounds import ONLY
     from steps.mix import MIXTURE
     from steps.search import progress

@@ -193,7 +193,7 @@ def write_tokenizer(folder: Path, rows: list[dict[str, Any]], num_tokens: int) -
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from sft_core.data.word_cache import LLAMA_3
+    from sft_core.data.tokenizer.word_cache import LLAMA_3
 
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -221,7 +221,7 @@ def write_tokenizer(folder: Path, rows: list[dict[str, Any]], num_tokens: int) -
 
 
 def run_ours(folder: Path, processes: int) -> dict[str, Any]:
-    from sft_core.data.tokenizer import load_tokenizer
+    from sft_core.data.tokenizer.tokenizer import load_tokenizer
     from sft_core.store.store import Store
     from steps.render import RENDERED
     from steps.tokenize import TOKENS
@@ -280,9 +280,9 @@ def run_bpe(folder: Path, processes: int) -> dict[str, Any]:
     """Our tokenize stage, then bare encoding of the same rows' texts; and what the parts of ours take."""
     import pyarrow.parquet as pq
 
-    from sft_core.data import tokens
-    from sft_core.data.sharding import shard_folders
-    from sft_core.data.tokenizer import load_tokenizer
+    from sft_core.data.shards.parallel import shard_folders
+    from sft_core.data.tokenizer.tokenizer import load_tokenizer
+    from sft_core.data.tokens import build as tokens
     from sft_core.store.store import Store
     from steps.render import RENDERED
     from steps.tokenize import TOKENS
@@ -326,8 +326,8 @@ SIDES = {"ours": run_ours, "trl": run_trl, "bpe": run_bpe}
 
 
 def pin_recipe(folder: Path, num_workers: int) -> Any:
-    from sft_core.pins import pin
-    from sft_core.recipe import parse_recipe
+    from sft_core.pins.pinned import pin
+    from sft_core.recipe.recipe import parse_recipe
 
     template = {"template": str(folder / "template.jinja"), "kwargs": KWARGS}
     recipe = parse_recipe(
@@ -346,7 +346,7 @@ def pin_recipe(folder: Path, num_workers: int) -> Any:
 
 
 def save_ours(folder: Path, path: Path) -> None:
-    from sft_core.data.shards import TokenShards
+    from sft_core.data.shards.token_shards import TokenShards
 
     shards = TokenShards(folder)
     rows = [shards[number] for number in range(len(shards))]

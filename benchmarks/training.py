@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     import numpy as np
     from trl import SFTConfig
 
-    from sft_core.pins import PinnedRecipe
-    from sft_core.recipe import Recipe
+    from sft_core.pins.pinned import PinnedRecipe
+    from sft_core.recipe.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -176,7 +176,7 @@ def training_runs(rounds: int, batch: dict[str, tuple[int, int]]) -> dict[str, l
 
 
 def recipe_of(seed: int, store: str) -> Recipe:
-    from sft_core.recipe import load_recipe
+    from sft_core.recipe.recipe import load_recipe
 
     changes = {
         "dataset_mixture.selection_share": 0,
@@ -195,10 +195,11 @@ def recipe_of(seed: int, store: str) -> Recipe:
 
 
 def run_ours(seed: int) -> dict[str, Any]:
-    from sft_core.pins import pin
+    from sft_core.pins.pinned import pin
     from sft_core.store.store import Store
+    from steps.cards.training import events
     from steps.pack import PACKED
-    from steps.train import TRAINED, events
+    from steps.train import TRAINED
 
     with tempfile.TemporaryDirectory() as root:
         pinned, store = pin(recipe_of(seed, root)), Store(root)
@@ -220,8 +221,8 @@ def packed_ids(store: Any, pinned: PinnedRecipe, packs: Path) -> np.ndarray:
     """The trained ids of all documents of the plan: what a pass over the packs trains."""
     import numpy as np
 
-    from sft_core.data.packing import PackPlan
-    from sft_core.data.shards import TokenShards
+    from sft_core.data.packing.plan import PackPlan
+    from sft_core.data.shards.token_shards import TokenShards
     from steps.tokenize import TOKENS
 
     plan = PackPlan.read(packs)
@@ -355,7 +356,7 @@ def conversations(recipe: Recipe) -> list[dict[str, Any]]:
 
 def warm_run(rounds: int) -> tuple[float, float]:
     """Seconds of the quickstart with every output in the store, and of an empty flow of its shape."""
-    from sft_core.recipe import load_recipe
+    from sft_core.recipe.recipe import load_recipe
     from steps.task_shares import shares_of
 
     recipe = load_recipe(ROOT / "configs" / "quickstart.yaml")

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sft_core.recipe import Recipe  # noqa: E402
+from sft_core.recipe.recipe import Recipe  # noqa: E402
 
 PAGE = ROOT / "docs" / "recipe.md"
 INTRODUCTION = """\
 # Every key of a recipe
 
-`python docs/recipe_keys.py` writes this page from the recipe's types ([sft_core/recipe.py](../sft_core/recipe.py),
-[sections.py](../sft_core/sections.py), [datasets/](../sft_core/datasets/mixture.py),
-[measuring.py](../sft_core/measuring.py)), and a test compares the two.
+`python docs/recipe_keys.py` writes this page from the recipe's types ([recipe.py](../sft_core/recipe/recipe.py),
+[sections.py](../sft_core/recipe/sections.py), [datasets/](../sft_core/recipe/datasets/mixture.py),
+[evaluation.py](../sft_core/recipe/evaluation.py)), and a test compares the two.
 
 A recipe is one YAML file. `python flows/sft_flow.py --config recipe RECIPE run` runs it, and `sft plan RECIPE` says
 what a run will do. The README shows [a recipe](../README.md#a-recipe), and `configs/` holds several. A key has the name

@@ -39,8 +39,8 @@ from metaflow import (  # noqa: E402
     step,
 )
 
-from steps.recipes import effective, open_store, parse_config  # noqa: E402
-from steps.service import check_service  # noqa: E402
+from steps.runs.recipes import effective, open_store, parse_config  # noqa: E402
+from steps.runs.service import check_service  # noqa: E402
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
@@ -62,8 +62,8 @@ class SFTFlow(FlowSpec):
     @step
     def start(self):
         """Resolve what the recipe's names point to, and refuse bad input before any work."""
-        from steps.pipeline import prepare
-        from steps.tags import tag_run
+        from steps.runs.tags import tag_run
+        from steps.start import prepare
 
         recipe = effective(self.recipe, self.set, self.limit)
         tag_run(f"{current.flow_name}/{current.run_id}", recipe)
@@ -95,10 +95,11 @@ class SFTFlow(FlowSpec):
     @step
     def tokenize(self):
         """Text as Arrow shards of token ids and a trained mask."""
-        from steps import tokenize
+        from steps.cards import tokens
+        from steps.tokenize import TOKENS
 
-        self.tokens = self.ensure(tokenize.TOKENS, self.pinned, source=self.source)
-        current.card.extend(tokenize.card(self.store, self.ref(self.tokens)))
+        self.tokens = self.ensure(TOKENS, self.pinned, source=self.source)
+        current.card.extend(tokens.card(self.store, self.ref(self.tokens)))
         self.next(self.mix)
 
     @asks("data")
@@ -106,14 +107,17 @@ class SFTFlow(FlowSpec):
     @step
     def mix(self, inputs):
         """Which rows of which source are trained on, without duplicates and report prompts where the recipe says so."""
-        from steps import cards, evaluate, mix
+        from steps.cards import mixture
+        from steps.cards.pieces import of_phase
+        from steps.mix import MIXTURE
+        from steps.report_prompts import check_report_prompts, count_report_prompts
 
         self.merge_artifacts(inputs, include=["pins", "recipe_name", "sources"])
         pinned = self.pinned
-        evaluate.check_report_prompts(evaluate.count_report_prompts(self.store, pinned), pinned)
+        check_report_prompts(count_report_prompts(self.store, pinned), pinned)
         for phase in pinned.recipe.phases:
-            self.mixture = self.ensure(mix.MIXTURE, pinned, **pinned.part_of(phase))
-            current.card.extend(cards.of_phase(pinned, phase, mix.card(self.store, self.ref(self.mixture))))
+            self.mixture = self.ensure(MIXTURE, pinned, **pinned.part_of(phase))
+            current.card.extend(of_phase(pinned, phase, mixture.card(self.store, self.ref(self.mixture))))
         self.next(self.pack)
 
     @asks("data")
@@ -121,17 +125,21 @@ class SFTFlow(FlowSpec):
     @step
     def pack(self):
         """Rows into packs, first-fit-decreasing."""
-        from steps import cards, pack, search, selection
+        from steps.cards import packs
+        from steps.cards.pieces import of_phase
+        from steps.pack import PACKED
+        from steps.search import place
+        from steps.selection import SELECTION
 
         pinned = self.pinned
         for phase in pinned.recipe.phases:
-            self.packed = self.ensure(pack.PACKED, pinned, **pinned.part_of(phase))
-            current.card.extend(cards.of_phase(pinned, phase, pack.card(self.store, self.ref(self.packed))))
+            self.packed = self.ensure(PACKED, pinned, **pinned.part_of(phase))
+            current.card.extend(of_phase(pinned, phase, packs.card(self.store, self.ref(self.packed))))
             if pinned.recipe.selection_rows(phase) is not None:
-                self.selection = self.ensure(selection.SELECTION, pinned, **pinned.part_of(phase))
+                self.selection = self.ensure(SELECTION, pinned, **pinned.part_of(phase))
         known = self.progress
         self.num_rounds, self.rounds_left = 0, len(known.rounds)
-        self.place = search.place(self.store, known)
+        self.place = place(self.store, known)
         self.next({"here": self.train, "nodes": self.gather}, condition="place")
 
     @asks("train")
@@ -154,9 +162,9 @@ class SFTFlow(FlowSpec):
     @step
     def train_on_nodes(self):
         """All rounds of training, each on several nodes. The first one decides and stores, the others join it."""
-        from steps import train
+        from steps.nodes import meet_other_nodes
 
-        train.meet_other_nodes(current.parallel, f"{current.run_id}/{current.retry_count}")
+        meet_other_nodes(current.parallel, f"{current.run_id}/{current.retry_count}")
         while self.rounds_left:
             self.train_round()
         self.next(self.part)
@@ -187,12 +195,13 @@ class SFTFlow(FlowSpec):
     @step
     def evaluate(self):
         """The start model and each phase's on a share of the tasks, each loaded once. A task that fails fails alone."""
-        from sft_core.lifetime import die_with_parent
-        from steps import cards, task_shares
+        from sft_core.die_with_parent import die_with_parent
+        from steps import task_shares
+        from steps.cards.pieces import traceback_on
 
         die_with_parent()  # a killed scheduler must not leave a model on a GPU
         self.share = task_shares.tasks_of(self.input)
-        with cards.traceback_on(current.card):
+        with traceback_on(current.card):
             scored = task_shares.score(self.store, self.pinned, self.share, self.index, current.card)
         self.evaluated, self.failures = scored.evaluated, scored.failures
         if self.failures:
@@ -203,21 +212,24 @@ class SFTFlow(FlowSpec):
     @step
     def report(self, inputs):
         """The table of scores, and the checkpoint with its model card; on the hub where the recipe says so."""
-        from steps import harness, release, report
+        from steps.cards import report
+        from steps.release import PUSHED, RELEASED
+        from steps.report import REPORT
+        from steps.scored import not_scored, reasons_of
 
         self.merge_artifacts(inputs, include=["pins", "recipe_name"])
         pinned = self.pinned
-        self.failed = harness.not_scored(self.store, pinned, harness.reasons_of(inputs))
+        self.failed = not_scored(self.store, pinned, reasons_of(inputs))
         part = {"without": [*self.failed]} if self.failed else {}
-        self.scored = self.ensure(report.REPORT, pinned, **part)
+        self.scored = self.ensure(REPORT, pinned, **part)
         manifest = self.store.manifest(self.ref(self.scored))
         self.scores, self.thinking = manifest["counts"]["scores"], manifest["counts"]["thinking"]
         current.card.extend(report.card(self.store, self.ref(self.scored)))
-        self.released = self.ensure(release.RELEASED, pinned, **part)
+        self.released = self.ensure(RELEASED, pinned, **part)
         self.checkpoint = str(self.store.path(self.ref(self.released)) / "model")
         self.hub_url = None
         if pinned.recipe.hub and not self.failed:  # what others see is whole
-            self.pushed = self.ensure(release.PUSHED, pinned)
+            self.pushed = self.ensure(PUSHED, pinned)
             self.hub_url = self.store.manifest(self.ref(self.pushed))["counts"]["url"]
         self.next(self.end)
 
@@ -234,23 +246,24 @@ class SFTFlow(FlowSpec):
 
     def train_round(self):
         """Ensures what the next round trains, with a live card; on a node that is not the first, joins its training."""
-        from sft_core.lifetime import die_with_parent
-        from steps import search, train
+        from sft_core.die_with_parent import die_with_parent
+        from steps import nodes, train
+        from steps.cards import search, training
 
         known = self.progress
         pinned, part = known.pinned, known.rounds[self.num_rounds]
         train.check_machine(self.store, pinned, part)
         die_with_parent()  # a killed scheduler must not leave a trainer behind
         if current.get("parallel") and current.parallel.node_index > 0:
-            self.trained = train.join_round(self.store, pinned, part)
+            self.trained = nodes.join_round(self.store, pinned, part)
         else:
-            with train.live_card(self.store, pinned, part, current.card):
+            with training.live_card(self.store, pinned, part, current.card):
                 self.trained = self.ensure(train.TRAINED, pinned, **part)
         known = self.progress  # a search has decided what comes next
         self.num_rounds += 1
         self.rounds_left = len(known.rounds) - self.num_rounds
         current.card.extend(search.card(known, pinned.phase_name(part)))
-        current.card.extend(train.card(self.store.path(self.ref(self.trained))))
+        current.card.extend(training.card(self.store.path(self.ref(self.trained))))
 
     @property
     def progress(self):
@@ -267,7 +280,7 @@ class SFTFlow(FlowSpec):
 
     @property
     def without_rounds(self):
-        from sft_core.pins import PinnedRecipe
+        from sft_core.pins.pinned import PinnedRecipe
 
         return PinnedRecipe(effective(self.recipe, self.set, self.limit), self.pins)
 
@@ -277,7 +290,7 @@ class SFTFlow(FlowSpec):
 
     def ensure(self, stage, pinned, **part):
         """The output's address as text, which the UI shows."""
-        from steps.painted import faults_in_colour
+        from steps.colour import faults_in_colour
 
         with faults_in_colour():
             return str(self.store.ensure(stage, pinned, **part))

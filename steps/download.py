@@ -4,7 +4,7 @@ from typing import Any
 
 from sft_core.data.sources.read import build_conversations
 from sft_core.data.sources.registry import reader_module, source_of
-from sft_core.pins import PinnedRecipe
+from sft_core.pins.pinned import PinnedRecipe
 from sft_core.store.stage import Part, Stage
 
 

@@ -5,17 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from sft_core.data.mixture import AMOUNTS, Available, build_mixture, choose_rows, read_available, warnings
-from sft_core.data.overlap.exclusions import REASONS
-from sft_core.data.shares import normalised
-from sft_core.pins import PinnedRecipe
-from sft_core.report.plots import lengths_by_source, requested_and_achieved
+from sft_core.data.mixing.mixture import Available, build_mixture, choose_rows, read_available, warnings
+from sft_core.data.mixing.shares import normalised
+from sft_core.pins.pinned import PinnedRecipe
 from sft_core.store.lookups import Lookups
-from sft_core.store.ref import Ref
 from sft_core.store.stage import Needs, Part, Stage
 from sft_core.store.store import Store
-from steps import decontaminate, deduplicate
-from steps.cards import bins, chart, facts, heading, rejects, table
+from steps.decontaminate import CONTAMINATION
+from steps.deduplicate import DUPLICATES
 from steps.tokenize import TOKENS
 
 SHARES_HEADER = ("source", "asked", "available", "kept", "trained tokens: requested → achieved")
@@ -59,112 +56,28 @@ def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
     mixture = phase.dataset_mixture
     needs: Needs = {source: (TOKENS, {"source": source}) for source in phase.sources}
     if mixture.deduplication and mixture.trained_sources:
-        needs["duplicates"] = (deduplicate.DUPLICATES, pinned.part_of(pinned.phase_name(part)))
+        needs["duplicates"] = (DUPLICATES, pinned.part_of(pinned.phase_name(part)))
     if mixture.decontamination:
         for source in mixture.trained_sources:
-            needs[f"contaminated:{source}"] = (decontaminate.CONTAMINATION, {"source": source})
+            needs[f"contaminated:{source}"] = (CONTAMINATION, {"source": source})
     return needs
 
 
 MIXTURE = Stage("mixture", build_mixture, section=_section, needs=_needs)
 
 
-def card(store: Store, ref: Ref) -> list[Any]:
-    manifest = store.manifest(ref)
-    counts, inputs = manifest["counts"], {name: Ref(*address) for name, address in manifest["inputs"].items()}
-    sources = counts["sources"]
-    shown = {_spaced(name): counts[name] for name in AMOUNTS} | {"sources": len(sources)}
-    header = ("source", "asked", "repeats", *map(_spaced, AMOUNTS))
-    components = [
-        *facts("Mixture", shown),
-        heading("Shares: requested → achieved"),
-        chart(requested_and_achieved(_shares(sources))),
-        table(header, _share_rows(sources)),
-    ]
-    if found := warnings(counts):
-        components += [heading("Not as asked"), table(("",), [(warning,) for warning in found])]
-    components += [
-        heading("Lengths of the rows that are kept"),
-        chart(lengths_by_source({_spaced(kind): _bins(sources, f"rows_by_{kind}") for kind in AMOUNTS[1:]})),
-        table(("source", "rows kept", "tokens", "trained tokens", "tokens a row", "trained"), _amounts(sources)),
-        heading("What became of the rows"),
-        table(*_journeys(sources)),
-        *rejects({name: one["rejected"] for name, one in sources.items()}),
-    ]
-    contaminated = {name.partition(":")[2]: one for name, one in inputs.items() if name.startswith("contaminated:")}
-    if "duplicates" in inputs:
-        components += deduplicate.card(store, inputs["duplicates"])
-    return [*components, *(decontaminate.card(store, contaminated) if contaminated else [])]
+KINDS = ("requested", "achieved")
 
 
-_KINDS = ("requested", "achieved")
-# What a source's rows come to, in the order in which it happens: columns that are 0 for every source are left out.
-_JOURNEY = (
-    ("rows_read", "read"),
-    ("rejected", "rejected"),
-    ("rows", "rows"),
-    ("selection", "selection"),
-    ("report", "report"),
-    ("without_trained_token", "train nothing"),
-    *((reason, reason) for reason in REASONS),
-    ("available", "left"),
-    ("kept", "kept"),
-)
-
-
-def _journeys(sources: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """Header and rows of a table."""
-    told = {
-        name: one | {"rejected": sum(sum(reasons.values()) for reasons in one["rejected"].values())}
-        for name, one in sources.items()
-    }
-    columns = [(key, title) for key, title in _JOURNEY if any(one[key] for one in told.values())]
-    rows = [(name, *(one[key] for key, _ in columns)) for name, one in told.items()]
-    return ("source", *(title for _, title in columns)), rows
-
-
-def _amounts(sources: dict[str, Any]) -> list[tuple[Any, ...]]:
-    return [
-        (
-            name,
-            one["kept"],
-            one["tokens"],
-            one["trained_tokens"],
-            f"{one['tokens'] / max(1, one['kept']):,.1f}",
-            f"{one['trained_tokens'] / max(1, one['tokens']):.1%}",
-        )
-        for name, one in sources.items()
-    ]
-
-
-def _shares(sources: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "amount": _spaced(amount)} | {kind: one[kind][amount] for kind in _KINDS}
-        for name, one in sources.items()
-        for amount in AMOUNTS
-    ]
-
-
-def _bins(sources: dict[str, Any], key: str) -> dict[str, list[tuple[int, int, int]]]:
-    return {name: bins(one[key]) for name, one in sources.items()}
-
-
-def _spaced(name: str) -> str:
+def spaced(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _share_rows(sources: dict[str, Any]) -> list[tuple[Any, ...]]:
-    return [
-        (name, wanted, f"{one['repeats']:.2f}", *(_change(one, amount) for amount in AMOUNTS))
-        for (name, one), wanted in zip(sources.items(), _asked(list(sources.values())), strict=True)
-    ]
+def as_shares(source: dict[str, Any], amount: str) -> str:
+    return " → ".join(f"{source[kind][amount]:.1%}" for kind in KINDS)
 
 
-def _change(source: dict[str, Any], amount: str) -> str:
-    return " → ".join(f"{source[kind][amount]:.1%}" for kind in _KINDS)
-
-
-def _asked(sources: list[dict[str, Any]]) -> list[str]:
+def asked_amounts(sources: list[dict[str, Any]]) -> list[str]:
     """What the recipe asks of each source. sources: weight, num_rows and trained_token_share."""
     shares = normalised(np.array([source["trained_token_share"] or 0.0 for source in sources]))
     found = []
@@ -194,14 +107,14 @@ def planned_shares(store: Store, pinned: PinnedRecipe, phase: str) -> tuple[list
     else:
         available = _known_available(store, pinned, part, section, lookups)
         if None in available.values():
-            rows = zip(available.items(), _asked(section["sources"]), strict=True)
+            rows = zip(available.items(), asked_amounts(section["sources"]), strict=True)
             return [(name, want, one and one.counts["available"], None, None) for (name, one), want in rows], []
         options = {key: section[key] for key in ("seed", "num_trained_tokens", "max_repeats")}
         _, counts = choose_rows([one for one in available.values() if one], section["sources"], **options)
     sources = counts["sources"]
     return [
-        (name, wanted, one["available"], one["kept"], _change(one, "trained_tokens"))
-        for (name, one), wanted in zip(sources.items(), _asked(list(sources.values())), strict=True)
+        (name, wanted, one["available"], one["kept"], as_shares(one, "trained_tokens"))
+        for (name, one), wanted in zip(sources.items(), asked_amounts(list(sources.values())), strict=True)
     ], warnings(counts)
 
 

@@ -10,14 +10,14 @@ from sft_core.data.sources.registry import source_of
 from sft_core.evaluate import harness
 from sft_core.evaluate.metrics.registry import metric_class
 from sft_core.local_files import is_local
-from sft_core.pins import PinnedRecipe
+from sft_core.pins.pinned import PinnedRecipe
 from sft_core.release.folder import build_release
 from sft_core.release.push import build_pushed
 from sft_core.store.stage import Needs, Part, Stage
 from steps.download import CONVERSATIONS
-from steps.harness import scored_tasks, scorings
 from steps.mix import MIXTURE
 from steps.report import REPORT
+from steps.scored import scored_tasks, scorings
 from steps.tokenize import TOKENS
 from steps.train import TRAINED, checkpoint_of, last_round
 

@@ -1,7 +1,7 @@
 """render: conversations as text by the chat template, with the spans that are trained."""
 
-from sft_core.data.rendering import build_rendered
-from sft_core.pins import PinnedRecipe
+from sft_core.data.rendering.build import build_rendered
+from sft_core.pins.pinned import PinnedRecipe
 from sft_core.store.stage import Part, Stage
 from steps.download import CONVERSATIONS
 

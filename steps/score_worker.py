@@ -16,16 +16,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sft_core.die_with_parent import STARTED_BY, die_with_parent
 from sft_core.evaluate.gpus import VISIBLE
 from sft_core.evaluate.loading import is_device_sound, keeping_a_model
 from sft_core.evaluate.piped_process import PipedProcess, ProcessEnded
-from sft_core.lifetime import STARTED_BY, die_with_parent
-from sft_core.measuring import LM_EVAL
-from sft_core.pins import PinnedRecipe
+from sft_core.pins.pinned import PinnedRecipe
+from sft_core.recipe.evaluation import LM_EVAL
 from sft_core.store.store import Store
+from steps.colour import faults_in_colour
 from steps.evaluate import EVALUATED, measure_ahead
-from steps.harness import KILLED, scoring
-from steps.painted import faults_in_colour
+from steps.scored import KILLED, scoring_stage
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def main() -> None:
 
 
 def _done(store: Store, pinned: PinnedRecipe, order: Order) -> Outcome | None:
-    stage, part = scoring(*order.scoring)
+    stage, part = scoring_stage(*order.scoring)
     try:
         with faults_in_colour():
             if order.is_ahead:

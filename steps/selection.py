@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from sft_core.data.held_out import build_selection
-from sft_core.pins import PinnedRecipe
+from sft_core.data.packing.held_out import build_selection
+from sft_core.pins.pinned import PinnedRecipe
 from sft_core.store.stage import Needs, Part, Stage
 from steps.tokenize import TOKENS
 

@@ -9,15 +9,18 @@ from typing import Any
 
 from sft_core.evaluate.gpus import gpus_by_themselves, gpus_of_share, visible_gpus
 from sft_core.evaluate.loading import TASKS_AT_A_TIME
-from sft_core.pins import PinnedRecipe
-from sft_core.recipe import Recipe
+from sft_core.pins.pinned import PinnedRecipe
+from sft_core.recipe.evaluation import LM_EVAL
+from sft_core.recipe.recipe import Recipe
 from sft_core.store.lookups import Lookups
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
-from steps import harness
-from steps.cards import failure, heading, progress_bar, redraw
-from steps.pipeline import on_cluster
+from steps.cards import lm_eval_task
+from steps.cards import task as task_card
+from steps.cards.pieces import failure, heading, progress_bar, redraw
 from steps.score_worker import Scoring, outcomes
+from steps.scored import scoring_stage, shortened
+from steps.start import on_cluster
 
 
 def shares_of(recipe: Recipe) -> list[list[str]]:
@@ -78,7 +81,7 @@ class Share:
 
     @property
     def failures(self) -> dict[str, str]:
-        return harness.shortened(self.reasons)
+        return shortened(self.reasons)
 
 
 class Drawing:
@@ -98,7 +101,8 @@ class Drawing:
             if task not in self._sections:
                 refs = {model: Ref(*addresses[model].split("/")) for model in self._share.models}
                 try:
-                    self._sections[task] = harness.task_card(self._store, task, refs)
+                    card = (lm_eval_task if task.startswith(LM_EVAL) else task_card).card
+                    self._sections[task] = card(self._store, refs)
                 except Exception as error:
                     # As of a damaged output: the others' sections are shown.
                     self.failed(task, str(error), traceback.format_exc())
@@ -128,7 +132,7 @@ def score(store: Store, pinned: PinnedRecipe, tasks: list[str], number: int, liv
     missing: list[Scoring] = []
     for scoring in (Scoring(model, task) for model in share.models for task in tasks):
         try:
-            stage, part = harness.scoring(*scoring)
+            stage, part = scoring_stage(*scoring)
             if store.locate(stage, pinned, part, lookups).status == "hit":
                 ref = store.ensure(stage, pinned, lookups, **part)  # which notes its use
                 share.scored.setdefault(scoring.task, {})[scoring.model] = str(ref)

@@ -1,7 +1,7 @@
 """windows: over-long rows split at turns, where the recipe says so; each window is a row as it is served."""
 
-from sft_core.data.windows import build_windows
-from sft_core.pins import PinnedRecipe
+from sft_core.data.packing.windows import build_windows
+from sft_core.pins.pinned import PinnedRecipe
 from sft_core.store.stage import Part, Stage
 from steps.download import CONVERSATIONS
 from steps.render import RENDERED, how_rendered, loaders

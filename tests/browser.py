@@ -29,7 +29,7 @@ from typing import Any, Self
 
 import websocket
 
-from sft_core.lifetime import die_with_parent
+from sft_core.die_with_parent import die_with_parent
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 TIMEOUT_S = 60

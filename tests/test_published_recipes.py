@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_core.recipe import Recipe, load_recipe
+from sft_core.recipe.recipe import Recipe, load_recipe
 from sft_core.train.accelerator import has_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,7 +104,7 @@ def test_msft_paper_settings_are_the_published_ones(msft_paper: Recipe):
 
 PLAN = """
 import sys
-from steps.cli import main
+from steps.cli.main import main
 main(["plan", sys.argv[1], "--set", "runtime.store=" + sys.argv[2]], standalone_mode=False)
 print("imported:", sorted({"torch", "transformers", "trl", "datasets", "metaflow"} & set(sys.modules)))
 """

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sft_core.data import splits
-from sft_core.data.formats.conversations import canonical
-from sft_core.recipe import load_recipe
+from sft_core.data.sources import splits
+from sft_core.data.sources.formats.conversations import canonical
+from sft_core.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "configs" / "quickstart"

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from sft_core.data.shards import read_index
+from sft_core.data.shards.token_shards import read_index
 from sft_core.data.sources.read import accept
-from sft_core.pins import PinnedRecipe, pin
-from sft_core.recipe import Recipe, load_recipe, parse_recipe, read_yaml
+from sft_core.pins.pinned import PinnedRecipe, pin
+from sft_core.recipe.recipe import Recipe, load_recipe, parse_recipe, read_yaml
 from sft_core.store.store import Store
 from steps.deduplicate import DUPLICATES
-from steps.evaluate import check_report_prompts, count_report_prompts
 from steps.mix import MIXTURE
 from steps.pack import PACKED
-from steps.pipeline import differences
+from steps.plan import differences
+from steps.report_prompts import check_report_prompts, count_report_prompts
 from steps.tokenize import TOKENS, proved
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +124,7 @@ def test_script_writes_the_same_bytes_again(folder: Path, tmp_path: Path) -> Non
 def test_files_and_vocabulary_are_the_recipes(recipe: Recipe, folder: Path) -> None:
     names = {Path(one.paths[0]).name for one in recipe.datasets}
     assert {path.name for path in folder.glob("*.jsonl")} == names
-    from sft_core.data.tokenizer import load_tokenizer
+    from sft_core.data.tokenizer.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(
         path=str(folder / "tokenizer"),

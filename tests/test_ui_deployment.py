@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from sft_core.recipe import load_recipe
-from steps.recipes import parse_config
+from sft_core.recipe.recipe import load_recipe
+from steps.runs.recipes import parse_config
 from tests.flows.test_service import UI_LIMIT
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import sft_core.train.model
+import sft_core.train.models.model
 from benchmarks.gpu_parts.jobs import Work
 from benchmarks.gpu_parts.rows import Context, Row, cases
 from benchmarks.gpu_parts.shapes import config_of, documents, tokens
@@ -19,7 +19,7 @@ from benchmarks.gpu_parts.sides import apart, losses_of, our_trainer, weights_dr
 from sft_core.train.job import TrainJob
 from sft_core.train.main import train
 from sft_core.train.merge import merge
-from sft_core.train.model import save_checkpoint
+from sft_core.train.models.model import save_checkpoint
 
 END = "<|turn_end|>"  # a token that the tokenizer does not have
 FALLS = 0.1  # at least, of a loss of about 10
@@ -73,7 +73,7 @@ def _start(context: Context, job: TrainJob) -> tuple[Any, Any]:
     """The model that the job begins with, with attention that needs no bounds, and the tokenizer."""
     model = dataclasses.replace(job.spec.model, attn_implementation="sdpa")
     with weights_drawn_on(context.device):
-        return sft_core.train.model.load_model(model, job.spec.tokenizer, seed=job.spec.training.seed)
+        return sft_core.train.models.model.load_model(model, job.spec.tokenizer, seed=job.spec.training.seed)
 
 
 def adapter_rows(

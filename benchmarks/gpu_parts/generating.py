@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import sft_core.train.model
+import sft_core.train.models.model
 from benchmarks.gpu_parts.jobs import TOKENIZER
 from benchmarks.gpu_parts.rows import Context, Row, cases
 from benchmarks.gpu_parts.shapes import config_of
@@ -71,10 +71,10 @@ def rows(context: Context, name: str, attention: str) -> Iterator[Row]:
 def _load(context: Context, loader: ModelLoader) -> Any:
     """As sft_core/evaluate/loading.py does for a bf16 recipe; what `auto` means is asked before weights are drawn."""
     if loader.attn_implementation == "auto":
-        config = sft_core.train.model.read_config(None, None, loader.config, False)
-        chosen = sft_core.train.model.choose_attention("auto", config, half=True)
+        config = sft_core.train.models.model.read_config(None, None, loader.config, False)
+        chosen = sft_core.train.models.model.choose_attention("auto", config, half=True)
         loader = dataclasses.replace(loader, attn_implementation=chosen or "sdpa")
     tokenizer = TokenizerLoader(str(TOKENIZER), None, [], None, False)
     with weights_drawn_on(context.device):
-        model, _ = sft_core.train.model.load_model(loader, tokenizer, seed=0, half=True)
+        model, _ = sft_core.train.models.model.load_model(loader, tokenizer, seed=0, half=True)
     return model.to(device=context.device, dtype=torch.bfloat16).eval()

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sft_core.data.packing import write_plan
-from sft_core.data.shards import TOKENS
-from sft_core.recipe import Recipe, parse_recipe
+from sft_core.data.packing.plan import write_plan
+from sft_core.data.shards.token_shards import TOKENS
+from sft_core.recipe.recipe import Recipe, parse_recipe
 from sft_core.rounds import ONLY
-from sft_core.train.estimate import estimate
 from sft_core.train.job import ModelLoader, TokenizerLoader, TrainJob, TrainSpec
-from sft_core.train.model import skeleton
+from sft_core.train.memory.estimate import estimate
+from sft_core.train.models.model import skeleton
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "configs" / "quickstart" / "tokenizer"

@@ -64,7 +64,7 @@ def run(context: Context) -> Iterator[Row]:
 
 def check_shape() -> None:
     """The config has what SmolLM3-3B has: 3.075 B parameters, tied, and every fourth layer without positions."""
-    from sft_core.train.model import skeleton
+    from sft_core.train.models.model import skeleton
 
     model = skeleton(path=None, revision=None, config=config_of("3b", "cuda"), trust_remote_code=False)
     assert model.num_parameters() == 3_075_098_624, f"found {model.num_parameters():,} parameters"

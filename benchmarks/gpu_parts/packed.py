@@ -17,10 +17,10 @@ from benchmarks.gpu_parts.jobs import trained_mask
 from benchmarks.gpu_parts.meter import seconds_of
 from benchmarks.gpu_parts.rows import Case, Context, Row, cases
 from benchmarks.gpu_parts.shapes import documents, tokens
-from sft_core.data.shards import TokenRow
-from sft_core.train.attention import KNOWS_DOCUMENTS, VARLEN
+from sft_core.data.shards.token_shards import TokenRow
 from sft_core.train.collate import Batch, collate, to_device
 from sft_core.train.loss import Forward, trained_token_nll
+from sft_core.train.models.attention import KNOWS_DOCUMENTS, VARLEN
 
 CLEAR = 5.0  # times: by how much a leak differs more than rounding does
 SHOWS = 0.05  # of the norm: a leak that changes less proves nothing

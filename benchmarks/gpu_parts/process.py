@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from sft_core.lifetime import die_with_parent
+from sft_core.die_with_parent import die_with_parent
 
 
 class Ahead:

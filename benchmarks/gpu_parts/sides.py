@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 import sft_core.train.assemble
 import sft_core.train.main
-import sft_core.train.model
+import sft_core.train.models.model
 import sft_core.train.tried_forward
 from benchmarks.gpu_parts.jobs import Work, trained_mask, triton_works
 from benchmarks.gpu_parts.meter import Measured, Meter, MeterSteps
@@ -73,14 +73,14 @@ def apart(config: dict[str, Any], meter: Meter | None = None) -> Iterator[None]:
 @contextlib.contextmanager
 def weights_drawn_on(device: str) -> Iterator[None]:
     """Random weights of billions of parameters, drawn in a second and not in the half minute that a CPU takes."""
-    load: Any = sft_core.train.model.load_model
+    load: Any = sft_core.train.models.model.load_model
 
     def on_device(model: ModelLoader, tokenizer: TokenizerLoader, **settings: Any) -> Any:
         with torch.device(device) if model.config is not None else contextlib.nullcontext():
             return load(model, tokenizer, **settings)
 
     with contextlib.ExitStack() as stack:
-        for module in (sft_core.train.model, sft_core.train.assemble):
+        for module in (sft_core.train.models.model, sft_core.train.assemble):
             stack.enter_context(patch.object(module, "load_model", on_device))
         yield
 
@@ -177,7 +177,7 @@ def load(work: Work, device: str, attention: str) -> tuple[Any, Any]:
     model = dataclasses.replace(spec.model, attn_implementation=attention)
     tokenizer = dataclasses.replace(spec.tokenizer, add_special_tokens=[], eos_token=None)
     with weights_drawn_on(device):
-        return sft_core.train.model.load_model(model, tokenizer, seed=42, half=True)
+        return sft_core.train.models.model.load_model(model, tokenizer, seed=42, half=True)
 
 
 def labels_of(ids: Any) -> list[int]:

@@ -13,7 +13,7 @@ from benchmarks.gpu_parts.jobs import Work
 from benchmarks.gpu_parts.process import Ahead, alone_of_its_group
 from benchmarks.gpu_parts.rows import Case, Context, Row, cases
 from benchmarks.gpu_parts.shapes import config_of, documents, tokens
-from sft_core.rank_strategies import DEFAULT, STRATEGIES
+from sft_core.recipe.rank_strategies import DEFAULT, STRATEGIES
 from sft_core.train.job import write_job
 from sft_core.train.launch import variables
 

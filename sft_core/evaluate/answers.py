@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sft_core.data.shards import TokenRow
+from sft_core.data.shards.token_shards import TokenRow
 from sft_core.evaluate.engine import Engine, Request
 from sft_core.evaluate.metrics.metric import Asked, Metric, Question
 from sft_core.evaluate.scores import strip_thinking

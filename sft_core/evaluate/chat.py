@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, 
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from sft_core.data.thinking import OPEN_AT_END, THINKING_KEY
+from sft_core.data.rendering.thinking import OPEN_AT_END, THINKING_KEY
 
 SWITCHES = ("enable_thinking", "thinking")  # the variables by which templates take whether to think
 _FLAG = re.compile(r"(?<!\S)/(?:no_)?think(?!\S)")  # in a system message; some templates let it win over the variable

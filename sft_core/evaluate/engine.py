@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from sft_core.measuring import Sampling
+from sft_core.recipe.evaluation import Sampling
 
 
 @dataclasses.dataclass(frozen=True)

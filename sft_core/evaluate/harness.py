@@ -46,8 +46,8 @@ def build_harness(
     """
     import datasets
 
-    from sft_core.data.rendering import chat_template
-    from sft_core.harness_index import task_manager
+    from sft_core.data.rendering.build import chat_template
+    from sft_core.pins.lm_eval_index import task_manager
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or the reader of local files is reported to a server
     use_threads(build.runtime)

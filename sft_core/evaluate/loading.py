@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sft_core.data.tokenizer import load_tokenizer
+from sft_core.data.tokenizer.tokenizer import load_tokenizer
 from sft_core.evaluate.answers import stop_ids
 from sft_core.evaluate.with_vllm import WithVllm
 from sft_core.train.job import ModelLoader, TokenizerLoader
 
 if TYPE_CHECKING:
-    from sft_core.sections import Runtime, VllmSettings
+    from sft_core.recipe.sections import Runtime, VllmSettings
 
 log = logging.getLogger(__name__)
 TASKS_AT_A_TIME = 2  # as many share a machine's cores where the flow runs locally
@@ -118,7 +118,7 @@ class ScoredModel:
         with tempfile.TemporaryDirectory(dir=scratch) as temporary:
             folder = self.model.checkpoint
             if self.model.start is not None or folder is None:
-                from sft_core.train.model import save_checkpoint
+                from sft_core.train.models.model import save_checkpoint
 
                 save_checkpoint(self.network, facts.vocabulary, None, folder := Path(temporary))
             self._let_network_go()
@@ -165,7 +165,7 @@ def load_scored(model: ModelLoader, tokenizer: TokenizerLoader, bf16: bool, seed
     """
     import torch
 
-    from sft_core.train.model import load_model
+    from sft_core.train.models.model import load_model
 
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     network: Any
@@ -189,7 +189,7 @@ def load_scored(model: ModelLoader, tokenizer: TokenizerLoader, bf16: bool, seed
 
 def _grows(model: ModelLoader, tokenizer: TokenizerLoader) -> bool:
     """Whether the start model's embedding gets rows for tokens that the model does not know."""
-    from sft_core.train.model import skeleton
+    from sft_core.train.models.model import skeleton
 
     shape = skeleton(
         path=model.path, revision=model.revision, config=model.config, trust_remote_code=model.trust_remote_code

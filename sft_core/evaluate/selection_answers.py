@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sft_core.data.packing import PackPlan
-from sft_core.data.shards import TokenRow, TokenShards, read_index
+from sft_core.data.packing.plan import PackPlan
+from sft_core.data.shards.token_shards import TokenRow, TokenShards, read_index
 from sft_core.evaluate.answers import asked_of, generate_outputs, served_prompt, stop_ids, trained_turn, without_stop
 from sft_core.evaluate.engine import Request
 from sft_core.evaluate.generate import WithTransformers

@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from sft_core.data.templates import ChatTemplate
+from sft_core.data.rendering.templates import ChatTemplate
 from sft_core.evaluate.scores import strip_thinking
 
 OPEN, CLOSE = "<think>", "</think>"

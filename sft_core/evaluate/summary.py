@@ -14,7 +14,7 @@ import pyarrow as pa
 from sft_core.evaluate.comparison import differences, mean_difference
 from sft_core.evaluate.documents import SAMPLES, document_differences
 from sft_core.evaluate.rows import ROWS, answer_counts, of_samples, read_rows
-from sft_core.measuring import LM_EVAL
+from sft_core.recipe.evaluation import LM_EVAL
 from sft_core.report.tables import LOSSES, markdown_table, score_rows
 
 if TYPE_CHECKING:

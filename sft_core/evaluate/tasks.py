@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft_core.data import splits
-from sft_core.data.held_out import held_out_rows
-from sft_core.data.shards import TokenRow, TokenShards, read_index
+from sft_core.data.packing.held_out import held_out_rows
+from sft_core.data.shards.token_shards import TokenRow, TokenShards, read_index
+from sft_core.data.sources import splits
 from sft_core.evaluate.answers import Output, asked_of, generate_outputs, served_prompt
 from sft_core.evaluate.engine import Engine, Request
 from sft_core.evaluate.loading import (
@@ -29,11 +29,11 @@ from sft_core.evaluate.metrics.registry import load_metric
 from sft_core.evaluate.rows import ROWS, answer_counts, scores
 from sft_core.evaluate.scores import strip_thinking
 from sft_core.evaluate.with_vllm import unmet_vllm
-from sft_core.measuring import Sampling
+from sft_core.recipe.evaluation import Sampling
 from sft_core.train.job import ModelLoader, TokenizerLoader
 
 if TYPE_CHECKING:
-    from sft_core.sections import Runtime
+    from sft_core.recipe.sections import Runtime
     from sft_core.store.stage import Build
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from pathlib import Path
 def main() -> None:
     end, started_by = int(sys.argv[1]), int(sys.argv[2])
     # By its path, too: with the project on the search path, an installed one would bring its libraries along.
-    runpy.run_path(str(Path(__file__).parent.parent / "lifetime.py"))["die_with_parent"](started_by)
+    runpy.run_path(str(Path(__file__).parent.parent / "die_with_parent.py"))["die_with_parent"](started_by)
     os.set_inheritable(end, False)
     pipe = Connection(end)
     settings = json.loads(pipe.recv_bytes())

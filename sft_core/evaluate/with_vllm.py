@@ -15,7 +15,7 @@ import numpy as np
 
 from sft_core.evaluate.engine import Request
 from sft_core.evaluate.piped_process import PipedProcess, ProcessEnded
-from sft_core.sections import VllmSettings
+from sft_core.recipe.sections import VllmSettings
 
 log = logging.getLogger(__name__)
 WORKER = Path(__file__).with_name("vllm_worker.py")

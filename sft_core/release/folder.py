@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.evaluate.summary import GAIN_HEADER
 from sft_core.links import link_files
-from sft_core.measuring import LM_EVAL
+from sft_core.recipe.evaluation import LM_EVAL
 from sft_core.report.model_card import Base, Card, CutOff, Score, Source, Value, model_card
 from sft_core.rounds import BASE
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft_core.data.hub_token import check_token
+from sft_core.data.sources.hub_token import check_token
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import PlainSerializer
 
+from sft_core.recipe.search.section import Search
 from sft_core.search.rollouts import Point
-from sft_core.search_settings.section import Search
 from sft_core.train.job import TrainJob, TrainSpec
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from sft_core.data.packing import PackPlan
+from sft_core.data.packing.plan import PackPlan
+from sft_core.die_with_parent import die_with_parent
 from sft_core.evaluate.selection_answers import AnswerScores
-from sft_core.lifetime import die_with_parent
 from sft_core.search.job import RolloutJob
 from sft_core.search.journal import CURVES, Cost, Drawn, Journal, read_journal, write_journal
 from sft_core.search.registry import make_sampler, make_search

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sft_core.recipe.search.registry import declared
 from sft_core.search import strategies
 from sft_core.search.rollouts import Search
 from sft_core.search.strategy import Implementation, SamplerInput, SearchInput
-from sft_core.search_settings.registry import declared
 from sft_core.train.hooks import Sampler
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = declared(strategies, "IMPLEMENTATIONS")

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from sft_core.data.packing import PackPlan
+from sft_core.data.packing.plan import PackPlan
+from sft_core.recipe.search.section import SearchKeys
 from sft_core.search.rollouts import Search
-from sft_core.search_settings.section import SearchKeys
 from sft_core.train.hooks import Sampler
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sft_core.digests import SHA256, hex_digest
+from sft_core.store.digests import SHA256, hex_digest
 from sft_core.store.ref import Ref
 
 FileDigest = dict[str, Any]  # {"bytes": size, "sha256": hex}

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import fsspec
 from tqdm import tqdm
 
-from sft_core.digests import DIGESTS, SHA256, hex_digest, is_whole
+from sft_core.store.digests import DIGESTS, SHA256, hex_digest, is_whole
 from sft_core.store.folders import cache_folder
 from sft_core.store.manifest import MANIFEST, FileDigest
 from sft_core.store.ref import Ref

@@ -11,8 +11,8 @@ from sft_core.store.code_digest import code_digest
 from sft_core.store.ref import Ref
 
 if TYPE_CHECKING:
-    from sft_core.recipe import Recipe
-    from sft_core.sections import Runtime
+    from sft_core.recipe.recipe import Recipe
+    from sft_core.recipe.sections import Runtime
 
 Part = dict[str, Any]
 Needs = dict[str, tuple["Stage[Any]", Part]]  # by the name under which the builder finds the output
@@ -50,7 +50,7 @@ class Build:
         empty `out` gets the kept folders back, under the same names, without the damaged ones. All of them are removed
         once the output is whole.
 
-        The folder holds the digests.json that `write_digests` (sft_core/digests.py) writes; it is uploaded last.
+        The folder holds the digests.json that `write_digests` (sft_core/store/digests.py) writes; it is uploaded last.
         Kept folders that are no longer below `out` are removed, so the URL never keeps more of them than `out`; a
         folder that is removed during its upload is not kept. Call it in the process that builds, one folder at a time;
         a second thread of that process may call it. Raises OSError when the store cannot be reached.

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from sft_core.digests import write_synced
 from sft_core.store.cached import Cached
+from sft_core.store.digests import write_synced
 from sft_core.store.folders import Folders
 from sft_core.store.lookups import Lookups
 from sft_core.store.manifest import (

@@ -9,11 +9,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_core.rank_strategies import STRATEGIES
-from sft_core.wording import alternatives
+from sft_core.recipe.rank_strategies import STRATEGIES
+from sft_core.recipe.wording import alternatives
 
 if TYPE_CHECKING:
-    from sft_core.recipe import PhaseRecipe
+    from sft_core.recipe.recipe import PhaseRecipe
 
 log = logging.getLogger(__name__)
 HALF_ONLY = ("varlen", "flash_attention_2")  # attention whose kernels take half precision alone

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft_core.recipe.wording import nearest
 from sft_core.train.accelerator import liger
-from sft_core.wording import nearest
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from sft_core.sections import Runtime, Training
+    from sft_core.recipe.sections import Runtime, Training
 
 # Set from the recipe or by what the pipeline guarantees; anything else of SFTConfig is free.
 OWNED = frozenset(

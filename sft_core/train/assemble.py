@@ -18,10 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
-from sft_core.data.balance import pack_costs, slowest_over_mean
-from sft_core.rank_strategies import STRATEGIES
+from sft_core.data.packing.balance import pack_costs, slowest_over_mean
+from sft_core.recipe.rank_strategies import STRATEGIES
 from sft_core.train.arguments import training_arguments
-from sft_core.train.attention import choose_attention
 from sft_core.train.callbacks import LogEvents
 from sft_core.train.collate import PackCollator, slot_alone
 from sft_core.train.continuation import Continuation, resumable
@@ -31,12 +30,13 @@ from sft_core.train.forwards import busiest_packs, in_forwards, packs_a_forward
 from sft_core.train.hooks import AnswerScorer, Sampler, Watch
 from sft_core.train.job import ModelLoader, TrainJob
 from sft_core.train.log_file import LogFile
-from sft_core.train.lora import lora_config
-from sft_core.train.model import load_model, save_adapter, save_checkpoint, skeleton
+from sft_core.train.models.attention import choose_attention
+from sft_core.train.models.lora import lora_config
+from sft_core.train.models.model import load_model, save_adapter, save_checkpoint, skeleton
+from sft_core.train.models.router import RouterLoss, router_loss
 from sft_core.train.objectives.sft import Sft
 from sft_core.train.online import OnlineSchedule
 from sft_core.train.probe import Isolation, class_isolation
-from sft_core.train.router import RouterLoss, router_loss
 from sft_core.train.schedule import EMPTY, order_coefficients, step_packs
 from sft_core.train.selection import Selection, SelectionLosses, evaluation_steps
 from sft_core.train.speed import peak_flops_per_s

@@ -8,7 +8,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from sft_core.digests import is_whole, write_digests
+from sft_core.store.digests import is_whole, write_digests
 
 log = logging.getLogger(__name__)
 

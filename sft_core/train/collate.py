@@ -14,8 +14,8 @@ from typing import Any, Literal, NotRequired, TypedDict, cast
 import numpy as np
 import torch
 
-from sft_core.data.packing import PackPlan
-from sft_core.data.shards import TokenRow, TokenShards
+from sft_core.data.packing.plan import PackPlan
+from sft_core.data.shards.token_shards import TokenRow, TokenShards
 from sft_core.train.schedule import EMPTY
 
 # How a model is told where documents begin: by restarting positions; by their bounds too, as kernels for packed

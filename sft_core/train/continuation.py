@@ -10,7 +10,7 @@ import json
 import logging
 from pathlib import Path
 
-from sft_core.rank_strategies import STRATEGIES
+from sft_core.recipe.rank_strategies import STRATEGIES
 from sft_core.train.checkpoints import latest
 
 log = logging.getLogger(__name__)

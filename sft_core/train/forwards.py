@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sft_core.data.packing import PackPlan
-from sft_core.train.attention import KNOWS_DOCUMENTS
+from sft_core.data.packing.plan import PackPlan
 from sft_core.train.flops import training_flops
+from sft_core.train.models.attention import KNOWS_DOCUMENTS
 
 if TYPE_CHECKING:
-    from sft_core.sections import Runtime, Training
+    from sft_core.recipe.sections import Runtime, Training
 
 BUSY_S, REACHED, UNKNOWN_PEAK = 0.1, 0.4, 100e12
 USED_SHARE = 0.75  # of the memory: the allocator leaves gaps, and an estimate is one
@@ -69,8 +69,8 @@ def busiest_packs(
     at the speed that is reached hides them. shape: the model without weights. dtype: of its weights. memory: the
     device's bytes. peak: its FLOP/s by the data sheet, where that is known.
     """
-    from sft_core.train.activations import UnknownActivations
-    from sft_core.train.estimate import activations_of, bytes_a_parameter
+    from sft_core.train.memory.activations import UnknownActivations
+    from sft_core.train.memory.estimate import activations_of, bytes_a_parameter
 
     work = training_flops(shape).of(float(longest), float(longest) ** 2 / DOCUMENTS_A_PACK, float(longest))
     wanted = math.ceil(BUSY_S * REACHED * (peak or UNKNOWN_PEAK) / work)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from sft_core.sections import Runtime, Training
+from sft_core.recipe.sections import Runtime, Training
 
 Job = TypeVar("Job")
 

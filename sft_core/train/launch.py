@@ -22,14 +22,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft_core.data.over_long import windows_of
-from sft_core.lifetime import STARTED_BY, die_with_parent
+from sft_core.data.packing.over_long import windows_of
+from sft_core.die_with_parent import STARTED_BY, die_with_parent
 from sft_core.train.checkpoints import stop_request, worth_keeping
 from sft_core.train.job import TrainJob, TrainSpec, job_path, write_job
 from sft_core.train.strategy import environment
 
 if TYPE_CHECKING:
-    from sft_core.sections import Runtime
+    from sft_core.recipe.sections import Runtime
     from sft_core.store.stage import Build
 
 log = logging.getLogger(__name__)

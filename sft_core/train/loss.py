@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from sft_core.train.collate import Batch, DocumentInputs, documents_alone, model_inputs
-from sft_core.train.router import RouterLoss
+from sft_core.train.models.router import RouterLoss
 
 # T tokens of a batch, N the trained ones among them, V the vocabulary.
 

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_core.lifetime import die_with_parent
+from sft_core.die_with_parent import die_with_parent
 from sft_core.train.checkpoints import check_room, discard_staged, stop_request
 from sft_core.train.job import TrainJob, read_job
 
 if TYPE_CHECKING:
-    from sft_core.data.packing import PackPlan
+    from sft_core.data.packing.plan import PackPlan
     from sft_core.train.hooks import AnswerScorer, Sampler, Watch
     from sft_core.train.trainer import PackTrainer
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sft_core.lifetime import die_with_parent
+from sft_core.die_with_parent import die_with_parent
 from sft_core.train.job import TrainJob, read_job
 
 
@@ -22,7 +22,7 @@ def merge(job: TrainJob) -> None:
     """Writes the merged model beside its adapter."""
     from peft import PeftModel
 
-    from sft_core.train.model import load_model, save_checkpoint
+    from sft_core.train.models.model import load_model, save_checkpoint
 
     spec, folder = job.spec, job.out / "model"
     model, tokenizer = load_model(spec.model, spec.tokenizer, seed=spec.training.seed)

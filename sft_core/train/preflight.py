@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft_core.train.accelerator import has_gpu, unmet_demands
-from sft_core.train.attention import KNOWS_DOCUMENTS, VARLEN, allows_varlen, choose_attention
-from sft_core.train.model import read_config
+from sft_core.train.models.attention import KNOWS_DOCUMENTS, VARLEN, allows_varlen, choose_attention
+from sft_core.train.models.model import read_config
+from sft_core.train.models.router import router_loss
+from sft_core.train.models.small import small_model
 from sft_core.train.probe import class_isolation
-from sft_core.train.router import router_loss
-from sft_core.train.small import small_model
 
 if TYPE_CHECKING:
-    from sft_core.recipe import PhaseRecipe
+    from sft_core.recipe.recipe import PhaseRecipe
 
 log = logging.getLogger(__name__)
 LONG = 16_384  # tokens of a pack, from which a mask of all pairs takes 256 MiB and more

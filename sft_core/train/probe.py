@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
-from sft_core.data.shards import TokenRow
-from sft_core.train.attention import KNOWS_DOCUMENTS
+from sft_core.data.shards.token_shards import TokenRow
 from sft_core.train.collate import Batch, DocumentInputs, collate, model_inputs, to_device
 from sft_core.train.loss import Forward, trained_losses, trained_token_logits, trained_token_nll
-from sft_core.train.router import RouterLoss
-from sft_core.train.small import one_thread, small_model
+from sft_core.train.models.attention import KNOWS_DOCUMENTS
+from sft_core.train.models.router import RouterLoss
+from sft_core.train.models.small import one_thread, small_model
 
 log = logging.getLogger(__name__)
 DOCUMENT = 300  # tokens: more than the chunks in which recurrent layers compute

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sft_core.data.balance import grouped_order
+from sft_core.data.packing.balance import grouped_order
 from sft_core.train.flops import pair_flops
 
 EMPTY = -1  # a slot without a pack: the last batch of an epoch is smaller, never filled up with repeats

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sft_core.data.packing import PackPlan
+from sft_core.data.packing.plan import PackPlan
 from sft_core.train.collate import PackCollator, to_device
 from sft_core.train.hooks import AnswerScorer, Watch
 from sft_core.train.log_file import LogFile, read_events

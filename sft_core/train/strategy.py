@@ -12,7 +12,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from sft_core.rank_strategies import PLAIN, STRATEGIES
+from sft_core.recipe.rank_strategies import PLAIN, STRATEGIES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "accelerate"
 # Names that accelerate's launcher does not derive from its keys (accelerate 1.15, utils/launch.py).

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import SequentialSampler
 from trl import SFTTrainer
 
-from sft_core.digests import is_whole
-from sft_core.rank_strategies import STRATEGIES
+from sft_core.recipe.rank_strategies import STRATEGIES
+from sft_core.store.digests import is_whole
 from sft_core.train import checkpoints
 from sft_core.train.callbacks import AtTrainBegin, StopRequest
 from sft_core.train.collate import Batch, to_device
@@ -26,10 +26,10 @@ from sft_core.train.flops import Flops
 from sft_core.train.hooks import AnswerScorer, Pack
 from sft_core.train.log_file import LogFile
 from sft_core.train.loss import Forward, LossBySource, trained_losses, trained_token_nll
+from sft_core.train.models.router import RouterLoss, router_config_kept
 from sft_core.train.objectives.objective import Objective
 from sft_core.train.online import OnlineSchedule, step_gain
 from sft_core.train.probe import Isolation
-from sft_core.train.router import RouterLoss, router_config_kept
 from sft_core.train.row_losses import RowLosses
 from sft_core.train.schedule import EMPTY
 from sft_core.train.selection import EvaluateSelection, Selection, SelectionLosses

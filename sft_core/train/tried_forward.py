@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from sft_core.train.head import add_fused_head, takes_fused_head, wants_fused_head
 from sft_core.train.log_file import LogFile
 from sft_core.train.loss import Forward
+from sft_core.train.models.head import add_fused_head, takes_fused_head, wants_fused_head
+from sft_core.train.models.router import RouterLoss
 from sft_core.train.probe import Isolation, settle
-from sft_core.train.router import RouterLoss
 
 
 class TriedForward:

@@ -9,12 +9,12 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sft_core.data.policy import RowPolicy
-from sft_core.data.rendering import chat_template, make_renderer
-from sft_core.data.spans import Renderer
-from sft_core.data.tokenizer import load_tokenizer
-from sft_core.pins import PinnedRecipe, pin
-from sft_core.recipe import parse_recipe
+from sft_core.data.rendering.build import chat_template, make_renderer
+from sft_core.data.rendering.policy import RowPolicy
+from sft_core.data.rendering.spans import Renderer
+from sft_core.data.tokenizer.tokenizer import load_tokenizer
+from sft_core.pins.pinned import PinnedRecipe, pin
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.stage import Stage
 from sft_core.store.store import Store
 

@@ -12,15 +12,15 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sft_core.data.policy import RowPolicy
 from sft_core.data.proof.mask import MaskProof
-from sft_core.data.rejects import Rejected
-from sft_core.data.rendering import chat_template, make_renderer
-from sft_core.data.spans import RenderedRow, Renderer
-from sft_core.data.templates import TemplateError
-from sft_core.data.tokenizer import PieceEncoder
-from sft_core.data.tokenizer import stop_tokens as all_stop_tokens
-from sft_core.data.tokens import EncodedRows, encode_rows
+from sft_core.data.rendering.build import chat_template, make_renderer
+from sft_core.data.rendering.policy import RowPolicy
+from sft_core.data.rendering.spans import RenderedRow, Renderer
+from sft_core.data.rendering.templates import TemplateError
+from sft_core.data.sources.rejects import Rejected
+from sft_core.data.tokenizer.encoded import EncodedRows, encode_rows
+from sft_core.data.tokenizer.tokenizer import PieceEncoder
+from sft_core.data.tokenizer.tokenizer import stop_tokens as all_stop_tokens
 from tests.data.rows import columns
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sft_core.data.spans import RenderedRow
+from sft_core.data.rendering.spans import RenderedRow
 
 
 def columns(*rows: RenderedRow) -> dict[str, list[Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sft_core.pins import PinnedRecipe
+from sft_core.pins.pinned import PinnedRecipe
 from steps.mix import MIXTURE as MIXED
 from steps.pack import PACKED
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 import transformers
 
-from sft_core.data import splits
-from sft_core.data.shards import TokenShards, read_index
+from sft_core.data.shards.token_shards import TokenShards, read_index
+from sft_core.data.sources import splits
 from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.evaluate.scores import mean_score, perplexity, token_accuracy, token_loss
 from sft_core.evaluate.tasks import build_evaluated, row_losses
-from sft_core.pins import PinnedRecipe, pin
-from sft_core.recipe import parse_recipe
+from sft_core.pins.pinned import PinnedRecipe, pin
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.stage import Build
 from sft_core.store.store import Store
 from sft_core.train.job import ModelLoader, TokenizerLoader
-from sft_core.train.model import load_model, save_checkpoint
+from sft_core.train.models.model import load_model, save_checkpoint
 from steps.evaluate import EVALUATED
 from steps.tokenize import TOKENS
 from tests.train.tiny import tiny_recipe

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from sft_core.data.shards import TokenRow
+from sft_core.data.shards.token_shards import TokenRow
 from sft_core.evaluate import generate
 from sft_core.evaluate.generate import generate_answers
 from sft_core.evaluate.tasks import TOKENS_A_FORWARD, row_losses

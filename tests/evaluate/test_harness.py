@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from sft_core.data.templates import ChatTemplate
+from sft_core.data.rendering.templates import ChatTemplate
 from sft_core.evaluate.documents import document_differences, read_samples
 from sft_core.evaluate.harness import scores_of
-from sft_core.pins import PinnedRecipe, pin
-from sft_core.recipe import parse_recipe
+from sft_core.pins.pinned import PinnedRecipe, pin
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
 from sft_core.train.job import ModelLoader, TokenizerLoader
-from sft_core.train.model import load_model
-from steps.harness import HARNESS, card
+from sft_core.train.models.model import load_model
+from steps.cards.lm_eval_task import card
+from steps.harness import HARNESS
 from tests.browser import Browser
 from tests.train.tiny import tiny_recipe
 

@@ -22,12 +22,12 @@ from sft_core.evaluate.loading import (
     scored_model,
 )
 from sft_core.evaluate.rows import read_rows
-from sft_core.pins import PinnedRecipe, pin
-from sft_core.recipe import parse_recipe
+from sft_core.pins.pinned import PinnedRecipe, pin
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.store import Store
-from sft_core.train import model as loader
 from sft_core.train.job import ModelLoader, TokenizerLoader
-from sft_core.train.model import load_model, save_checkpoint
+from sft_core.train.models import model as loader
+from sft_core.train.models.model import load_model, save_checkpoint
 from steps.evaluate import EVALUATED
 from steps.harness import HARNESS
 from steps.tokenize import TOKENS

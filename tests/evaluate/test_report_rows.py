@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_core.data import splits
-from sft_core.data.held_out import held_out_rows
-from sft_core.data.shards import INDEX, TokenRow
+from sft_core.data.packing.held_out import held_out_rows
+from sft_core.data.shards.token_shards import INDEX, TokenRow
+from sft_core.data.sources import splits
 from sft_core.evaluate.tasks import served_prompt
 
 SHARES = {"selection_share": 0.2, "report_share": 0.5}

@@ -10,16 +10,16 @@ import torch
 
 from sft_core.evaluate import selection_answers as module
 from sft_core.evaluate.selection_answers import AnswerScores
-from sft_core.pins import pin
-from sft_core.recipe import parse_recipe
+from sft_core.pins.pinned import pin
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.store import Store
 from sft_core.train.collate import PackCollator
 from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.loss import Forward, trained_token_nll
-from sft_core.train.model import load_model
+from sft_core.train.models.model import load_model
 from sft_core.train.row_losses import RowLosses
 from sft_core.train.selection import SelectionLosses
-from steps.scoring import asked_of_answers
+from steps.metrics import asked_of_answers
 from steps.selection import SELECTION
 from steps.tokenize import TOKENS
 from tests.train.tiny import QUICKSTART, SOURCES, tiny_recipe

@@ -15,10 +15,10 @@ from sft_core.evaluate.generate import WithTransformers, generate_answers
 from sft_core.evaluate.loading import keeping_a_model
 from sft_core.evaluate.rows import read_rows
 from sft_core.evaluate.with_vllm import WithVllm, draw_seed, unmet_vllm
-from sft_core.measuring import Sampling
-from sft_core.pins import pin
-from sft_core.recipe import parse_recipe
-from sft_core.sections import VllmSettings
+from sft_core.pins.pinned import pin
+from sft_core.recipe.evaluation import Sampling
+from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.sections import VllmSettings
 from sft_core.store.store import Store
 from steps.evaluate import EVALUATED, measure_ahead
 from tests.evaluate.test_generate import PAD, VOCABULARY, model, prompts

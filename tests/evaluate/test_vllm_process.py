@@ -21,10 +21,10 @@ from sft_core.evaluate.engine import Request
 from sft_core.evaluate.loading import keeping_a_model, scored_model
 from sft_core.evaluate.rows import read_rows
 from sft_core.evaluate.with_vllm import WithVllm, draw_seed
-from sft_core.measuring import Sampling
-from sft_core.pins import PinnedRecipe, pin
-from sft_core.recipe import parse_recipe
-from sft_core.sections import VllmSettings
+from sft_core.pins.pinned import PinnedRecipe, pin
+from sft_core.recipe.evaluation import Sampling
+from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.sections import VllmSettings
 from sft_core.store.store import Store
 from steps.evaluate import EVALUATED, measure_ahead
 from tests.evaluate.test_loading import start_model
@@ -140,7 +140,7 @@ from pathlib import Path
 import numpy as np
 from sft_core.evaluate.engine import Request
 from sft_core.evaluate.with_vllm import WithVllm
-from sft_core.sections import VllmSettings
+from sft_core.recipe.sections import VllmSettings
 
 settings = VllmSettings(python=sys.argv[1])
 engine = WithVllm(Path.cwd(), settings, dtype="float32", trust_remote_code=False, max_model_len=8)

@@ -90,7 +90,7 @@ class Project:
         return self.call(self.command(*arguments, recipe=recipe), succeeds=succeeds)
 
     def sft(self, *arguments: str, succeeds: bool = True) -> str:
-        return self.call([sys.executable, "-m", "steps.cli", *arguments], succeeds=succeeds)
+        return self.call([sys.executable, "-m", "steps.cli.main", *arguments], succeeds=succeeds)
 
     def call(self, command: list[str], *, succeeds: bool = True) -> str:
         done = subprocess.run(

@@ -25,16 +25,18 @@ class SFTFlow(sft_flow.SFTFlow):
     @card(type="blank", id="scores")
     @step
     def evaluate(self):
-        from steps import cards, harness
+        from steps.cards import task
+        from steps.cards.pieces import traceback_on
+        from steps.scored import scoring_stage
 
         self.task = self.input
-        with cards.traceback_on(current.card):
-            scorings = {model: harness.scoring(model, self.task) for model in self.pinned.recipe.models}
+        with traceback_on(current.card):
+            scorings = {model: scoring_stage(model, self.task) for model in self.pinned.recipe.models}
             self.evaluated = {
                 model: self.ensure(stage, self.pinned, **part) for model, (stage, part) in scorings.items()
             }
             refs = {model: self.ref(address) for model, address in self.evaluated.items()}
-            current.card.extend(harness.task_card(self.store, self.task, refs))
+            current.card.extend(task.card(self.store, refs))
         self.next(self.report)
 
 

@@ -92,7 +92,7 @@ def copied(finished: Project, tmp_path: Path) -> Project:
 
 
 def test_changed_module_rebuilds_its_stage_and_a_comment_nothing(copied: Project) -> None:
-    module = copied.source / "sft_core" / "data" / "mixture.py"
+    module = copied.source / "sft_core" / "data" / "mixing" / "mixture.py"
     module.write_text("# A comment changes nothing.\n" + module.read_text())
     assert planned(copied) == {}
     text = module.read_text()

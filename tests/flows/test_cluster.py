@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from sft_core.recipe import load_recipe, parse_recipe
-from steps.pipeline import check_place
+from sft_core.recipe.recipe import load_recipe, parse_recipe
+from steps.start import check_place
 from tests.flows.conftest import RECIPE, ROOT, TIMEOUT_S, Project
 from tests.object_server import ObjectServer
 
@@ -92,9 +92,9 @@ def test_code_that_goes_along_is_whole(compiled: tuple[dict[str, Any], Path]):
     _, folder = compiled
     (flow,) = folder.rglob("sft_flow.py")
     look = (
-        "from sft_core.train.strategy import environment; from sft_core.rank_strategies import STRATEGIES;"
-        "from sft_core import pins; import steps.cli, sys;"
-        "print([environment(one) != {} for one in STRATEGIES], pins.__file__, steps.cli.__file__)"
+        "from sft_core.train.strategy import environment; from sft_core.recipe.rank_strategies import STRATEGIES;"
+        "from sft_core import pins; import steps.cli.main, sys;"
+        "print([environment(one) != {} for one in STRATEGIES], pins.__file__, steps.cli.main.__file__)"
     )
     done = subprocess.run(
         [sys.executable, "-c", look],

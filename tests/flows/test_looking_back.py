@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from sft_core.data.packing import PackPlan
-from sft_core.data.shards import read_index
+from sft_core.data.packing.plan import PackPlan
+from sft_core.data.shards.token_shards import read_index
 from sft_core.evaluate.rows import read_rows
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
-from steps.lineage import trace
-from steps.row_journey import steps_of
+from steps.cli.lineage import trace
+from steps.cli.row_journey import steps_of
 from tests.flows.conftest import Project
 
 CHANGED_RATE = "training.learning_rate=3e-3"

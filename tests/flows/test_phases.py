@@ -46,7 +46,7 @@ def test_two_phases_on_two_nodes_killed_between_them_go_on_and_are_scored(tmp_pa
     run.wait(TIMEOUT_S)
     wait_until(lambda: not processes(project, "sft_core.train.main"), "the orphaned trainer to end")
 
-    output = project.call([sys.executable, "-m", "steps.cli", "resume"])
+    output = project.call([sys.executable, "-m", "steps.cli.main", "resume"])
     assert max(names(project.builds()).values()) == 1, "nothing that was finished was built again"
     assert {"trained mid 0", "trained sft 0", "evaluated mid checksum_no_think"} <= {*names(project.builds())}
     assert "sft - base is the difference" in output and "mid loss" in output

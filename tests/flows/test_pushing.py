@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.data.test_hub_token import holders
+from tests.data.sources.test_hub_token import holders
 from tests.flows.conftest import RECIPE, Project
 from tests.hub_server import HubServer
 

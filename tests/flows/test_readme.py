@@ -13,9 +13,9 @@ from typing import Any, get_args
 import click
 import pytest
 
-from sft_core.recipe import Phase, Recipe
-from sft_core.sections import Section
-from steps.cli import main
+from sft_core.recipe.recipe import Phase, Recipe
+from sft_core.recipe.sections import Section
+from steps.cli.main import main
 from tests.flows.conftest import ROOT, Project
 
 README = ROOT / "README.md"
@@ -36,7 +36,7 @@ def test_readme_has_at_most_150_lines() -> None:
 
 
 def test_recipe_in_the_readme_is_valid() -> None:
-    from sft_core.recipe import parse_recipe, read_yaml
+    from sft_core.recipe.recipe import parse_recipe, read_yaml
 
     assert parse_recipe(read_yaml(block("yaml", "name: my-model"))).last_phase.training.lora is not None
 

@@ -63,7 +63,7 @@ def test_killed_trainer_and_killed_flow_resume_from_the_last_checkpoint(tmp_path
     assert first_reached < STEPS
 
     # The scheduler alone is killed: its task and trainer must not live on.
-    resumed = project.start([sys.executable, "-m", "steps.cli", "resume"])
+    resumed = project.start([sys.executable, "-m", "steps.cli.main", "resume"])
     wait_until(lambda: checkpoint_steps(project)[-1] > first_reached, "a checkpoint of the resumed run")
     for scheduler in processes(project, "sft_flow.py resume"):
         os.kill(scheduler, signal.SIGKILL)

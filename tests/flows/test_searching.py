@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from sft_core.pins import pin
-from sft_core.recipe import parse_recipe
+from sft_core.pins.pinned import pin
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.rounds import ONLY
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
@@ -81,7 +81,7 @@ def test_search_killed_at_its_transitions_decides_and_delivers_the_same(tmp_path
     command = project.command("run")
     for when, what in transitions:
         kill(project, project.start(command), when, what)
-        command = [sys.executable, "-m", "steps.cli", "resume"]
+        command = [sys.executable, "-m", "steps.cli.main", "resume"]
     assert "exact_match" in project.sft("resume")
     assert uninterrupted.wait(TIMEOUT_S) == 0, (whole.folder / "log.txt").read_text()[-3000:]
 

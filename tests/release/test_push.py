@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from sft_core.pins import pin
-from sft_core.recipe import override, parse_recipe
+from sft_core.pins.pinned import pin
+from sft_core.recipe.recipe import override, parse_recipe
 from sft_core.release.push import may_not_write
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
 from steps.release import RELEASED
-from tests.data.test_hub_token import holders
+from tests.data.sources.test_hub_token import holders
 from tests.hub_server import HubServer
 from tests.train.tiny import ROOT
 
@@ -29,10 +29,10 @@ CLIENT = """
 import json, logging, sys
 logging.basicConfig(level=logging.DEBUG)
 sys.path.insert(0, {root!r})
-from sft_core.pins import pin
-from sft_core.recipe import parse_recipe
+from sft_core.pins.pinned import pin
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.store import Store
-from steps.pipeline import prepare
+from steps.start import prepare
 from steps.release import PUSHED, RELEASED
 
 recipe = parse_recipe(json.load(sys.stdin))

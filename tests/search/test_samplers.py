@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_core.data.packing import PackPlan
+from sft_core.data.packing.plan import PackPlan
+from sft_core.recipe.search.section import Search
 from sft_core.search.registry import make_sampler
 from sft_core.search.strategies.dynamix import Dynamix
 from sft_core.search.strategies.ies import Ies
 from sft_core.search.strategy import SamplerInput
-from sft_core.search_settings.section import Search
 from sft_core.train.hooks import Block
 
 TASKS = ["a", "b", "c"]

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from sft_core.data.packing import PackPlan
-from sft_core.pins import PinnedRecipe, pin
-from sft_core.recipe import parse_recipe
+from sft_core.data.packing.plan import PackPlan
+from sft_core.pins.pinned import PinnedRecipe, pin
+from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.wording import counted
 from sft_core.rounds import ONLY
 from sft_core.search.evaluations import evaluation_folder
 from sft_core.search.job import RolloutJob
@@ -28,11 +29,11 @@ from sft_core.store.stage import Unresolved
 from sft_core.store.store import Store
 from sft_core.train.checkpoints import numbered
 from sft_core.train.job import job_path, read_job, write_job
-from sft_core.wording import counted
+from steps.cards.search import card
 from steps.mix import MIXTURE
 from steps.pack import PACKED
-from steps.pipeline import plan
-from steps.search import Searched, card, progress
+from steps.plan import plan
+from steps.search import Searched, progress
 from steps.selection import SELECTION
 from steps.train import CHECKPOINT, TRAINED
 from tests.browser import Browser
@@ -230,8 +231,8 @@ def test_search_card_shows_the_rollouts_peaks_and_decisions(store: Store, search
 
 LAUNCHER = """
 import json, sys
-from sft_core.pins import pin
-from sft_core.recipe import parse_recipe
+from sft_core.pins.pinned import pin
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.store import Store
 from steps.mix import MIXTURE
 from steps.search import progress

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from click.testing import CliRunner, Result
 
-from steps.cli import main
+from steps.cli.main import main
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from sft_core.pins import pin
-from sft_core.recipe import parse_recipe
+from sft_core.pins.pinned import pin
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.report.plots import BASE_COLOUR, TUNED_COLOUR, requested_and_achieved
 from sft_core.store.store import Store
 from steps import mix
+from steps.cards import mixture
 
 
 def card(data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -18,7 +19,7 @@ def card(data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     pinned = pin(parse_recipe(data))
     store = Store(pinned.recipe.runtime.store)
     ref = store.ensure(mix.MIXTURE, pinned)
-    shown = json.dumps([component.render() for component in mix.card(store, ref)], ensure_ascii=False)
+    shown = json.dumps([component.render() for component in mixture.card(store, ref)], ensure_ascii=False)
     return shown, store.manifest(ref)["counts"]
 
 

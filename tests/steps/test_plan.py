@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from sft_core.pins import PinnedRecipe, pin
-from sft_core.recipe import load_recipe, override, parse_recipe
+from sft_core.pins.pinned import PinnedRecipe, pin
+from sft_core.recipe.recipe import load_recipe, override, parse_recipe
 from sft_core.store.store import Store
-from steps.evaluate import count_report_prompts
 from steps.mix import MIXTURE, SHARES_HEADER
-from steps.pipeline import ORDER, differences, plan, prepare
+from steps.plan import ORDER, differences, plan
+from steps.report_prompts import count_report_prompts
+from steps.start import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("copy_no_think", "checksum_think")
@@ -420,7 +421,7 @@ def test_plan_right_extra_is_accepted(small_recipe, sft, save_recipe):
 
 
 def test_quickstart_extra_is_accepted():
-    from sft_core.recipe import load_recipe
+    from sft_core.recipe.recipe import load_recipe
     from sft_core.train.arguments import check_extra
 
     extra = load_recipe(ROOT / "configs" / "quickstart.yaml").last_phase.training.extra

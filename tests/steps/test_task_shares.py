@@ -15,16 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_core.pins import PinnedRecipe, pin
-from sft_core.recipe import parse_recipe
+from sft_core.pins.pinned import PinnedRecipe, pin
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.store import Store
 from steps import score_worker, task_shares
-from steps.harness import MAX_REASON, reasons_of, shortened
 from steps.score_worker import Order, Scoring, orders, outcomes
+from steps.scored import MAX_REASON, reasons_of, shortened
 from steps.task_shares import dealt, score, shares_of
 from steps.train import TRAINED
 from tests.evaluate.test_vllm_process import wait_until
-from tests.steps.test_cards import Card
+from tests.steps.cards.test_pieces import Card
 from tests.train.tiny import ROOT, SOURCES, processes_naming, tiny_recipe
 
 LM_EVAL = {

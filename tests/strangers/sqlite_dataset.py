@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from sft_core.datasets.dataset import Dataset
+from sft_core.recipe.datasets.dataset import Dataset
 
 
 class SqliteDataset(Dataset):

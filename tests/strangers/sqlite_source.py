@@ -11,11 +11,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft_core.data.formats.json_files import RawRow
+from sft_core.data.sources.formats.json_files import RawRow
 from sft_core.data.sources.source import Resolver, Source
 
 if TYPE_CHECKING:
-    from sft_core.datasets.kinds.sqlite import SqliteDataset
+    from sft_core.recipe.datasets.kinds.sqlite import SqliteDataset
 
 
 @dataclasses.dataclass(frozen=True)

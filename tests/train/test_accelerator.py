@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sft_core.recipe import parse_recipe
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.train import accelerator
 from sft_core.train.accelerator import has_gpu, liger, lost_updates, slow_precision, unmet_demands
-from steps.pipeline import prepare
+from steps.start import prepare
 from tests.train.tiny import phase_recipe, tiny_recipe
 
 

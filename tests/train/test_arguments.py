@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from sft_core.sections import Runtime, Training
+from sft_core.recipe.sections import Runtime, Training
 from sft_core.train.arguments import OWNED, check_extra, training_arguments
 from tests.train.tiny import Run, tiny_recipe
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_core.data.packing import PLAN
-from sft_core.data.shards import TOKENS, TokenRow
+from sft_core.data.packing.plan import PLAN
+from sft_core.data.shards.token_shards import TOKENS, TokenRow
 from sft_core.train.collate import Batch, PackCollator, collate, documents_alone
 from sft_core.train.schedule import EMPTY
 

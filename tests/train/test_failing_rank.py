@@ -5,14 +5,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sft_core.data.balance import pack_costs
-from sft_core.data.packing import PLAN, PackPlan
-from sft_core.pins import pin
-from sft_core.recipe import parse_recipe
+from sft_core.data.packing.balance import pack_costs
+from sft_core.data.packing.plan import PLAN, PackPlan
+from sft_core.pins.pinned import pin
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.stage import Build
 from sft_core.store.store import Store
 from sft_core.train.launch import build_trained
-from sft_core.train.model import load_model
+from sft_core.train.models.model import load_model
 from sft_core.train.schedule import order_coefficients, step_packs
 from steps.pack import PACKED
 from steps.tokenize import TOKENS

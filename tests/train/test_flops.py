@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from sft_core.data.packing import PackPlan
-from sft_core.data.shards import TokenShards
+from sft_core.data.packing.plan import PackPlan
+from sft_core.data.shards.token_shards import TokenShards
 from sft_core.train.collate import PackCollator
 from sft_core.train.flops import Flops, training_flops
 from sft_core.train.job import TrainJob
-from sft_core.train.model import skeleton
+from sft_core.train.models.model import skeleton
 from tests.train.tiny import LLAMA, Run
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -104,7 +104,7 @@ def test_trained_tokens_of_the_plan_are_those_of_its_batches(
 def test_first_token_of_a_row_is_no_trained_one(tmp_path: Path) -> None:
     import pyarrow as pa
 
-    from sft_core.data.shards import TOKENS
+    from sft_core.data.shards.token_shards import TOKENS
 
     shard = tmp_path / "shard-00000"
     shard.mkdir()

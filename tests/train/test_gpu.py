@@ -13,15 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.llama import modeling_llama
 
-from sft_core.data.shards import TokenRow
-from sft_core.pins import pin
-from sft_core.recipe import parse_recipe
+from sft_core.data.shards.token_shards import TokenRow
+from sft_core.pins.pinned import pin
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.store import Store
 from sft_core.train.collate import Batch, collate, to_device
-from sft_core.train.head import add_fused_head
 from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.loss import Forward, trained_token_nll
-from sft_core.train.model import load_model, save_checkpoint
+from sft_core.train.models.head import add_fused_head
+from sft_core.train.models.model import load_model, save_checkpoint
 from tests.train.test_loss import SIZES, random_documents
 from tests.train.test_strategies import curve_of, trained
 from tests.train.tiny import LLAMA, Run, tiny_recipe

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from sft_core.pins import pin
-from sft_core.recipe import parse_recipe
+from sft_core.pins.pinned import pin
+from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.search.registry import STRATEGIES
+from sft_core.recipe.sections import Lora, Runtime
 from sft_core.rounds import Point
 from sft_core.search.job import RolloutJob, RolloutSpec, SearchSpec
 from sft_core.search.launch import rollout_here
-from sft_core.search_settings.registry import STRATEGIES
-from sft_core.sections import Lora, Runtime
 from sft_core.store.stage import Build
 from sft_core.train.assemble import bytes_on_disk
 from sft_core.train.job import TrainJob, TrainSpec, job_path, read_job, write_job

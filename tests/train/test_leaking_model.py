@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 
-from sft_core.data.packing import PackPlan
-from sft_core.data.shards import TokenShards
-from sft_core.pins import PinnedRecipe
-from sft_core.recipe import parse_recipe
+from sft_core.data.packing.plan import PackPlan
+from sft_core.data.shards.token_shards import TokenShards
+from sft_core.pins.pinned import PinnedRecipe
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.store import Store
 from sft_core.train.job import TrainJob
-from sft_core.train.model import load_model
+from sft_core.train.models.model import load_model
 from sft_core.train.preflight import LONG, try_class
 from sft_core.train.schedule import step_packs
-from steps.cli import main
-from steps.pipeline import prepare
-from steps.train import card
+from steps.cards.training import card
+from steps.cli.main import main
+from steps.start import prepare
 from tests.browser import Browser
 from tests.train.test_objective import costs_of, documents_of
 from tests.train.test_strategies import trained

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sft_core.data.shards import TokenRow
+from sft_core.data.shards.token_shards import TokenRow
 from sft_core.train.collate import collate
-from sft_core.train.head import add_fused_head
 from sft_core.train.loss import Forward, LossBySource, trained_token_nll
+from sft_core.train.models.head import add_fused_head
 
 VOCABULARY = 97
 SIZES = {

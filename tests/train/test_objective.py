@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from sft_core.data.balance import pack_costs
-from sft_core.data.packing import PackPlan
-from sft_core.data.shards import TokenShards
-from sft_core.pins import PinnedRecipe
+from sft_core.data.packing.balance import pack_costs
+from sft_core.data.packing.plan import PackPlan
+from sft_core.data.shards.token_shards import TokenShards
+from sft_core.pins.pinned import PinnedRecipe
 from sft_core.train.job import TrainJob
-from sft_core.train.model import load_model
+from sft_core.train.models.model import load_model
 from sft_core.train.schedule import EMPTY, order_coefficients, step_packs
 from tests.train.tiny import LLAMA, Run, tiny_recipe
 

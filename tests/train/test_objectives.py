@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sft_core.data.packing import PackPlan
-from sft_core.data.shards import TokenRow, TokenShards
-from sft_core.pins import PinnedRecipe
+from sft_core.data.packing.plan import PackPlan
+from sft_core.data.shards.token_shards import TokenRow, TokenShards
+from sft_core.pins.pinned import PinnedRecipe
 from sft_core.train import assemble
 from sft_core.train.collate import Batch, collate
 from sft_core.train.job import TrainJob
 from sft_core.train.loss import Forward, trained_losses
-from sft_core.train.model import load_model
+from sft_core.train.models.model import load_model
 from sft_core.train.objectives.objective import Objective
 from sft_core.train.objectives.sft import Sft
 from sft_core.train.schedule import step_packs

@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sft_core.pins import PinnedRecipe, pin
-from sft_core.recipe import parse_recipe
+from sft_core.pins.pinned import PinnedRecipe, pin
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
 from steps.pack import PACKED
 from steps.search import progress
 from steps.train import CHECKPOINT, TRAINED, checkpoint_of
-from tests.test_phases import phased_recipe
+from tests.recipe.test_phases import phased_recipe
 
 
 def ensure_all(store: Store, pinned: PinnedRecipe) -> PinnedRecipe:

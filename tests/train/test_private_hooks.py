@@ -65,7 +65,7 @@ def test_signature_is_the_known_one(function: object) -> None:
 def test_varlen_kernel_takes_what_is_given_to_it() -> None:
     taken = {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size"}
     assert taken <= set(inspect.signature(varlen_attn).parameters)
-    from sft_core.train.attention import VARLEN
+    from sft_core.train.models.attention import VARLEN
 
     assert VARLEN in ALL_ATTENTION_FUNCTIONS.valid_keys()
 

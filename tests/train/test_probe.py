@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from sft_core.data.shards import TokenRow
+from sft_core.data.shards.token_shards import TokenRow
 from sft_core.evaluate.tasks import row_losses
 from sft_core.train import probe
 from sft_core.train.collate import Batch, collate
 from sft_core.train.loss import Forward, trained_token_logits, trained_token_nll
+from sft_core.train.models.small import one_thread, small_model
 from sft_core.train.probe import Trial, class_isolation, model_isolation, settle
-from sft_core.train.small import one_thread, small_model
 from tests.train.test_loss import nll_of_each, tiny_model
 
 Documents = list[tuple[TokenRow, int]]

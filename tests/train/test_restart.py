@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from sft_core.pins import pin
-from sft_core.recipe import parse_recipe
+from sft_core.pins.pinned import pin
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.store import Store
 from sft_core.train.checkpoints import latest, numbered
 from steps.pack import PACKED
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends
 NUM_STEPS = 20
 LAUNCHER = """
 import json, sys
-from sft_core.pins import pin
-from sft_core.recipe import parse_recipe
+from sft_core.pins.pinned import pin
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.store import Store
 from steps.train import TRAINED
 Store(sys.argv[1]).ensure(TRAINED, pin(parse_recipe(json.loads(sys.argv[2]))), round=0)

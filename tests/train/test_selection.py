@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
-from sft_core.data import splits
-from sft_core.data.shards import TokenShards, read_index
+from sft_core.data.shards.token_shards import TokenShards, read_index
+from sft_core.data.sources import splits
 from sft_core.evaluate.tasks import row_losses
-from sft_core.pins import PinnedRecipe, pin
-from sft_core.recipe import parse_recipe
+from sft_core.pins.pinned import PinnedRecipe, pin
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.store import Store
 from sft_core.train.assemble import log_balance
 from sft_core.train.checkpoints import numbered, step_of
@@ -24,9 +24,10 @@ from sft_core.train.log_file import read_events
 from sft_core.train.row_losses import RowLosses
 from sft_core.train.schedule import EMPTY
 from sft_core.train.selection import EvaluateSelection, Selection, SelectionLosses, evaluation_steps
+from steps.cards.training import card
 from steps.selection import SELECTION
 from steps.tokenize import TOKENS
-from steps.train import TRAINED, card
+from steps.train import TRAINED
 from tests.browser import Browser
 from tests.train.tiny import LLAMA, SOURCES, Run, tiny_recipe
 

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_core.data.shards import TokenRow
+from sft_core.data.shards.token_shards import TokenRow
 from sft_core.train import speed_log
 from sft_core.train.collate import collate
 from sft_core.train.flops import Flops

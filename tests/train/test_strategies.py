@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sft_core.data.packing import PackPlan
-from sft_core.data.shards import read_index
-from sft_core.pins import PinnedRecipe, pin
-from sft_core.rank_strategies import STRATEGIES
-from sft_core.recipe import parse_recipe
+from sft_core.data.packing.plan import PackPlan
+from sft_core.data.shards.token_shards import read_index
+from sft_core.pins.pinned import PinnedRecipe, pin
+from sft_core.recipe.rank_strategies import STRATEGIES
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.store import Store
 from sft_core.train.job import TrainJob
 from sft_core.train.loss import trained_token_nll
@@ -153,7 +153,7 @@ def sharded_rank(rank: int, port: int, job: TrainJob, schedule: list[list[int]],
 
     from sft_core.train.collate import PackCollator
     from sft_core.train.loss import trained_token_nll
-    from sft_core.train.model import load_model
+    from sft_core.train.models.model import load_model
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -189,7 +189,7 @@ def test_fsdp2_by_torch_itself_equals_one_rank(
     one: Run, make_job: Callable[[PinnedRecipe, Path], TrainJob], tmp_path: Path
 ) -> None:
     from sft_core.train.collate import PackCollator
-    from sft_core.train.model import load_model
+    from sft_core.train.models.model import load_model
 
     job = make_job(one.pinned, tmp_path)
     collator = PackCollator.open(job.packs, job.tokens)

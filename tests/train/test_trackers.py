@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from sft_core.recipe import parse_recipe
+from sft_core.recipe.recipe import parse_recipe
 from sft_core.train import speed_log
 from sft_core.train.arguments import check_report_to
-from steps.pipeline import prepare
+from steps.start import prepare
 from tests.train.tiny import Run, tiny_recipe
 
 

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft_core.data import splits
 from sft_core.data.overlap.stored_rows import count_row_groups, read_column, read_groups, read_places
 from sft_core.data.overlap.words import HashedTurns, excerpt, folded_words, hash_turns, ngrams, turns
-from sft_core.data.sharding import Shard, build_shards, plan_shards, shard_folders, total
+from sft_core.data.shards.parallel import Shard, build_shards, plan_shards, shard_folders, total
+from sft_core.data.sources import splits
 
 if TYPE_CHECKING:
     from sft_core.store.stage import Build

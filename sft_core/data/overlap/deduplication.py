@@ -23,12 +23,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from sft_core.data import splits
 from sft_core.data.overlap.signatures import gram_sets, similarity
 from sft_core.data.overlap.stored_rows import read_column, read_places
 from sft_core.data.overlap.words import excerpt, turns
-from sft_core.data.sharding import shard_folders
-from sft_core.data.shards import read_index
+from sft_core.data.shards.parallel import shard_folders
+from sft_core.data.shards.token_shards import read_index
+from sft_core.data.sources import splits
 
 if TYPE_CHECKING:
     from sft_core.data.overlap.candidates import Candidates, Signatures

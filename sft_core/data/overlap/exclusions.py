@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sft_core.data.sharding import shard_folders
+from sft_core.data.shards.parallel import shard_folders
 
 REASONS = ("duplicates", "contaminated")
 

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft_core.data import splits
 from sft_core.data.overlap.stored_rows import read_column, read_places
 from sft_core.data.overlap.words import folded_words, turns
+from sft_core.data.sources import splits
 
 if TYPE_CHECKING:
     from sft_core.store.stage import Build

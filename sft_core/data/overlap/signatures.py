@@ -14,7 +14,7 @@ import numpy as np
 from sft_core.data.overlap.minhash import sign
 from sft_core.data.overlap.stored_rows import count_row_groups, read_groups
 from sft_core.data.overlap.words import SETTINGS, SIDES, Turn, exact_digest, hash_turns, ngrams, turns, words
-from sft_core.data.sharding import Shard, build_shards, plan_shards, total
+from sft_core.data.shards.parallel import Shard, build_shards, plan_shards, total
 
 if TYPE_CHECKING:
     from sft_core.store.stage import Build

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from sft_core.data.tokenizer import any_of, control_tokens, decoder_kinds, token_bytes
+from sft_core.data.tokenizer.tokenizer import any_of, control_tokens, decoder_kinds, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from sft_core.data.tokens import EncodedRows
+    from sft_core.data.tokenizer.encoded import EncodedRows
 
 MARK = b"\xff"  # a byte that no UTF-8 text has
 _NO_MARK = b"\xfe"  # nor this one: it stands for a vocabulary's own token of the byte above

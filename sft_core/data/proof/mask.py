@@ -21,19 +21,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sft_core.data.formats.tools import is_written, leaves
-from sft_core.data.policy import RowPolicy
 from sft_core.data.proof.decoded import MARK, DecodedRows, Piece, Turn, Vocabulary
 from sft_core.data.proof.forms import Forms, Texts
 from sft_core.data.proof.serving import Server
 from sft_core.data.proof.talk import Talk, spoken, thinking
-from sft_core.data.shards import TokenRow
-from sft_core.data.templates import ChatTemplate, TemplateError
+from sft_core.data.rendering.policy import RowPolicy
+from sft_core.data.rendering.templates import ChatTemplate, TemplateError
+from sft_core.data.shards.token_shards import TokenRow
+from sft_core.data.sources.formats.tools import is_written, leaves
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from sft_core.data.tokens import EncodedRows
+    from sft_core.data.tokenizer.encoded import EncodedRows
 
 _AUDITED = 128  # one conversation in so many is proved, whatever its forms
 _EXCERPT = 1500  # bytes of a row that are shown on either side of a fault

@@ -9,9 +9,9 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from sft_core.data.policy import RowPolicy
 from sft_core.data.proof.decoded import Vocabulary
-from sft_core.data.templates import ChatTemplate
+from sft_core.data.rendering.policy import RowPolicy
+from sft_core.data.rendering.templates import ChatTemplate
 
 _THINKING = "reasoning_content"
 _NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))

@@ -6,8 +6,8 @@ import json
 from collections.abc import Hashable
 from typing import Any
 
-from sft_core.data.policy import RowPolicy
 from sft_core.data.proof.forms import Texts
+from sft_core.data.rendering.policy import RowPolicy
 
 _SHORT = 24  # characters of a template's variable that may choose how it renders; a longer one is a text
 

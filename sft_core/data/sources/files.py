@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from sft_core.data.formats.json_files import RawRow, read_json
+from sft_core.data.sources.formats.json_files import RawRow, read_json
 from sft_core.data.sources.read import ROWS_A_BATCH, without_nulls
 from sft_core.data.sources.source import Description, Resolver, Source
 from sft_core.local_files import digest_files
 
 if TYPE_CHECKING:
-    from sft_core.datasets.kinds.files import FileDataset
+    from sft_core.recipe.datasets.kinds.files import FileDataset
 
 # Outputs in stores, and model cards, were made when every dataset had a hub dataset's keys. They keep their keys.
 _IDENTITY = {"id": None, "config": None, "split": "train"}

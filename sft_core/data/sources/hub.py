@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from sft_core.data.formats.json_files import RawRow
-from sft_core.data.hub_token import check_token
+from sft_core.data.sources.formats.json_files import RawRow
+from sft_core.data.sources.hub_token import check_token
 from sft_core.data.sources.read import ROWS_A_BATCH, without_nulls
 from sft_core.data.sources.source import Description, Resolver, Source
 
 if TYPE_CHECKING:
-    from sft_core.datasets.kinds.hub import HubDataset
+    from sft_core.recipe.datasets.kinds.hub import HubDataset
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from sft_core.data.formats.conversations import canonical, row_id, to_json
-from sft_core.data.rejects import Rejected, Rejects
-from sft_core.data.splits import prompt_hash
+from sft_core.data.sources.formats.conversations import canonical, row_id, to_json
+from sft_core.data.sources.rejects import Rejected, Rejects
+from sft_core.data.sources.splits import prompt_hash
 
 if TYPE_CHECKING:
     from sft_core.data.sources.source import Source

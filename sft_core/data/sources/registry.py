@@ -10,8 +10,8 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from sft_core.datasets.dataset import Dataset
-from sft_core.datasets.union import KINDS
+from sft_core.recipe.datasets.dataset import Dataset
+from sft_core.recipe.datasets.union import KINDS
 
 if TYPE_CHECKING:
     from sft_core.data.sources.source import Source

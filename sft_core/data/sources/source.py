@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from sft_core.data.formats.json_files import RawRow
-    from sft_core.datasets.dataset import Dataset
+    from sft_core.data.sources.formats.json_files import RawRow
+    from sft_core.recipe.datasets.dataset import Dataset
 
 
 class Resolver(Protocol):

@@ -12,7 +12,7 @@ from sft_core.evaluate.metrics.metric import Asked, Metric, Question
 from sft_core.store.code_digest import user_code_digest
 
 if TYPE_CHECKING:
-    from sft_core.measuring import Evaluation
+    from sft_core.recipe.evaluation import Evaluation
 
 Row = dict[str, Any]  # JSON: the canonical conversation, and its row_id
 _FORM = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from sft_core.evaluate.metrics.json_answers import Json
 
 if TYPE_CHECKING:
-    from sft_core.measuring import Evaluation
+    from sft_core.recipe.evaluation import Evaluation
 
 Schema = dict[str, Any]  # JSON
 

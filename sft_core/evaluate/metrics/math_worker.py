@@ -10,7 +10,7 @@ import sys
 from decimal import Decimal
 from typing import Any
 
-from sft_core.lifetime import die_with_parent
+from sft_core.die_with_parent import die_with_parent
 
 MAX_BYTES = 4 * 2**30  # a tower of powers must not take the machine's memory
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d{1,2})(?![\w.]*\d)")

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
-    from sft_core.measuring import Evaluation
+    from sft_core.recipe.evaluation import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)

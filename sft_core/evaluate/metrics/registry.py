@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from sft_core.evaluate import metrics
 from sft_core.evaluate.metrics.metric import Metric
-from sft_core.wording import nearest, short
+from sft_core.recipe.wording import nearest, short
 
 if TYPE_CHECKING:
-    from sft_core.measuring import Evaluation
+    from sft_core.recipe.evaluation import Evaluation
 
 _REQUIRED = ("name", "is_share")
 
@@ -62,7 +62,7 @@ def metric_class(name: str) -> type[Metric]:
 def check_names(evaluation: Evaluation) -> None:
     """Raises ValueError for a metric that does not exist, a schema that is missing, and one that no task asks for.
 
-    Whoever reads a recipe calls it (steps/recipes.py): the recipe itself stands below the metrics.
+    Whoever reads a recipe calls it (steps/runs/recipes.py): the recipe itself stands below the metrics.
     """
     for task in evaluation.metric_by_task:
         _class_of(evaluation, task)

@@ -7,8 +7,8 @@ import json
 import re
 from typing import Any
 
-from sft_core.data.formats.tools import tool_calls
-from sft_core.data.rejects import Rejected
+from sft_core.data.sources.formats.tools import tool_calls
+from sft_core.data.sources.rejects import Rejected
 from sft_core.evaluate.metrics.metric import Asked, Metric, Question
 
 _TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)  # JSON: ours, Hermes', Qwen's

@@ -7,10 +7,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sft_core.recipe.wording import counted
 from sft_core.search.peaks import first_highest
 from sft_core.search.rollouts import Best, Curves, Decision, Point, Rollout, Search
 from sft_core.search.strategy import Implementation, SearchInput
-from sft_core.wording import counted
 
 
 @dataclasses.dataclass

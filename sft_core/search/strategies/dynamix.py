@@ -6,10 +6,10 @@ import dataclasses
 
 import numpy as np
 
-from sft_core.data.packing import PackPlan
+from sft_core.data.packing.plan import PackPlan
+from sft_core.recipe.search.strategies.dynamix import DynamixSettings
 from sft_core.search.strategies.baselines import sft
 from sft_core.search.strategy import Implementation, SamplerInput
-from sft_core.search_settings.strategies.dynamix import DynamixSettings
 from sft_core.train.hooks import Block, Pack
 
 

@@ -6,10 +6,10 @@ import dataclasses
 
 import numpy as np
 
-from sft_core.data.packing import PackPlan, first_fit_decreasing
+from sft_core.data.packing.plan import PackPlan, first_fit_decreasing
+from sft_core.recipe.search.strategies.ies import IesSettings
 from sft_core.search.strategies.baselines import sft
 from sft_core.search.strategy import Implementation, SamplerInput
-from sft_core.search_settings.strategies.ies import IesSettings
 from sft_core.train.hooks import Block, Pack
 
 

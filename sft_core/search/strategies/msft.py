@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from sft_core.recipe.search.strategies.msft import MsftSettings
+from sft_core.recipe.wording import counted
 from sft_core.search.peaks import fall_of, first_highest, peak_of
 from sft_core.search.rollouts import Best, Curves, Decision, Point, Rollout, Search
 from sft_core.search.strategy import Implementation, SearchInput
-from sft_core.search_settings.strategies.msft import MsftSettings
-from sft_core.wording import counted
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ import pytest
 from sft_core.data.overlap.decontamination import Prompt, PromptIndex
 from sft_core.data.overlap.report_prompts import questions
 from sft_core.data.overlap.words import folded_words
-from sft_core.data.sharding import shard_folders
-from sft_core.data.splits import REPORT, assign, prompt_hash
+from sft_core.data.shards.parallel import shard_folders
+from sft_core.data.sources.splits import REPORT, assign, prompt_hash
 from sft_core.store.store import Store
 from steps.decontaminate import CONTAMINATION, REPORT_PROMPTS
 from steps.mix import MIXTURE

@@ -20,7 +20,7 @@ from sft_core.data.overlap.deduplication import verified
 from sft_core.data.overlap.minhash import sign
 from sft_core.data.overlap.signatures import gram_sets, similarity
 from sft_core.data.overlap.words import Turn, exact_digest, hash_turns, ngrams, turns, words
-from sft_core.data.shards import read_index
+from sft_core.data.shards.token_shards import read_index
 from sft_core.data.sources.read import accept
 from steps.deduplicate import DUPLICATES, SIGNATURES
 from steps.mix import MIXTURE
@@ -211,8 +211,8 @@ def test_all_rows_of_a_conversation_are_left_out_together(find: Duplicates, ensu
     find(a=[{"messages": talk}, {"messages": talk}, FILLER[0]], b=[{"messages": changed}, FILLER[1]])
     recipe = find.recipe.recipe.model_dump(mode="json")
     recipe["chat_template"]["thinking"] = "only_last"
-    from sft_core.pins import pin
-    from sft_core.recipe import parse_recipe
+    from sft_core.pins.pinned import pin
+    from sft_core.recipe.recipe import parse_recipe
 
     split = pin(parse_recipe(recipe))
     index = read_index(ensure(TOKENS, split, source="a")[0])["row_id"].to_pylist()
@@ -269,7 +269,7 @@ def test_result_is_the_same_whatever_the_hash_seed_and_the_workers(find: Duplica
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(find.recipe.recipe.model_dump(mode="json", exclude_none=True)))
     code = (
-        "import sys, json\nfrom sft_core.pins import pin\nfrom sft_core.recipe import load_recipe\n"
+        "import sys, json\nfrom sft_core.pins.pinned import pin\nfrom sft_core.recipe.recipe import load_recipe\n"
         "from sft_core.store.store import Store\nfrom steps.deduplicate import DUPLICATES\n"
         "pinned = pin(load_recipe(sys.argv[1], overrides=tuple(sys.argv[2:])))\n"
         "store = Store(pinned.recipe.runtime.store)\nref = store.ensure(DUPLICATES, pinned)\n"

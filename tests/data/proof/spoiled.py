@@ -13,9 +13,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sft_core.data.proof.mask import MaskProof, MaskProofFailed
-from sft_core.data.spans import RenderedRow
-from sft_core.data.tokenizer import stop_tokens as all_stop_tokens
-from sft_core.data.tokens import EncodedRows, encode_rows
+from sft_core.data.rendering.spans import RenderedRow
+from sft_core.data.tokenizer.encoded import EncodedRows, encode_rows
+from sft_core.data.tokenizer.tokenizer import stop_tokens as all_stop_tokens
 from tests.data.families import CHATML, TAGS, Chat, assistant, call, result, system, talk, tool, user, vocabulary
 from tests.data.rows import columns
 

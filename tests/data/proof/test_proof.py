@@ -12,7 +12,7 @@ import re
 import numpy as np
 import pytest
 
-from sft_core.data.tokens import EncodedRows
+from sft_core.data.tokenizer.encoded import EncodedRows
 from tests.data.families import assistant, family, talk, user
 from tests.data.proof.spoiled import (
     BEFORE,
@@ -32,8 +32,8 @@ from tests.data.proof.spoiled import (
     with_span,
     without,
 )
-from tests.data.test_rendering import CHATML as PLAIN
-from tests.data.test_rendering import REWRITES
+from tests.data.rendering.test_rendering import CHATML as PLAIN
+from tests.data.rendering.test_rendering import REWRITES
 
 # One border of a span
 

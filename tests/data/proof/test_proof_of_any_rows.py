@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from sft_core.data.proof.mask import MaskProofFailed
-from sft_core.data.rejects import Rejected
-from sft_core.data.tokens import encode_rows
+from sft_core.data.sources.rejects import Rejected
+from sft_core.data.tokenizer.encoded import encode_rows
 from tests.data.families import CHATML, TAGS, Chat, assistant, call, result, system, talk, tool, user, vocabulary
 from tests.data.proof.spoiled import (
     BLOCKS,
@@ -29,8 +29,8 @@ from tests.data.proof.spoiled import (
     group,
     moved,
 )
-from tests.data.test_rendering import CHATML as PLAIN
-from tests.data.test_rendering import REWRITES
+from tests.data.rendering.test_rendering import CHATML as PLAIN
+from tests.data.rendering.test_rendering import REWRITES
 
 # What is true passes
 

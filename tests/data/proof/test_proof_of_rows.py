@@ -13,7 +13,7 @@ import pytest
 
 from sft_core.data.proof.decoded import DecodedRows, Vocabulary
 from sft_core.data.proof.mask import MaskProofFailed
-from sft_core.data.tokens import EncodedRows, encode_rows
+from sft_core.data.tokenizer.encoded import EncodedRows, encode_rows
 from tests.data.families import assistant, call, result, system, talk, user
 from tests.data.proof.spoiled import (
     BEFORE,
@@ -30,9 +30,9 @@ from tests.data.proof.spoiled import (
     spoiled,
     without,
 )
+from tests.data.rendering.test_rendering import CHATML as PLAIN
+from tests.data.rendering.test_rendering import REWRITES
 from tests.data.rows import columns
-from tests.data.test_rendering import CHATML as PLAIN
-from tests.data.test_rendering import REWRITES
 
 # Ids
 

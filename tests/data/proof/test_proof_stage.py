@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sft_core.data import spans, tokens
 from sft_core.data.proof.mask import MaskProofFailed
-from sft_core.data.spans import RenderedRow, Renderer
-from sft_core.data.tokens import EncodedRows
+from sft_core.data.rendering import spans
+from sft_core.data.rendering.spans import RenderedRow, Renderer
+from sft_core.data.tokenizer.encoded import EncodedRows
+from sft_core.data.tokens import build as tokens
 from sft_core.store.store import Store
 from steps.render import RENDERED
 from steps.tokenize import TOKENS
@@ -30,7 +31,7 @@ from tests.data.proof.spoiled import (
     moved,
     without,
 )
-from tests.data.test_rendering import CHATML as PLAIN
+from tests.data.rendering.test_rendering import CHATML as PLAIN
 
 # The stage
 

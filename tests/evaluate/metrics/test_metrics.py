@@ -21,9 +21,9 @@ from sft_core.evaluate.metrics.registry import (
     metric_classes,
     metric_identity,
 )
-from sft_core.measuring import Evaluation
-from sft_core.recipe import parse_recipe
-from steps.recipes import read_recipe
+from sft_core.recipe.evaluation import Evaluation
+from sft_core.recipe.recipe import parse_recipe
+from steps.runs.recipes import read_recipe
 from tests.train.tiny import tiny_recipe
 
 SCHEMA = {

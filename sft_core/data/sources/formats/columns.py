@@ -1,0 +1,22 @@
+"""Columns that hold JSON, parsed or as text: data sets write tools, turns and arguments either way."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sft_core.data.sources.rejects import Rejected
+
+
+def json_list(value: Any, name: str) -> list[Any]:
+    """The list in a column; an empty one for nothing. Raises Rejected (invalid_json)."""
+    if not value:
+        return []
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise Rejected("invalid_json", f"`{name}` is a string that is not JSON") from None
+    if not isinstance(value, list):
+        raise Rejected("invalid_json", f"`{name}` is a list; found {type(value).__name__}")
+    return value

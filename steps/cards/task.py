@@ -1,0 +1,85 @@
+"""A task on the card of evaluate: scores with their differences, and rows that were won and lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sft_core.evaluate.comparison import by_change
+from sft_core.evaluate.rows import read_rows
+from sft_core.evaluate.summary import compare, read_answers
+from sft_core.report.tables import score_rows
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
+from steps.cards.pieces import facts, heading, table, warnings
+
+MAX_EXAMPLES = 8  # of the rows that were won, of those that were lost, and of the others
+
+
+MAX_ASKED = 200  # characters of a prompt, from its end
+
+
+def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
+    """The task's scores with their differences and red flags, and the rows that were won and lost."""
+    manifests = {model: store.manifest(ref) for model, ref in refs.items()}
+    folders = {model: store.path(ref) for model, ref in refs.items()}
+    (first, *_, last), arrow = refs, " → ".join(refs)
+    task, released = manifests[last]["identity"]["part"]["task"], manifests[last]["counts"]
+    scores = {model: manifest["counts"]["scores"] for model, manifest in manifests.items()}
+    compared = compare(folders[first], folders[last])
+    counts = {model: read_answers(folder) for model, folder in folders.items()}
+    rows = score_rows({task: scores}, {task: compared}, {task: counts})
+    shown: dict[str, Any] = {"rows": released["rows"]}
+    for of_models in zip(*scores.values(), strict=True):
+        metric = of_models[-1]["metric"]
+        shown[f"{metric}: {arrow}"] = with_difference(of_models, compared.get(metric))
+    if released["answers"]:
+        shown["answers"] = released["answers"]
+        if "engine" in released:
+            shown["answered by"] = released["engine"]
+        for name in ("generated_tokens", "cut_off", "empty", "timeouts"):
+            amounts = (str(manifest["counts"][name]) for manifest in manifests.values())
+            shown[f"{name.replace('_', ' ')}: {arrow}"] = " → ".join(amounts)
+    flags = [f"{row['metric']}: {row['flags']}" for row in rows if row["flags"]]
+    components = [*facts(f"Task {task}", shown), *warnings(flags)]
+    if not released["answers"]:
+        return components
+    won, lost, same = by_change(read_rows(folders[first]), read_rows(folders[last]))
+    for name, meaning, pairs in (
+        ("Won", f"{last} scores higher", won),
+        ("Lost", f"{first} scores higher", lost),
+        ("The same", "both score alike", same),
+    ):
+        components += _examples(name, meaning, pairs, (first, last))
+    return components
+
+
+def with_difference(scores: Sequence[dict[str, Any]], difference: dict[str, Any] | None) -> str:
+    """One metric's scores by each model, and how the last one differs from the first."""
+
+    def value(score: dict[str, Any]) -> str:
+        return f"{score['value']:.4f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.4f}")
+
+    text = f"{' → '.join(map(value, scores))} (n {scores[-1]['n']})"
+    if difference is None or difference["low"] is None:
+        return text
+    return f"{text}; {difference['value']:+.4f}, 95 % {difference['low']:+.4f} to {difference['high']:+.4f}"
+
+
+def _examples(name: str, meaning: str, pairs: list[Any], models: tuple[str, str]) -> list[Any]:
+    """How many rows changed, and what was written in the first of them."""
+    title = heading(f"{name}: {len(pairs)} rows, in which {meaning}")
+    header = ("asked (its end)", "wanted", *(column for model in models for column in (f"{model} wrote", "score")))
+    shown = [
+        (_end(base["prompt"]), base["answer"], *(each for row in (base, tuned) for each in _written(row)))
+        for base, tuned in pairs[:MAX_EXAMPLES]
+    ]
+    return [title, *([table(header, shown)] if shown else [])]
+
+
+def _written(row: dict[str, Any]) -> tuple[str, str]:
+    return row["outputs"][0], f"{row['score']:.4g}"
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= MAX_ASKED else f"… {text[-MAX_ASKED:]}"

@@ -1,0 +1,232 @@
+"""Commands for what a run left: verify, scores, answers, resume, chat, compare, lineage."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from steps.cli.store import existing_store
+
+WHOLE_LINE = 400  # characters
+FLOW = Path(__file__).resolve().parents[2] / "flows" / "sft_flow.py"
+
+
+@click.command()
+@click.argument("ref", required=False)
+@click.option("--store", "root", default="store", show_default=True, help="The store: a folder or a URL.")
+def verify(ref: str | None, root: str) -> None:
+    """Compare the files of an output, or of every output, with the digests in its manifest.
+
+    \b
+    Example: sft verify tokens/3f2a
+    """
+    from tqdm import tqdm
+
+    from sft_core.store.manifest import CorruptOutput
+
+    store = existing_store(root)
+    refs = [store.find(ref)] if ref else store.refs()
+    faults = []
+    for one in tqdm(refs, unit=" outputs", disable=None):
+        try:
+            store.verify(one, remote=True)
+        except CorruptOutput as fault:
+            faults.append(str(fault))
+    click.echo("\n".join([*faults, f"{len(refs)} outputs verified, {len(faults)} damaged"]))
+    sys.exit(1 if faults else 0)
+
+
+@click.command()
+@click.option("--all", "whole", is_flag=True, help="Every score with its standard error: perplexity, token accuracy.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON list of every score, an object each.")
+def scores(whole: bool, as_json: bool) -> None:
+    """The scores of the last run that finished.
+
+    \b
+    Examples: sft scores --all
+              sft scores --json
+    """
+    from steps.report import summary
+    from steps.runs.recorded import last_finished
+
+    data = last_finished()
+    click.echo(json.dumps(data["scores"], indent=1) if as_json else summary(**data, whole=whole).strip())
+
+
+@click.command()
+@click.argument("run")
+@click.option("--task", help="Of this task only.")
+@click.option("--only", type=click.Choice(["won", "lost", "same"]), help="Rows that tuning won, lost, or left alike.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Rows at most.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object a line.")
+def answers(run: str, task: str | None, only: Any, limit: int, as_json: bool) -> None:
+    """What base and tuned model answered in a run, row by row: those won first, then those lost, then the others.
+
+    \b
+    Examples: sft answers latest
+              sft answers latest --task gsm_symbolic_think --only lost
+              sft answers 1795362982054539 --limit 100000 --json > answers.jsonl
+    """
+    from itertools import islice
+
+    from steps.cli.answers import answers, as_text
+    from steps.runs.recorded import recorded
+
+    found = answers(recorded(run), task, only)
+    for row in islice(found, limit):
+        if as_json:
+            click.echo(json.dumps(row, ensure_ascii=False))
+        else:
+            _console().print(as_text(row))
+    if left := sum(1 for _ in found):
+        click.echo(f"{left} rows more; --limit", err=True)
+
+
+@click.command()
+def resume() -> None:
+    """Continue the last attempt, a resumed one that failed included: finished steps are not run again.
+
+    \b
+    Example: sft resume
+    """
+    from sft_core.store.provenance import source_code
+    from steps.runs.recorded import failed_tasks, last_attempt
+    from steps.runs.tags import resumed_tags
+
+    run = last_attempt()
+    failed = failed_tasks(run.id)
+    # To Metaflow a failed evaluation is done. From the step on, those that are scored are hits.
+    step = ["evaluate"] if failed else []
+    click.echo(f"resuming {run.id}" + (f", evaluating {', '.join(failed)} again" if failed else ""))
+    # The step that tags a run is finished, so it is not run again.
+    tags = [part for tag in resumed_tags(run.tags, source_code()) for part in ("--tag", tag)]
+    sys.exit(subprocess.call([sys.executable, str(FLOW), "resume", *step, "--origin-run-id", run.id, *tags]))
+
+
+@click.command()
+@click.argument("ref")
+@click.option("--prompt", help="One turn: prints its answer and ends. Otherwise turns are typed, or piped in by line.")
+@click.option("--system", help="The system message.")
+@click.option("--no-think", is_flag=True, help="Start without thinking; /think and /no_think switch.")
+@click.option("--temperature", type=float, help="0 is greedy. Default: as the checkpoint's generation config says.")
+@click.option("--top-p", type=float, help="Sample from the likeliest tokens of this share of the probability.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Of an answer.")
+@click.option("--seed", default=0, show_default=True, help="Of sampling.")
+@click.option("--template-kwarg", "kwargs", multiple=True, metavar="NAME=VALUE", help="A variable of the template.")
+@click.option("--trust-remote-code", is_flag=True, help="Run a model's own code, where it brings some.")
+@click.option("--store", "root", default="store", show_default=True, help="The store, for outputs: a folder or a URL.")
+def chat(
+    ref: str,
+    prompt: str | None,
+    system: str | None,
+    no_think: bool,
+    temperature: float | None,
+    top_p: float | None,
+    max_new_tokens: int,
+    seed: int,
+    kwargs: tuple[str, ...],
+    trust_remote_code: bool,
+    root: str,
+) -> None:
+    """Talk to a checkpoint: an output (stage/key), a run's id or `latest`, a folder, or a hub id.
+
+    Its own chat template writes the prompts, with the kwargs that the store knows it was trained with. In the
+    conversation, /help tells the commands.
+
+    \b
+    Examples: sft chat latest
+              sft chat trained/3f2a --temperature 0.7 --top-p 0.9
+              sft chat store/release/3f2a/model --prompt "sort: dbca" --no-think
+              sft chat org/model < questions.txt
+    """
+    from sft_core.evaluate.chat import Sampling
+    from sft_core.recipe.recipe import read_yaml
+    from steps.cli.chat import talk
+
+    variables = {}
+    for one in kwargs:
+        name, is_given, value = one.partition("=")
+        if not is_given:
+            raise ValueError(f"--template-kwarg: found {one!r}; write NAME=VALUE, as header=false")
+        variables[name] = read_yaml(f"value: {value}")["value"]
+    code = talk(
+        ref,
+        root,
+        sampling=Sampling(max_new_tokens, temperature, top_p, seed),
+        system=system,
+        thinking=False if no_think else None,
+        prompt=prompt,
+        kwargs=variables,
+        trust_remote_code=trust_remote_code,
+    )
+    sys.exit(code)
+
+
+@click.command()
+@click.argument("run_a")
+@click.argument("run_b")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object: runs, recipe, amounts, scores.")
+def compare(run_a: str, run_b: str, as_json: bool) -> None:
+    """Two runs side by side: their recipes' differences, data, training and scores. `latest` is the newest run.
+
+    Scores of the tuned models are also compared by row, with a 95 % interval, where both scored the same prompts.
+
+    \b
+    Examples: sft compare 1795362982054539 latest
+              sft compare 1795362982054539 1795363110646365 --json
+    """
+    from steps.cli.compare import as_tables, compared
+    from steps.runs.recorded import recorded
+
+    found = compared(recorded(run_a), recorded(run_b))
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        _console().print(*as_tables(found), sep="\n")
+
+
+@click.command()
+@click.argument("ref")
+@click.option("--row", "row_id", help="The way of the row with this row_id, to its packs and steps.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object: root, outputs, removed; with --row a list.")
+@click.option("--store", "root", default="store", show_default=True, help="The store, for outputs: a folder or a URL.")
+def lineage(ref: str, row_id: str | None, as_json: bool, root: str) -> None:
+    """What an output (stage/key), or a run's report, was made from, back to the source files.
+
+    With each output: the digest of its content, when it was made, and by which commit of this project.
+
+    \b
+    Examples: sft lineage latest
+              sft lineage trained/3f2a --json
+              sft lineage latest --row 0bf565fb06cb45b5
+    """
+    from steps.cli import lineage, row_journey
+
+    store, found = lineage.find(ref, root)
+    traced = lineage.trace(store, found)
+    if row_id is not None:
+        journeys = row_journey.journeys(store, traced, row_id)
+        told: Any = journeys
+        trees = [row_journey.as_tree(journey) for journey in journeys]
+    else:
+        told, trees = lineage.as_json(store, traced), [lineage.as_tree(store, traced)]
+    if as_json:
+        click.echo(json.dumps(told, indent=1))
+    else:
+        _console().print(*trees, sep="\n")
+
+
+def _console() -> Any:
+    """Lines are folded in a terminal and whole elsewhere."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WHOLE_LINE)
+
+
+COMMANDS = (verify, scores, answers, resume, chat, compare, lineage)

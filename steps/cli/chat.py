@@ -1,0 +1,232 @@
+"""A conversation with a checkpoint in the terminal, or over lines that are piped in."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from sft_core.evaluate.chat import Answer, Chat, Checkpoint, Sampling
+from sft_core.pins.pinned import HubUnreachable, resolve
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
+from steps.cli.lineage import trace
+from steps.runs.recorded import is_run, recorded
+
+HELP = (
+    "/think and /no_think switch thinking, /system TEXT sets the system message (without TEXT: none), "
+    "/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer"
+)
+INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
+_COMMAND = re.compile(r"/(\w+)(?:\s+(.*))?\Z", re.DOTALL)
+_WITH_MODEL = ("trained", "checkpoint", "delivered", "release")  # delivered: of older runs' searches
+
+
+class Place(NamedTuple):
+    """Where a checkpoint is, and with which template variables it was trained."""
+
+    path: str
+    kwargs: dict[str, Any]
+    revision: str | None = None
+
+
+def find_checkpoint(name: str, root: str) -> Place:
+    """Of a folder, a run, an output of the store (stage/key) or a hub id. Raises ValueError or OSError."""
+    if Path(name).expanduser().is_dir():
+        return _in_folder(Path(name).expanduser())
+    if is_run(name):
+        run = recorded(name)
+        address = run.outputs.get("released") or run.outputs.get("delivered") or run.outputs.get("trained")
+        if address is None:
+            raise ValueError(f"run {run.id} has no checkpoint yet; wait for its training, or name another run")
+        return _in_store(Store(run.recipe.runtime.store), Ref(*address.split("/")))
+    stage = name.partition("/")[0]
+    if stage in _stages(root):
+        store = Store(root)
+        return _in_store(store, store.find(name))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"found {name!r}; no such folder (looked in {Path.cwd()})")
+    return _on_hub(name)
+
+
+def _on_hub(id: str) -> Place:
+    """At the commit that its main branch has now; where the hub is out of reach, as it was loaded last."""
+    try:
+        return Place(id, {}, resolve("model", id, "main").commit)
+    except HubUnreachable:
+        if (folder := _in_cache(id)) is None:
+            raise
+        return Place(str(folder), {})
+
+
+def _in_cache(id: str) -> Path | None:
+    """Of a hub's model the commit that was loaded last. The cache knows no branch of what is loaded by its commit."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repos = [repo for repo in scan_cache_dir().repos if (repo.repo_type, repo.repo_id) == ("model", id)]
+    except CacheNotFound:
+        return None
+    revisions = sorted((one for repo in repos for one in repo.revisions), key=lambda one: one.last_modified)
+    folders = [one.snapshot_path for one in revisions if (one.snapshot_path / "config.json").is_file()]
+    return folders[-1] if folders else None
+
+
+def _stages(root: str) -> set[str]:
+    from steps.plan import ORDER
+
+    return {*ORDER, *(path.name for path in Path(root).expanduser().glob("[!.]*") if path.is_dir())}
+
+
+def _in_folder(folder: Path) -> Place:
+    if (folder / "model" / "config.json").is_file():
+        folder = folder / "model"  # an output's own folder
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds an adapter alone; name the folder of the merged model, {folder.parent}")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json, so it is no model; name a folder of save_pretrained")
+    output = folder.resolve().parent
+    ref, store = Ref(output.parent.name, output.name), Store(output.parent.parent)
+    if not store.is_here(ref) or store.manifest(ref).get("ref") != list(ref):
+        return Place(str(folder), {})  # no output of a store
+    return Place(str(folder), _template_kwargs(store, ref))
+
+
+def _in_store(store: Store, ref: Ref) -> Place:
+    if ref.stage not in _WITH_MODEL:
+        raise ValueError(f"{ref} holds no model; a checkpoint is an output of {', '.join(_WITH_MODEL)}")
+    return Place(str(store.path(ref) / "model"), _template_kwargs(store, ref))
+
+
+def _template_kwargs(store: Store, ref: Ref) -> dict[str, Any]:
+    """The recipe's chat_template.kwargs, as the rows were rendered with that the checkpoint learnt from."""
+    for one, manifest in trace(store, ref).manifests.items():
+        if manifest is not None and one.stage in ("tokens", "rendered"):
+            return dict(manifest["identity"]["section"]["template"]["kwargs"])
+    return {}
+
+
+def talk(
+    name: str,
+    root: str,
+    *,
+    sampling: Sampling,
+    system: str | None,
+    thinking: bool | None,
+    prompt: str | None,
+    kwargs: dict[str, Any],
+    trust_remote_code: bool,
+) -> int:
+    """The exit code. prompt: the only turn; else turns come from the terminal, or a line each from what is piped in."""
+    place = find_checkpoint(name, root)
+    checkpoint = Checkpoint.load(
+        place.path,
+        revision=place.revision,
+        kwargs={**place.kwargs, **kwargs},
+        trust_remote_code=trust_remote_code,
+    )
+    chat = Chat(checkpoint, sampling, system=system, thinking=thinking)
+    if prompt is not None:
+        return _plain(chat, [prompt], commands=False)
+    if not sys.stdin.isatty():
+        return _plain(chat, (line.rstrip("\n") for line in sys.stdin), commands=True)
+    click.secho(f"{place.path}\n{HELP}\n", dim=True)
+    _in_terminal(chat)
+    return 0
+
+
+def _plain(chat: Chat, turns: Iterable[str], *, commands: bool) -> int:
+    """Answers alone on the standard output; 1 where a turn got none."""
+    code = 0
+    for turn in turns:
+        if not turn.strip():
+            continue
+        try:
+            if commands and _COMMAND.match(turn):
+                if not obey(chat, turn, lambda told: click.echo(told, err=True)):
+                    break
+                continue
+            answer = chat.ask(turn, lambda text: click.echo(text, nl=False))
+        except ValueError as error:
+            click.echo(f"Error: {error}", err=True)
+            code = 1
+            continue
+        click.echo()
+        if answer.ended == "interrupted":
+            return INTERRUPTED
+        _tell_end(answer, err=True)
+    return code
+
+
+def _in_terminal(chat: Chat) -> None:
+    import readline  # noqa: F401  (input() then has a history, and keys to edit with)
+
+    while True:
+        try:
+            turn = input("> ")
+        except KeyboardInterrupt:
+            click.secho("\n/quit or Ctrl-D ends", dim=True)
+            continue
+        except EOFError:
+            click.echo()
+            return
+        if not turn.strip():
+            continue
+        try:
+            if _COMMAND.match(turn):
+                if not obey(chat, turn, lambda told: click.secho(told, dim=True)):
+                    return
+                continue
+            answer = chat.ask(turn, Painted())
+        except ValueError as error:
+            click.secho(str(error), fg="red")
+            continue
+        click.echo()
+        _tell_end(answer, err=False)
+
+
+def obey(chat: Chat, turn: str, tell: Callable[[str], None]) -> bool:
+    """Does what a turn that is a command says; False where it says to end. Raises ValueError."""
+    match = _COMMAND.match(turn.strip())
+    assert match is not None, "only commands are to be obeyed"
+    command, argument = match[1], match[2]
+    if command == "quit":
+        return False
+    if command in ("think", "no_think"):
+        chat.think(command == "think")
+        tell("thinking" if command == "think" else "not thinking")
+    elif command == "reset":
+        chat.turns.clear()
+        tell("the conversation is forgotten")
+    elif command == "system":
+        chat.system = argument or None
+        tell("system message set" if argument else "no system message")
+    elif command == "help":
+        tell(HELP)
+    else:
+        raise ValueError(f"found /{command}; {HELP}")
+    return True
+
+
+class Painted:
+    """Writes an answer as it comes, its thoughts dim."""
+
+    def __init__(self) -> None:
+        self._text = ""
+
+    def __call__(self, text: str) -> None:
+        self._text += text
+        is_thought = self._text.rfind("<think>") > self._text.rfind("</think>")
+        # No style at all for the rest: a terminal that is told "not dim" for each token copies badly.
+        click.echo(click.style(text, dim=True) if is_thought or text.endswith("</think>") else text, nl=False)
+
+
+def _tell_end(answer: Answer, *, err: bool) -> None:
+    if answer.ended == "length":
+        click.secho(f"[cut off after {answer.num_tokens} tokens]", dim=True, err=err)
+    elif answer.ended == "interrupted":
+        click.secho(f"[stopped after {answer.num_tokens} tokens]", dim=True, err=err)

@@ -1,0 +1,44 @@
+"""Why two outputs, or the outputs of two recipes, have different keys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sft_core.pins.pinned import pin
+from sft_core.store.store import Store
+from steps.cli.store import existing_store
+from steps.plan import differences, plan
+from steps.runs.recipes import read_recipe
+
+
+def explained(a: str, b: str, root: str) -> list[str]:
+    """Lines: an output's name, then its keys that differ. a, b: two recipe files, or two stage/key of the store."""
+    are_recipes = Path(a).is_file() and Path(b).is_file()
+    told = []
+    for name, before, after in _recipe_identities(a, b) if are_recipes else _output_identities(a, b, root):
+        lines = [f"  {key}: {_short(old)} -> {_short(new)}" for key, old, new in differences(before, after)]
+        told += [name, *lines] if lines else []
+    return told
+
+
+def _recipe_identities(a: str, b: str) -> list[tuple[str, Any, Any]]:
+    sides = []
+    for path in (a, b):
+        loaded = read_recipe(path)
+        found = plan(Store(loaded.runtime.store), pin(loaded, allow_unresolved=True))
+        sides.append({f"{one.stage.name} {one.name}": one.identity for one in found})
+    before, after = sides
+    return [(name, before.get(name, {}), after.get(name, {})) for name in dict.fromkeys([*before, *after])]
+
+
+def _output_identities(a: str, b: str, root: str) -> list[tuple[str, Any, Any]]:
+    store = existing_store(root)
+    refs = [store.find(text) for text in (a, b)]
+    return [(f"{refs[0]} and {refs[1]}", *(store.manifest(ref)["identity"] for ref in refs))]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else text[:117] + "..."

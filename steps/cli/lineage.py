@@ -1,0 +1,205 @@
+"""What an output was made from, back to the sources, as the manifests in the store tell it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sft_core.data.sources.registry import origin_of
+from sft_core.store.provenance import source_label
+from sft_core.store.ref import Ref
+from sft_core.store.store import Store
+from steps.cli.store import existing_store
+from steps.runs.recorded import is_run, recorded
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+DIGEST_SHOWN = 12  # hex digits
+NAMES_SHOWN = 5  # files of a source
+GONE = "no longer in the store"
+# What of the counts tells most about an output of a stage.
+_COUNTS = {
+    "conversations": ("conversations",),
+    "rendered": ("rows",),
+    "tokens": ("rows", "tokens", "trained_tokens"),
+    "mixture": ("rows", "tokens", "trained_tokens"),
+    "packed": ("packs", "tokens", "fill"),
+    "trained": ("steps", "last_loss"),
+    "pushed": ("url",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lineage:
+    """manifests: of the root and all it was made from, nearest first; None for an output that was removed since."""
+
+    root: Ref
+    manifests: dict[Ref, dict[str, Any] | None]
+
+    def inputs(self, ref: Ref) -> dict[str, Ref]:
+        manifest = self.manifests[ref]
+        return {} if manifest is None else {name: Ref(*address) for name, address in manifest["inputs"].items()}
+
+    def behind(self, ref: Ref) -> set[Ref]:
+        """All that the output was made from, directly or not."""
+        found: set[Ref] = set()
+        waiting = [ref]
+        while waiting:
+            new = set(self.inputs(waiting.pop()).values()) - found
+            found |= new
+            waiting += new
+        return found
+
+    def nearest(self, ref: Ref) -> list[Ref]:
+        """The inputs that are not behind another input: each output stands where it was used first."""
+        inputs = set(self.inputs(ref).values())
+        further = {one for other in inputs for one in self.behind(other)}
+        # What has the longest way behind it first: the tuned model's scores lead to all that the base's do.
+        return sorted(inputs - further, key=lambda one: (-len(self.behind(one)), self.name(one), one))
+
+    def name(self, ref: Ref) -> str:
+        """Its part: `tuned copy`, `round 0`."""
+        manifest = self.manifests[ref]
+        part = {} if manifest is None else manifest["identity"]["part"]
+        return " ".join(f"round {value}" if key == "round" else str(value) for key, value in part.items())
+
+
+def find(name: str, root: str) -> tuple[Store, Ref]:
+    """What a name means: an output's stage/key, or a run, whose report it is (or the furthest output it has by now).
+
+    root: the store of an output. Raises ValueError for a name that means none.
+    """
+    if not is_run(name):
+        store = existing_store(root)
+        return store, store.find(name)
+    run = recorded(name)
+    for output in ("scored", "delivered", "trained", "packed", "mixture"):
+        if output in run.outputs:
+            return Store(run.recipe.runtime.store), Ref(*run.outputs[output].split("/"))
+    raise ValueError(f"run {run.id} has made no mixture yet, and sources have no history; wait, or name an output")
+
+
+def trace(store: Store, root: Ref) -> Lineage:
+    manifests: dict[Ref, dict[str, Any] | None] = {}
+    waiting = collections.deque([root])
+    while waiting:
+        ref = waiting.popleft()
+        if ref not in manifests:
+            manifests[ref] = store.manifest(ref) if store.has(ref) else None
+            waiting += [Ref(*address) for address in (manifests[ref] or {"inputs": {}})["inputs"].values()]
+    return Lineage(root, manifests)
+
+
+def as_json(store: Store, lineage: Lineage) -> dict[str, Any]:
+    """{root, outputs: {stage/key: what it is}, removed: [stage/key]}."""
+    outputs = {
+        str(ref): {
+            "stage": ref.stage,
+            "part": manifest["identity"]["part"],
+            "content": manifest["content"],
+            "created": manifest["created"],
+            "seconds": manifest["seconds"],
+            "source_code": manifest.get("source_code"),
+            "inputs": {name: str(one) for name, one in lineage.inputs(ref).items()},
+            **_origins(store, ref, manifest),
+        }
+        for ref, manifest in lineage.manifests.items()
+        if manifest is not None
+    }
+    removed = [str(ref) for ref, manifest in lineage.manifests.items() if manifest is None]
+    return {"root": str(lineage.root), "outputs": outputs, "removed": removed}
+
+
+def as_tree(store: Store, lineage: Lineage) -> Tree:
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    tree = Tree(_line(lineage, lineage.root), guide_style="dim", highlight=False)
+    shown = {lineage.root}
+
+    def grow(branch: Tree, ref: Ref) -> None:
+        manifest = lineage.manifests[ref]
+        if manifest is None:
+            return
+        for kind, origin in _origins(store, ref, manifest).items():
+            branch.add(escape(f"{kind.replace('_', ' ')}: {_told_origin(origin)}"))
+        for one in lineage.nearest(ref):
+            if one in shown:
+                branch.add(f"[cyan]{one}[/] [dim](above)[/]")
+            else:
+                shown.add(one)
+                grow(branch.add(_line(lineage, one)), one)
+
+    grow(tree, lineage.root)
+    return tree
+
+
+def _line(lineage: Lineage, ref: Ref) -> str:
+    from rich.markup import escape
+
+    manifest = lineage.manifests[ref]
+    if manifest is None:
+        return f"[cyan]{ref}[/] [red]{GONE}[/]"
+    by = source_label(manifest["source_code"]) if manifest.get("source_code") else None
+    made = f"{manifest['created'].replace('T', ' ').rstrip('Z')}" + (f" by {by}" if by else "")
+    content = f"content {manifest['content'][:DIGEST_SHOWN]}"
+    return "  ".join(
+        filter(
+            None, (f"[cyan]{ref}[/]", escape(lineage.name(ref)), _told_counts(ref, manifest["counts"]), content, made)
+        )
+    )
+
+
+def _told_counts(ref: Ref, counts: dict[str, Any]) -> str:
+    if ref.stage == "evaluated":
+        return ", ".join(f"{score['metric']} {score['value']:.4f}" for score in counts["scores"])
+    values = [(name, counts[name]) for name in _COUNTS.get(ref.stage, ()) if counts.get(name) is not None]
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:,}"
+        if isinstance(value, int)
+        else f"{name.replace('_', ' ')} {value:.4f}"
+        if isinstance(value, float)
+        else f"{name} {value}"
+        for name, value in values
+    )
+
+
+def _origins(store: Store, ref: Ref, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What an output was made from that is no output: files or a hub revision, a start model, a template."""
+    section = manifest["identity"]["section"]
+    if ref.stage == "conversations":
+        return {"source": origin_of(section, lambda: _files(store, ref))}
+    if ref.stage == "rendered":
+        template, tokenizer = section["template"], section["tokenizer"]
+        pin = template["pin"] or f"of the tokenizer {tokenizer['pin']}"
+        return {"chat_template": {"digest": pin, "kwargs": template["kwargs"], "date": template["date"]}}
+    if ref.stage == "trained" and manifest["identity"]["part"].get("round") == 0:
+        model = section["job"]["model"]
+        seed = section["job"]["training"]["seed"]
+        random = {"random": (model["config"] or {}).get("model_type"), "seed": seed}
+        return {"start_model": random if model["pin"] is None else {"digest_or_revision": model["pin"]}}
+    return {}
+
+
+def _files(store: Store, ref: Ref) -> list[str]:
+    """The names of a source's files, as its rows tell where they stood."""
+    with store.open(ref, "conversations.parquet") as file:
+        where = pq.read_table(file, columns=["where"])["where"]
+    return sorted(pc.unique(pc.replace_substring_regex(where, r":[^:]*$", "")).to_pylist())
+
+
+def _told_origin(origin: dict[str, Any]) -> str:
+    shown = []
+    for name, value in origin.items():
+        if isinstance(value, list):
+            more = f" and {len(value) - NAMES_SHOWN} more" if len(value) > NAMES_SHOWN else ""
+            shown.append(", ".join(value[:NAMES_SHOWN]) + more)
+        elif value not in (None, {}):
+            is_digest = name in ("sha256", "digest") and isinstance(value, str) and " " not in value
+            shown.append(f"{name.replace('_', ' ')} {value[:DIGEST_SHOWN] if is_digest else value}")
+    return "  ".join(shown)

@@ -1,0 +1,100 @@
+"""What a run will do, before it does it: every output that a recipe leads to, and the checks that come first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sft_core.pins.pinned import PinnedRecipe
+from sft_core.store.lookups import Lookups
+from sft_core.store.stage import Located, Stage, Unresolved, part_name
+from sft_core.store.store import Store
+from steps.mix import MIXTURE
+from steps.pack import PACKED
+from steps.release import PUSHED, RELEASED
+from steps.search import progress
+from steps.train import TRAINED
+
+
+def phases_to_train(planned: list[Located], pinned: PinnedRecipe) -> list[str]:
+    open_rounds = [located for located in planned if located.stage is TRAINED and located.status != "hit"]
+    return list(dict.fromkeys(pinned.phase_name(located.part) for located in open_rounds))
+
+
+def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> list[str]:
+    """What the training of each open phase takes of a GPU, a line each. Imports torch and transformers."""
+    phases = phases_to_train(planned, pinned)
+    if not phases:
+        return []
+    try:
+        _ = pinned.model_identity
+    except Unresolved:
+        return []  # the plan names it
+    from sft_core.data.packing.plan import PackPlan
+    from sft_core.train.memory.estimate import estimate, estimate_line
+    from sft_core.train.models.model import skeleton
+
+    loader = pinned.model_loader
+    try:
+        shape = skeleton(**{name: loader[name] for name in ("path", "revision", "config", "trust_remote_code")})
+    except (OSError, ValueError) as error:
+        return [f"no estimate of memory: the model's config cannot be read ({str(error).splitlines()[0]})"]
+    lines = []
+    for phase in phases:
+        plan, trained_share = None, 1.0
+        packed, mixture = (
+            next(each for each in planned if each.stage is stage and pinned.phase_name(each.part) == phase)
+            for stage in (PACKED, MIXTURE)
+        )
+        if packed.status == mixture.status == "hit" and packed.ref and mixture.ref:
+            plan, counts = PackPlan.read(store.path(packed.ref)), store.manifest(mixture.ref)["counts"]
+            trained_share = counts["trained_tokens"] / counts["tokens"]
+        keys = pinned.recipe.for_phase(phase)
+        line = estimate_line(estimate(keys, shape, plan, trained_share=trained_share), keys)
+        lines.append(line if len(pinned.recipe.phases) == 1 else f"{phase}: {line}")
+    return lines
+
+
+def plan(store: Store, pinned: PinnedRecipe) -> list[Located]:
+    """Every output of the recipe, inputs before what reads them; of a search those that are known by now."""
+    lookups = Lookups()
+    pinned = progress(store, pinned, lookups).pinned
+    planned: dict[tuple[str, str], Located] = {}
+
+    def visit(stage: Stage, part: dict[str, Any]) -> None:
+        if (name := (stage.name, part_name(part))) in planned:
+            return  # a graph has far more paths than outputs
+        for needed, needed_part in stage.inputs(pinned, part).values():
+            visit(needed, needed_part)
+        planned[name] = store.locate(stage, pinned, part, lookups)
+
+    visit(PUSHED if pinned.recipe.hub else RELEASED, {})
+    return sorted(planned.values(), key=lambda located: ORDER.index(located.stage.name))
+
+
+ORDER = [
+    *("conversations", "rendered", "tokens"),
+    *("signatures", "duplicates", "report_prompts", "contamination"),  # where the recipe asks for them
+    *(
+        "mixture",
+        "windows",
+        "packed",
+        "selection",
+        "trained",
+        "checkpoint",
+        "evaluated",
+        "harness",
+        "report",
+        "release",
+        "pushed",
+    ),
+]
+
+
+def differences(before: Any, after: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, before, after) wherever two identities differ, keys joined by dots."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted({*before, *after}):
+            yield from differences(before.get(key), after.get(key), f"{where}.{key}" if where else str(key))
+    elif before != after:
+        yield where, before, after

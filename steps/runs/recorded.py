@@ -1,0 +1,142 @@
+"""The flow's runs, as Metaflow recorded them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from sft_core.recipe.recipe import Recipe
+
+FLOW = "SFTFlow"
+LATEST = "latest"
+# What a step leaves behind that others are found by, and the artifact that is its address.
+OUTPUTS = {
+    "mix": "mixture",
+    "pack": "packed",
+    "train": "trained",
+    "train_on_nodes": "trained",
+    "fan_out": "delivered",
+    "report": "scored",
+    "end": "released",
+}
+NUM_NAMED = 10  # of the runs that an error names
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A run and where its outputs are; of one that is not finished, those of the steps that are."""
+
+    id: str
+    created: str
+    is_finished: bool
+    commit: str | None
+    recipe: Recipe
+    outputs: dict[str, str]  # by the artifact's name: stage/key
+    evaluated: dict[str, dict[str, str]]  # {task: {"base"|"tuned": stage/key}}
+
+
+class Attempt(NamedTuple):
+    id: str
+    tags: list[str]  # those that the flow or somebody gave it
+
+
+def last_attempt() -> Attempt:
+    """The newest run or resume, whatever became of it. Raises ValueError when there is none.
+
+    An attempt that was killed before its first step holds nothing to go on from, so the one before it counts.
+    """
+    run = next((run for run in _runs() if any(True for _ in run)), _runs()[0])
+    return Attempt(str(run.id), sorted(run.user_tags))
+
+
+def failed_tasks(run: str) -> dict[str, str]:
+    """{task: why} of the evaluations that failed in a run whose other steps are done; empty for any other run."""
+    from metaflow import Step
+    from metaflow.exception import MetaflowNotFound
+
+    try:
+        report = Step(f"{FLOW}/{run}/report").task
+    except MetaflowNotFound:
+        return {}
+    return report.data.failed if report is not None and report.successful else {}
+
+
+def last_finished() -> dict[str, Any]:
+    """What the newest finished run reports: scores, gains, where the checkpoint is. Raises ValueError for no run."""
+    for run in _runs():
+        if run.successful:
+            data = run["end"].task.data
+            found = {"scores": data.scores, "gains": data.thinking, "checkpoint": data.checkpoint}
+            return {**found, "pushed": getattr(data, "hub_url", None)}
+    raise ValueError("no run has finished yet; start one with `python flows/sft_flow.py run`")
+
+
+def is_run(name: str) -> bool:
+    """Whether it can only be meant as a run: `latest`, or an id as Metaflow or Argo gives it."""
+    return name == LATEST or name.startswith((f"{FLOW}/", "argo-")) or name.isdigit()
+
+
+def recorded(name: str) -> Recorded:
+    """The run of that id (or FLOW/id), or the newest one for `latest`. Raises ValueError that names those known."""
+    from steps.runs.recipes import effective
+
+    runs = [run for run in _runs() if "_parameters" in run]  # without them it was killed before its first step
+    found = next((run for run in runs if name in (LATEST, run.id, run.pathspec)), None)
+    if found is None:
+        named = ", ".join(run.id for run in runs[:NUM_NAMED]) + (", ..." if len(runs) > NUM_NAMED else "")
+        raise ValueError(f"found {name!r}; it is no run. The runs recorded here, newest first: {named or 'none'}")
+    data = found["_parameters"].task.data
+    recipe = effective(data.recipe, data.set, data.limit)
+    commits = [tag.partition(":")[2] for tag in found.user_tags if tag.startswith("commit:")]
+    return Recorded(
+        id=found.id,
+        created=f"{found.created_at:%Y-%m-%d %H:%M}",
+        is_finished=bool(found.successful),
+        commit=commits[0] if commits else None,
+        recipe=recipe,
+        outputs=_outputs(found),
+        evaluated=_evaluated(found, recipe),
+    )
+
+
+def _evaluated(run: Any, recipe: Recipe) -> dict[str, dict[str, str]]:
+    """In the order of the recipe's tasks."""
+    found: dict[str, dict[str, str]] = {}
+    for data in _done(run, "evaluate"):
+        evaluated = getattr(data, "evaluated", {})
+        # Of runs in which each task had a step of its own, its name is beside its addresses.
+        found |= {data.task: evaluated} if hasattr(data, "task") and evaluated else evaluated
+    return {task: found[task] for task in recipe.scored if task in found}
+
+
+def _outputs(run: Any) -> dict[str, str]:
+    found = {}
+    for step, name in OUTPUTS.items():
+        rounds = sorted(_done(run, step), key=lambda data: getattr(data, "num_rounds", 0))
+        if rounds and hasattr(rounds[-1], name):
+            found[name] = getattr(rounds[-1], name)
+    return found
+
+
+def _done(run: Any, step: str) -> list[Any]:
+    return [task.data for task in run[step] if task.successful] if step in run else []
+
+
+def _runs() -> list[Any]:
+    os.environ.setdefault("METAFLOW_USER", os.environ.get("USER") or "sft")
+    from metaflow import Flow, namespace
+    from metaflow.exception import MetaflowNotFound
+
+    from steps.runs.service import check_service
+
+    check_service()
+    namespace(None)
+    try:
+        runs = list(Flow(FLOW))
+    except MetaflowNotFound:
+        runs = []
+    if not runs:
+        raise ValueError("no run is recorded here; start one with `python flows/sft_flow.py run`")
+    return sorted(runs, key=lambda run: run.created_at, reverse=True)

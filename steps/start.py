@@ -1,0 +1,106 @@
+"""What a run checks before it does anything: bad input gets a clear error here, and not after hours of work."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from sft_core.evaluate.metrics.registry import check_metrics
+from sft_core.evaluate.with_vllm import unmet_vllm
+from sft_core.pins.pinned import PinnedRecipe, pin
+from sft_core.recipe.recipe import Recipe
+from sft_core.release.push import check_push
+from sft_core.store.stage import Located
+from sft_core.store.store import Store
+from sft_core.train.accelerator import check_machine, has_gpu, lost_updates, slow_precision
+from sft_core.train.arguments import check_extra, check_report_to
+from steps.evaluate import EVALUATED
+from steps.plan import phases_to_train, plan
+from steps.release import PUSHED
+from steps.report_prompts import check_report_prompts, count_report_prompts
+from steps.train import TRAINED
+
+log = logging.getLogger(__name__)
+
+
+def prepare(recipe: Recipe) -> PinnedRecipe:
+    """The recipe with its names resolved. Raises ValueError or OSError for what would fail later and cost more."""
+    check_place(recipe)
+    searched = [
+        source
+        for phase in recipe.phases.values()
+        if phase.search and phase.search.score == "answers"
+        for source in phase.dataset_mixture.trained_sources
+    ]
+    check_metrics(recipe.evaluation, list(dict.fromkeys([*recipe.tasks, *searched])))
+    pinned = pin(recipe)
+    store = Store(recipe.runtime.store)
+    check_report_prompts(count_report_prompts(store, pinned), pinned)
+    planned = plan(store, pinned)
+    if any(located.status != "hit" for located in planned):
+        store.check_writable()
+    if recipe.hub and any(located.stage is PUSHED and located.status != "hit" for located in planned):
+        check_push(recipe.hub.model_id, recipe.hub.private)
+    check_training(planned, pinned)
+    if not on_cluster() and (unmet := unmet_engine(planned, recipe)):
+        raise ValueError(unmet)
+    for phase in phases_to_train(planned, pinned):
+        if not on_cluster():
+            check_machine(recipe.for_phase(phase))
+        check_report_to(recipe.runtime.report_to)
+    for warning in model_told(planned, pinned):
+        log.warning(warning)
+    return pinned
+
+
+def on_cluster() -> bool:
+    """Whether this task runs on Kubernetes or AWS Batch, where each may be on another machine."""
+    return "METAFLOW_KUBERNETES_WORKLOAD" in os.environ or "AWS_BATCH_JOB_ID" in os.environ
+
+
+def check_place(recipe: Recipe) -> None:
+    """Raises ValueError for a store that a cluster's tasks do not share, and for nodes that would share their GPUs."""
+    if recipe.runtime.num_nodes > 1 and has_gpu() and not on_cluster():
+        raise ValueError(
+            f"runtime.num_nodes: found {recipe.runtime.num_nodes}; here all of them would train on this machine's "
+            "GPUs. Run `--with kubernetes` or `--with batch`, or --set runtime.num_nodes=1"
+        )
+    store = recipe.runtime.store
+    if on_cluster() and "://" not in store and not Path(store).is_absolute():
+        raise ValueError(
+            f"runtime.store: found {store!r}; tasks on a cluster share no working folder: name a URL such as "
+            "s3://bucket/prefix, or an absolute path on a file system that all of them mount"
+        )
+
+
+def model_told(planned: list[Located], pinned: PinnedRecipe, *, tries: bool = True) -> list[str]:
+    """What there is to say of the model where it is still to be trained or scored.
+
+    tries: whether a small model of its class is tried, for which torch is imported. Raises ValueError for what it
+    cannot do, and OSError where its config cannot be read.
+    """
+    recipe, warnings = pinned.recipe, []
+    phases = phases_to_train(planned, pinned)
+    for phase in phases:
+        keys = recipe.for_phase(phase)
+        warnings += [warning for warning in (lost_updates(keys), slow_precision(keys)) if warning]
+    if tries and any(located.stage in (TRAINED, EVALUATED) and located.status != "hit" for located in planned):
+        from sft_core.train.preflight import try_class  # imports torch
+
+        for phase in phases or [*recipe.phases][-1:]:
+            warnings += try_class(recipe.for_phase(phase), pinned.model_loader, here=not on_cluster())
+    return list(dict.fromkeys(warnings))
+
+
+def unmet_engine(planned: list[Located], recipe: Recipe) -> str | None:
+    """What this machine lacks to answer the rows that are still to be scored."""
+    if recipe.evaluation.engine == "vllm" and any(one.stage is EVALUATED and one.status != "hit" for one in planned):
+        return unmet_vllm(recipe.runtime.vllm)
+    return None
+
+
+def check_training(planned: list[Located], pinned: PinnedRecipe) -> None:
+    """Raises ValueError for a wrong `training.extra`, if there is something to train: TRL takes seconds to import."""
+    for phase in phases_to_train(planned, pinned):
+        check_extra(pinned.recipe.phases[phase].training.extra)
