@@ -140,7 +140,7 @@ class SFTFlow(FlowSpec):
         known = self.progress
         self.num_rounds, self.rounds_left = 0, len(known.rounds)
         self.place = place(self.store, known)
-        self.next({"here": self.train, "nodes": self.gather}, condition="place")
+        self.next({"here": self.train, "nodes": self.to_nodes}, condition="place")
 
     @asks("train")
     @card(type="blank", id="training", refresh_interval=2)
@@ -149,10 +149,10 @@ class SFTFlow(FlowSpec):
         """The next round of training: one phase after another, each with as many as its search asks for."""
         self.train_round()
         self.verdict = "again" if self.rounds_left else "done"
-        self.next({"again": self.train, "done": self.fan_out}, condition="verdict")
+        self.next({"again": self.train, "done": self.evaluate_all}, condition="verdict")
 
     @step
-    def gather(self):
+    def to_nodes(self):
         """A condition and a gang cannot stand in one step."""
         self.next(self.train_on_nodes, num_parallel=self.pinned.recipe.runtime.num_nodes)
 
@@ -167,17 +167,17 @@ class SFTFlow(FlowSpec):
         meet_other_nodes(current.parallel, f"{current.run_id}/{current.retry_count}")
         while self.rounds_left:
             self.train_round()
-        self.next(self.part)
+        self.next(self.join_nodes)
 
     @step
-    def part(self, inputs):
+    def join_nodes(self, inputs):
         """The gang's tasks become one again."""
         kept = ["pins", "recipe_name", "trained", "num_rounds"]
         self.merge_artifacts(inputs, include=kept)
-        self.next(self.fan_out)
+        self.next(self.evaluate_all)
 
     @step
-    def fan_out(self):
+    def evaluate_all(self):
         """The checkpoint of each phase, and the tasks in shares. A condition and a foreach cannot stand in one step."""
         from steps.task_shares import shares_of
         from steps.train import checkpoint_of

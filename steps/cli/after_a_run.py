@@ -95,10 +95,12 @@ def resume() -> None:
     Example: sft resume
     """
     from sft_core.store.provenance import source_code
+    from steps.runs.older import check_resumable
     from steps.runs.recorded import failed_tasks, last_attempt
     from steps.runs.tags import resumed_tags
 
     run = last_attempt()
+    check_resumable(run, FLOW)
     failed = failed_tasks(run.id)
     # To Metaflow a failed evaluation is done. From the step on, those that are scored are hits.
     step = ["evaluate"] if failed else []

@@ -17,7 +17,8 @@ OUTPUTS = {
     "pack": "packed",
     "train": "trained",
     "train_on_nodes": "trained",
-    "fan_out": "delivered",
+    "fan_out": "delivered",  # what evaluate_all was called in older runs
+    "evaluate_all": "delivered",
     "report": "scored",
     "end": "released",
 }
@@ -40,6 +41,16 @@ class Recorded:
 class Attempt(NamedTuple):
     id: str
     tags: list[str]  # those that the flow or somebody gave it
+    steps: list[str]  # that have begun
+
+
+class Beginning(NamedTuple):
+    """What a run began with. overrides and limit: its options `--set` and `--limit`, which the recipe holds already."""
+
+    recipe: Recipe
+    pins: dict[str, Any]
+    overrides: list[str]
+    limit: int | None
 
 
 def last_attempt() -> Attempt:
@@ -48,7 +59,19 @@ def last_attempt() -> Attempt:
     An attempt that was killed before its first step holds nothing to go on from, so the one before it counts.
     """
     run = next((run for run in _runs() if any(True for _ in run)), _runs()[0])
-    return Attempt(str(run.id), sorted(run.user_tags))
+    return Attempt(str(run.id), sorted(run.user_tags), [step.id for step in run])
+
+
+def beginning(run: str) -> Beginning:
+    """Of a run whose `start` is done."""
+    from metaflow import Run
+
+    from steps.runs.recipes import effective
+
+    parameters, start = (Run(f"{FLOW}/{run}")[step].task for step in ("_parameters", "start"))
+    assert parameters is not None and start is not None, "the run has begun"
+    data = parameters.data
+    return Beginning(effective(data.recipe, data.set, data.limit), start.data.pins, list(data.set or ()), data.limit)
 
 
 def failed_tasks(run: str) -> dict[str, str]:

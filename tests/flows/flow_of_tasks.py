@@ -1,4 +1,7 @@
-"""The flow as it was when each task was evaluated in a step of its own: it records runs of that shape."""
+"""The flow as it was when each task was evaluated in a step of its own, and steps had other names.
+
+It records runs of that shape.
+"""
 
 import sys
 from pathlib import Path
@@ -7,10 +10,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 # It sets what Metaflow reads when it is imported, so it comes first.
 from flows import sft_flow
-from flows.sft_flow import card, catch, current, step
+from flows.sft_flow import asks, card, catch, current, step
 
 
 class SFTFlow(sft_flow.SFTFlow):
+    to_nodes = train_on_nodes = join_nodes = evaluate_all = None
+
+    @step
+    def pack(self):
+        pinned = self.pinned
+        from steps.pack import PACKED
+
+        self.packed = self.ensure(PACKED, pinned)
+        self.num_rounds, self.rounds_left = 0, len(self.progress.rounds)
+        self.next(self.train)
+
+    @asks("train")
+    @card(type="blank", id="training", refresh_interval=2)
+    @step
+    def train(self):
+        self.train_round()
+        self.next(self.fan_out)
+
     @step
     def fan_out(self):
         from steps.train import checkpoint_of

@@ -1,13 +1,18 @@
-"""Runs that were recorded when each task was evaluated in a step of its own are read, and resumed."""
+"""Runs of an older flow, which evaluated each task in a step of its own: they are read, and started anew."""
 
 from __future__ import annotations
 
 import copy
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+from sft_core.recipe.recipe import override, parse_recipe
+from steps.runs.older import options, steps_of
+from steps.runs.recorded import Beginning
 from tests.flows.conftest import RECIPE, ROOT, Project, names
 from tests.flows.test_failing_tasks import recipe_with_tasks
 
@@ -54,7 +59,7 @@ def test_run_of_tasks_is_looked_back_at_as_any_other(finished: Project, tmp_path
     assert traced[0] == traced[1]
 
 
-def test_failed_tasks_of_a_run_of_tasks_are_scored_by_a_resume(tmp_path: Path) -> None:
+def test_older_run_is_not_resumed_but_its_recipe_started_anew(tmp_path: Path) -> None:
     project, broken = Project(tmp_path), tmp_path / "broken"
     recipe = recipe_with_tasks(tmp_path / "tasks", broken)
     recipe["evaluation"]["lm_eval"]["tasks"] = ["raises"]
@@ -64,8 +69,38 @@ def test_failed_tasks_of_a_run_of_tasks_are_scored_by_a_resume(tmp_path: Path) -
     assert "lm_eval:raises: the judge is away" in output and "checksum_think" in output
     before = len(project.builds())
     broken.unlink()
-    output = project.sft("resume")
-    assert "evaluating lm_eval:raises again" in output and "lm_eval:raises" in project.sft("scores", "--json")
-    assert {name for name in names(project.builds()[before:]) if name.startswith(("harness", "evaluated"))} == {
-        f"harness {model} raises" for model in ("base", "tuned")
+
+    output = project.sft("resume", succeeds=False)
+    assert "is of an older flow, with a step 'fan_out' that this one lacks" in output and "Traceback" not in output
+    words = shlex.split(output.strip().splitlines()[-1].partition("found again: ")[2])
+    assert words[:5] == ["python", "flows/sft_flow.py", "--config", "recipe", "RECIPE"]
+    project.run(*words[5:])
+    assert "lm_eval:raises" in project.sft("scores", "--json")
+    built = {name for name in names(project.builds()[before:]) if not name.startswith(("report", "release"))}
+    assert built == {f"harness {model} raises" for model in ("base", "tuned")}
+
+
+def test_new_run_begins_with_the_older_ones_commits_and_options(small_recipe: dict[str, Any]) -> None:
+    small_recipe["model"] = {"model_name_or_path": "org/model"}
+    small_recipe["dataset_mixture"]["datasets"] += [
+        {"id": "org/chat", "name": "chat", "revision": "v1"},
+        {"id": "org/pinned", "name": "pinned", "revision": "c" * 40},
+    ]
+    recipe = parse_recipe(small_recipe)
+    pins = {
+        "model": "a" * 40,
+        "sources": dict.fromkeys(recipe.sources, "file") | {"chat": "b" * 40, "pinned": "c" * 40},
     }
+    new = options(Beginning(recipe, pins, ["training.seed=3"], 20))
+    assert new == [
+        *("--set", "training.seed=3", "--set", f"model.model_revision={'a' * 40}"),
+        *("--set", f"dataset_mixture.datasets.chat.revision={'b' * 40}", "--limit", "20"),
+    ]
+    overrides = tuple(new[1:-2:2])
+    anew = parse_recipe(override(small_recipe, overrides))
+    assert anew.dataset("chat").revision == "b" * 40 and anew.model.model_revision == "a" * 40
+
+
+def test_steps_of_the_flow_are_read_off_its_source() -> None:
+    steps = steps_of(ROOT / "flows" / "sft_flow.py")
+    assert {"start", "train_on_nodes", "evaluate_all", "end"} <= steps and "train_round" not in steps

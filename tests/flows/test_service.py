@@ -124,7 +124,7 @@ def test_dag_of_the_ui_is_the_flows(recorded: list[dict[str, Any]]) -> None:
     (start,) = [task for task in recorded if task["step"] == "start"]
     dag = start["artifacts"]["_graph_info"]["data"]
     assert dag["steps"]["start"]["next"] == ["download"] and dag["steps"]["start"]["type"] == "split-foreach"
-    assert set(dag["steps"]["train"]["next"]) == {"train", "fan_out"}
+    assert set(dag["steps"]["train"]["next"]) == {"train", "evaluate_all"}
     assert {task["step"] for task in recorded} <= set(dag["steps"])
     assert all(dag["steps"][task["step"]]["doc"] for task in recorded)
 
