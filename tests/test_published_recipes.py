@@ -33,14 +33,14 @@ def tulu3() -> Recipe:
 
 def test_smollm3_mixture_is_25_splits_with_their_weights(smollm3: Recipe):
     datasets = smollm3.last_phase.dataset_mixture.datasets
-    assert len(datasets) == 25 and smollm3.sources == [dataset.split for dataset in datasets]
+    assert len(datasets) == 25 and smollm3.last_phase.sources == [dataset.split for dataset in datasets]
     assert {(one.id, one.config, one.columns) for one in datasets} == {
         ("HuggingFaceTB/smoltalk2", "SFT", ("messages", "chat_template_kwargs"))
     }
     assert {dataset.split: dataset.weight for dataset in datasets if dataset.weight != 1} == LESS
     modes = [dataset.split.endswith("_no_think") for dataset in datasets]
     assert modes.count(True) == 15
-    assert all(one.endswith("_think") for one in smollm3.sources)
+    assert all(one.endswith("_think") for one in smollm3.last_phase.sources)
     assert smollm3.last_phase.dataset_mixture.seed == 0
     assert smollm3.last_phase.dataset_mixture.deduplication and smollm3.last_phase.dataset_mixture.deduplication.near
     assert smollm3.last_phase.dataset_mixture.decontamination
@@ -48,10 +48,7 @@ def test_smollm3_mixture_is_25_splits_with_their_weights(smollm3: Recipe):
 
 def test_smollm3_settings_are_the_handbooks(smollm3: Recipe):
     model, training = smollm3.model, smollm3.last_phase.training
-    assert (model.model_name_or_path, model.model_revision) == (
-        "HuggingFaceTB/SmolLM3-3B-checkpoints",
-        "it-mid-training",
-    )
+    assert (model.model_name_or_path, model.model_revision) == ("HuggingFaceTB/SmolLM3-3B-Base", "main")
     assert (model.dtype, model.attn_implementation) == ("bfloat16", "flash_attention_2")
     assert model.trust_remote_code and model.eos_token == "<|im_end|>"
     assert (smollm3.last_phase.packing.packing_strategy, smollm3.last_phase.packing.max_length) == ("ffd", 65536)
@@ -62,6 +59,20 @@ def test_smollm3_settings_are_the_handbooks(smollm3: Recipe):
     assert smollm3.runtime.report_to == ("wandb",)
     template = smollm3.chat_template
     assert template.template == "thinking" and template.kwargs.get("header", True)
+
+
+def test_smollm3_mid_training_is_the_handbooks(smollm3: Recipe):
+    mid, sft = smollm3.phases.values()
+    datasets = mid.dataset_mixture.datasets
+    assert [dataset.split for dataset in datasets] == [
+        *("Llama_Nemotron_Post_Training_Dataset_reasoning_r1", "OpenThoughts3_1.2M")
+    ]
+    assert {(one.id, one.config, one.columns, one.weight) for one in datasets} == {
+        ("HuggingFaceTB/smoltalk2", "Mid", ("messages",), 1.0)
+    }
+    assert mid.packing.max_length == 32768 and mid.training.loss_scope == "all"
+    # Both stages have the same optimizer and schedule.
+    assert mid.training.model_copy(update={"loss_scope": "assistant"}) == sft.training
 
 
 def test_tulu3_settings_are_the_published_ones(tulu3: Recipe):
@@ -110,7 +121,7 @@ print("imported:", sorted({"torch", "transformers", "trl", "datasets", "metaflow
 """
 
 
-@pytest.mark.parametrize(("name", "num_sources"), [("smollm3", 25), ("tulu3-8b", 1)])
+@pytest.mark.parametrize(("name", "num_sources"), [("smollm3", 27), ("tulu3-8b", 1)])
 def test_published_recipe_is_planned_without_a_network_in_seconds_and_a_line_says_why(
     tmp_path: Path, name: str, num_sources: int
 ):

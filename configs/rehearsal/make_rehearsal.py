@@ -1,4 +1,4 @@
-"""Writes stand-ins for the 25 splits of configs/smollm3.yaml, and a tokenizer: what configs/rehearsal.yaml runs on.
+"""Writes stand-ins for the 27 splits of configs/smollm3.yaml, and a tokenizer: what configs/rehearsal.yaml runs on.
 
     python configs/rehearsal/make_rehearsal.py [FOLDER]
 
@@ -80,17 +80,24 @@ SPLITS = {
     "OpenThoughts3_1.2M_think": Split(chats.open_problem, 1_133_524, "openthoughts"),
     "table_gpt_Qwen3_32B_think": Split(chats.table_question, 13_201, "tables"),
 }
+# Mid-training's have thinking in the content, and no kwargs. OpenThoughts3 is the SFT's, whose prompts they share.
+MID_SPLITS = {
+    "Llama_Nemotron_Post_Training_Dataset_reasoning_r1": Split(chats.competition, 3_644_790, "nemotron"),
+    "OpenThoughts3_1.2M": Split(chats.open_problem, 1_135_104, "openthoughts"),
+}
 # Of these a twentieth repeats an earlier row: word for word, or with a word more. Real sources do so too.
 REPEATED_EXACTLY, REPEATED_NEARLY = "OpenHermes_2.5_no_think", "smoltalk_smollm3_smol_summarize_no_think"
 REPEATED_SHARE = 0.05
 
 
-def row(chat: Chat, source: str, *, think: bool) -> dict[str, Any]:
+def row(chat: Chat, source: str, *, think: bool, with_kwargs: bool = True) -> dict[str, Any]:
     """A conversation in smoltalk2's columns: thinking stands in the content, tools are text."""
     messages = []
     for said in chat.messages:
         thinking = f"<think>\n{said.reasoning}\n</think>\n\n" if think and said.role == "assistant" else ""
         messages.append({"role": said.role, "content": thinking + said.text})
+    if not with_kwargs:
+        return {"messages": messages, "source": source}
     kwargs = {
         "custom_instructions": chat.custom_instructions,
         "enable_thinking": think,
@@ -101,9 +108,10 @@ def row(chat: Chat, source: str, *, think: bool) -> dict[str, Any]:
 
 
 def rows_of(source: str) -> list[dict[str, Any]]:
-    split = SPLITS[source]
+    is_mid = source in MID_SPLITS
+    split = MID_SPLITS[source] if is_mid else SPLITS[source]
     rng, think = Random(split.prompts), not source.endswith("_no_think")
-    rows = [row(split.draw(rng), source, think=think) for _ in range(split.num_rows)]
+    rows = [row(split.draw(rng), source, think=think, with_kwargs=not is_mid) for _ in range(split.num_rows)]
     if source in (REPEATED_EXACTLY, REPEATED_NEARLY):
         repeats = Random(f"repeats of {source}")
         for place in repeats.sample(range(len(rows) // 2, len(rows)), round(REPEATED_SHARE * len(rows))):
@@ -164,11 +172,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def main(folder: Path) -> None:
     """Rewrites the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {source: rows_of(source) for source in SPLITS}
+    rows = {source: rows_of(source) for source in (*SPLITS, *MID_SPLITS)}
     for source, of_source in rows.items():
         lines = "".join(json.dumps(one, ensure_ascii=False, separators=(",", ":")) + "\n" for one in of_source)
         (folder / f"{source}.jsonl").write_text(lines, encoding="utf-8")
-    write_tokenizer(build_tokenizer(rows), folder / "tokenizer")
+    write_tokenizer(build_tokenizer({source: rows[source] for source in SPLITS}), folder / "tokenizer")
     print(f"{sum(map(len, rows.values()))} rows of {len(rows)} sources are in {folder}")
 
 

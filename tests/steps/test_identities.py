@@ -19,7 +19,7 @@ from tests.train.tiny import ROOT
 SECTIONS = {
     "quickstart": ("d6864d53e47bd15a", "0d88e904682171e0"),
     "smollm2-135m": ("6222895b77f27fd9", "5ee70ca8cacc039c"),
-    "smollm3": ("92b8e3c9a33de14f", "fa88d8818cace0ab"),
+    "smollm3": ("96f950295c749e2c", "e1f52173fff21eb6", "92b8e3c9a33de14f", "d8c6154e6570391d"),  # of each phase
     "tulu3-8b": ("63ec8fb343c8ba87", "4e12a104c6a5b835"),
     "msft-quickstart": ("d6864d53e47bd15a", "2d424666ca4b0c5a", "8541aa4a214bc2c8"),
     "msft-paper": ("5ffcb8cf89c4f751", "bc9f31138aca10e6", "047f8aa8fc473431"),
@@ -50,7 +50,14 @@ def digests(recipe: Recipe) -> tuple[str, ...]:
         searched = Rounds((Rollout(0, None, tasks, 2.0), second), sizes=sizes)
         pinned = PinnedRecipe(recipe, pins, rounds={ONLY: searched})
         rounds = [0, 1]
-    sections = [PACKED.section(pinned, {}), *(TRAINED.section(pinned, {"round": number}) for number in rounds)]
+    sections = [
+        section
+        for phase in recipe.phases
+        for section in (
+            PACKED.section(pinned, pinned.part_of(phase)),
+            *(TRAINED.section(pinned, pinned.part_of(phase, round=number)) for number in rounds),
+        )
+    ]
     return tuple(sha256_of(section)[:16] for section in sections)
 
 
