@@ -50,7 +50,7 @@ def test_plan_nothing_built_builds_the_sources_and_the_rest_depends(small_recipe
 
 
 def test_plan_locates_an_output_once_for_each_reader(monkeypatch: pytest.MonkeyPatch):
-    """Not once for each path through the graph: configs/smollm3.yaml has hundreds of outputs and a hundred thousand paths."""
+    """Not once for each path: configs/smollm3.yaml has hundreds of outputs and a hundred thousand paths."""
     recipe = load_recipe(str(ROOT / "configs" / "smollm3.yaml"))
     sources = dict.fromkeys(recipe.sources, "a" * 40)
     pinned = PinnedRecipe(recipe, {"sources": sources, "tokenizer": "b" * 40, "model": "e" * 40, "template": "c" * 64})
