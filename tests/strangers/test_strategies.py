@@ -37,7 +37,7 @@ CONFIGS = {
 FACTS = """
     import json, sys
     from pathlib import Path
-    from sft_core.recipe.recipe import parse_recipe
+    from sft_core.recipe.parse import parse_recipe
     from sft_core.train.accelerator import lost_updates, unmet_demands
     from sft_core.train.continuation import Continuation, resumable
     from sft_core.train.memory.estimate import bytes_a_parameter
@@ -95,7 +95,7 @@ FACTS = """
 TRAINING = """
     import json, sys
     from sft_core.pins.pinned import pin
-    from sft_core.recipe.recipe import parse_recipe
+    from sft_core.recipe.parse import parse_recipe
     from sft_core.store.store import Store
     from sft_core.train.log_file import read_events
     from steps.train import TRAINED
