@@ -1,4 +1,4 @@
-"""A recipe's text becomes the typed Recipe: YAML, `--set` overrides, and messages about wrong keys and values.
+"""Reads a recipe: YAML and `--set` overrides become the typed Recipe, or a message about each wrong key and value.
 
 Every message names the key, the value found there and the values allowed.
 """
@@ -32,13 +32,14 @@ if TYPE_CHECKING:
 
 def read_yaml(text: str) -> dict[str, Any]:
     """YAML 1.2 text as plain JSON-able data: `1e-5` is a number, a key that stands twice is an error."""
-    data = _plain(text, "the recipe")
+    data = _parse_yaml(text, "the recipe")
     if not isinstance(data, dict):
         raise ValueError(f"a recipe is a mapping of sections; found {type(data).__name__}")
     return data
 
 
-def _plain(text: str, name: str) -> Any:
+def _parse_yaml(text: str, name: str) -> Any:
+    """The value as JSON has it. name: what the text is, for the message."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -51,35 +52,29 @@ def _plain(text: str, name: str) -> Any:
 def parse_recipe(data: dict[str, Any]) -> Recipe:
     """The typed recipe of plain data. Raises ValueError that lists every wrong key."""
     try:
-        return Recipe.model_validate_json(json.dumps(_without_idle_keys(with_phases(data))))
+        return Recipe.model_validate_json(json.dumps(_with_phases(data)))
     except ValidationError as error:
         problems = error.errors()
-        # pydantic also calls a list too short when its members are faulty, which helps nobody.
+        # pydantic also calls a list too short when its members are faulty: name the members alone.
         shown = [p for p in problems if p["type"] != "too_short" or not any(_is_inside(q, p) for q in problems)]
         raise ValueError("\n".join(_explain(problem, "phases" in data) for problem in shown)) from None
 
 
-def with_phases(data: dict[str, Any]) -> dict[str, Any]:
-    """The data with its phase's keys below `phases`, which is how everything after this reads them.
+def _with_phases(data: dict[str, Any]) -> dict[str, Any]:
+    """The data with the keys of its phase below `phases`, where Recipe has them, and without idle keys of datasets.
 
-    Raises ValueError for such a key beside `phases`.
+    Raises ValueError for a phase's key beside `phases`.
     """
     at_root = [key for key in PHASE_KEYS if key in data]
-    if "phases" not in data:
-        rest = {key: value for key, value in data.items() if key not in at_root}
-        return {**rest, "phases": {ONLY: {key: data[key] for key in at_root}}}
-    if at_root:
+    if "phases" in data and at_root:
         raise ValueError(f"{at_root[0]}: found beside phases; each phase has its own: phases.NAME.{at_root[0]}")
-    return data
+    phases = data["phases"] if "phases" in data else {ONLY: {key: data[key] for key in at_root}}
+    if isinstance(phases, dict):
+        phases = {name: _without_idle_keys(phase) for name, phase in phases.items()}
+    return {**{key: value for key, value in data.items() if key not in at_root}, "phases": phases}
 
 
-def _without_idle_keys(data: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(data["phases"], dict):
-        return data
-    return {**data, "phases": {name: _phase_without_idle_keys(phase) for name, phase in data["phases"].items()}}
-
-
-def _phase_without_idle_keys(phase: Any) -> Any:
+def _without_idle_keys(phase: Any) -> Any:
     mixture = phase.get("dataset_mixture") if isinstance(phase, dict) else None
     if not isinstance(mixture, dict) or not isinstance(mixture.get("datasets"), list):
         return phase
@@ -114,36 +109,42 @@ def override(data: dict[str, Any], overrides: tuple[str, ...], limit: int | None
         if not equals or not key.strip():
             raise ValueError(f"--set {text}: expected section.key=value, for example training.learning_rate=1e-5")
         node: Any = data
-        *parents, last = _parts(key.strip(), data)
+        *parents, last = _split_key(key.strip(), _source_names(data))
         for parent in parents:
             node = _child(node, parent, text)
         if isinstance(node, list):
             raise ValueError(f"--set {text}: {parents[-1]} is a list; name the element and its key")
         if not isinstance(node, dict):
             raise ValueError(f"--set {text}: {last!r} is below a value that holds no keys")
-        node[last] = _plain(value, f"--set {text}: the value") if value.strip() else None
+        node[last] = _parse_yaml(value, f"--set {text}: the value") if value.strip() else None
     if limit is not None:
         data["limit"] = limit
     return data
 
 
-def _parts(key: str, data: dict[str, Any]) -> list[str]:
-    """The key cut at its dots, but for those in a source's name, as in OpenHermes_2.5."""
+def _source_names(data: Any) -> list[str | None]:
+    """The names of all datasets in plain data, which may be faulty anywhere."""
     phases = data.get("phases")
     names = []
     for phase in [data, *(phases.values() if isinstance(phases, dict) else ())]:
         mixture = phase.get("dataset_mixture") if isinstance(phase, dict) else None
         datasets = mixture.get("datasets") if isinstance(mixture, dict) else None
         names += [_source_of(element) for element in datasets] if isinstance(datasets, list) else []
+    return names
+
+
+def _split_key(key: str, source_names: list[str | None]) -> list[str]:
+    """The key cut at its dots. Dots in a source's name, as in OpenHermes_2.5, cut nothing."""
     pieces, parts = key.split("."), []
     while pieces:
-        size = next((n for n in range(len(pieces), 1, -1) if ".".join(pieces[:n]) in names), 1)
+        size = next((n for n in range(len(pieces), 1, -1) if ".".join(pieces[:n]) in source_names), 1)
         parts.append(".".join(pieces[:size]))
         pieces = pieces[size:]
     return parts
 
 
 def _child(node: Any, name: str, text: str) -> Any:
+    """The value below `node`, which is made where it is missing. text: the override, for the message."""
     if isinstance(node, list):
         for index, element in enumerate(node):
             if name in (str(index), _source_of(element)):
@@ -186,7 +187,9 @@ def _explain(problem: ErrorDetails, has_phases: bool) -> str:
     return f"{where or 'the recipe'}: found {short(problem['input'])}; {message[0].lower()}{message[1:]}"
 
 
-_UNION_MEMBERS = ("str", "tuple[str, ...]")  # pydantic puts them into the place of an error; they are no keys
+def _is_union_member(part: str) -> bool:
+    """Whether pydantic put the part into an error's place to name a member of a union: it is no key."""
+    return part in ("str", "tuple[str, ...]") or part.startswith("dict[")
 
 
 def _locate(loc: tuple[str | int, ...], has_phases: bool) -> tuple[str, type[BaseModel] | None, list[str]]:
@@ -206,7 +209,7 @@ def _locate(loc: tuple[str | int, ...], has_phases: bool) -> tuple[str, type[Bas
             model = TAGS[part]
             fields = list(model.model_fields)
             continue
-        if part in _UNION_MEMBERS:
+        if _is_union_member(part):
             continue
         where += f".{part}" if where else str(part)
         holder = model

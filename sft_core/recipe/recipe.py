@@ -19,7 +19,7 @@ from sft_core.rounds import BASE, ONLY
 
 
 class Phase(Section):
-    """A link of the chain: a mixture, its packs, and how they are trained. It starts from the checkpoint before it."""
+    """A mixture, its packs, and how they are trained, from the checkpoint of the phase before."""
 
     dataset_mixture: DatasetMixture
     packing: Packing = Packing()
@@ -29,7 +29,7 @@ class Phase(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Phase:
         if self.packing.over_long == "split" and self.training.loss_scope == "all":
-            raise ValueError("packing.over_long: found 'split'; training.loss_scope all knows no turns to cut at")
+            raise ValueError("packing.over_long: found 'split'; training.loss_scope all has no turns to cut at")
         if self.search is not None:
             self._check_search(self.search)
         if self.packing.max_length < 2:
@@ -49,7 +49,7 @@ class Phase(Section):
         if training.lora is not None:
             raise ValueError("training.lora: a search goes back to whole checkpoints; remove search or lora")
         if self.dataset_mixture.datasets[0].trained_token_share is not None:
-            raise ValueError("trained_token_share: a search trains a task's rows or does not; give weights or num_rows")
+            raise ValueError("trained_token_share: a search trains all rows of a task or none; give weight or num_rows")
 
     @property
     def sources(self) -> list[str]:
@@ -68,7 +68,7 @@ class PhaseRecipe(NamedTuple):
 
 
 PHASE_KEYS = tuple(Phase.model_fields)
-# What a row of the score table holds beside a column for each model.
+# A phase names a column of the score table. These are the table's other columns, and the start model's.
 RESERVED_NAMES = frozenset({BASE, "task", "metric", "n", "stderr", "difference", "low", "high", "flags"})
 PhaseName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
@@ -104,7 +104,7 @@ class Recipe(Section):
             raise ValueError(f"phases.{min(taken)}: the name is taken; choose another")
         if repeated := [source for source, count in Counter(self.sources).items() if count > 1]:
             raise ValueError(
-                f"phases: found the source {repeated[0]!r} in several; give each a name of its own (datasets.name)"
+                f"phases: found the source {repeated[0]!r} in several phases; give each its own name (datasets.name)"
             )
         if len({*self.tasks}) < len(self.tasks):
             raise ValueError(f"evaluation.tasks: found {', '.join(self.tasks)}; name each task once")
@@ -114,7 +114,7 @@ class Recipe(Section):
         if batch % self.runtime.num_data_ranks:
             raise ValueError(
                 f"{self.key_of(name, 'training.global_batch_size')}: found {batch}; it is a multiple of "
-                f"{self._batch_divisor()}, so that every rank gets as many packs"
+                f"{self._batch_divisor()}, so that every rank gets the same number of packs"
             )
         if self.selection_rows(name) is not None and phase.dataset_mixture.selection_share == 0:
             key = self.key_of(name, "search") if phase.search is not None else "evaluation.during_training"
@@ -128,19 +128,19 @@ class Recipe(Section):
             reason = search.strategy if search.needs.whole_weights else "search.score answers"
             known = alternatives(name for name, strategy in STRATEGIES.items() if strategy.holds_all)
             raise ValueError(
-                f"runtime.distributed: found {self.runtime.distributed!r}; {reason} works on each rank by itself, for "
-                f"which it holds all weights: {known}"
+                f"runtime.distributed: found {self.runtime.distributed!r}; {reason} needs a strategy that holds all "
+                f"weights on each rank: {known}"
             )
         for share in ("selection_share", "report_share"):
             value, expected = (getattr(each.dataset_mixture, share) for each in (phase, first))
             if value != expected:
                 raise ValueError(
                     f"{self.key_of(name, f'dataset_mixture.{share}')}: found {value:g}, and {expected:g} in the first "
-                    "phase; the shares are the same in all phases, so that what one holds out no other trains"
+                    "phase; give all phases the same shares, or one trains the prompts that another holds out"
                 )
 
     def _batch_divisor(self) -> str:
-        """What the global batch is divided by, in the recipe's words."""
+        """The number of ranks that get packs of their own, written with the recipe's keys."""
         ranks_a_pack = STRATEGIES[self.runtime.distributed].ranks_a_pack
         divisor = "runtime.num_nodes * runtime.num_processes"
         if ranks_a_pack > 1:
@@ -152,7 +152,7 @@ class Recipe(Section):
         return key if [*self.phases] == [ONLY] else f"phases.{phase}.{key}"
 
     def selection_rows(self, phase: str) -> int | None:
-        """Selection prompts of each source that are evaluated while the phase trains; None: there are none."""
+        """How many selection prompts of each source are evaluated while the phase trains; None where none are."""
         search, during = self.phases[phase].search, self.evaluation.during_training
         if search is not None:
             return search.max_rows
