@@ -190,7 +190,7 @@ class Watch:
 def run_stages(folder: Path) -> None:
     """Builds each stage in a new store; prints a line for each, and what comes next."""
     from sft_core.pins.pinned import pin
-    from sft_core.recipe.recipe import parse_recipe
+    from sft_core.recipe.parse import parse_recipe
     from sft_core.store.store import Store
     from steps.download import CONVERSATIONS
     from steps.mix import MIXTURE

@@ -256,7 +256,7 @@ def run_all(
 def start_model(store: Store, recipe: dict[str, Any]) -> Path:
     """The folder of the weights that all runs start from."""
     from sft_core.pins.pinned import pin
-    from sft_core.recipe.recipe import parse_recipe
+    from sft_core.recipe.parse import parse_recipe
     from steps.train import TRAINED
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -266,7 +266,7 @@ def start_model(store: Store, recipe: dict[str, Any]) -> Path:
 def searched(store: Store, data: dict[str, Any], budget: float) -> Searched:
     """The search at its end, every roll-out in the store. Trains those that are not there yet."""
     from sft_core.pins.pinned import pin
-    from sft_core.recipe.recipe import parse_recipe
+    from sft_core.recipe.parse import parse_recipe
     from sft_core.rounds import ONLY
     from steps.mix import MIXTURE
     from steps.search import progress

@@ -327,7 +327,7 @@ SIDES = {"ours": run_ours, "trl": run_trl, "bpe": run_bpe}
 
 def pin_recipe(folder: Path, num_workers: int) -> Any:
     from sft_core.pins.pinned import pin
-    from sft_core.recipe.recipe import parse_recipe
+    from sft_core.recipe.parse import parse_recipe
 
     template = {"template": str(folder / "template.jinja"), "kwargs": KWARGS}
     recipe = parse_recipe(

@@ -176,7 +176,7 @@ def training_runs(rounds: int, batch: dict[str, tuple[int, int]]) -> dict[str, l
 
 
 def recipe_of(seed: int, store: str) -> Recipe:
-    from sft_core.recipe.recipe import load_recipe
+    from sft_core.recipe.parse import load_recipe
 
     changes = {
         "dataset_mixture.selection_share": 0,
@@ -356,7 +356,7 @@ def conversations(recipe: Recipe) -> list[dict[str, Any]]:
 
 def warm_run(rounds: int) -> tuple[float, float]:
     """Seconds of the quickstart with every output in the store, and of an empty flow of its shape."""
-    from sft_core.recipe.recipe import load_recipe
+    from sft_core.recipe.parse import load_recipe
     from steps.task_shares import shares_of
 
     recipe = load_recipe(ROOT / "configs" / "quickstart.yaml")

@@ -40,6 +40,7 @@ that the alignment-handbook or TRL gives it, where they have such a key.
 - The section `runtime` says where and how a run works. It is never part of an output's identity, so a change there
   rebuilds nothing. Every other key is part of the identity of the outputs that it shapes ([store](store.md)).
 """
+ANY_JSON = "#/$defs/JsonValue"  # the schema's name for the values of a mapping such as model.config
 BOUNDS = (
     ("exclusiveMinimum", "over {}"),
     ("minimum", "at least {}"),
@@ -89,7 +90,7 @@ def _below(key: str, value: dict[str, Any], definitions: dict[str, Any]) -> Iter
 
 def _sections_in(value: dict[str, Any], many: bool = False) -> Iterator[tuple[str, bool]]:
     """(name, whether there may be several of it) of the sections that a key holds, beside null or other values."""
-    if "$ref" in value:
+    if "$ref" in value and value["$ref"] != ANY_JSON:
         yield value["$ref"].rpartition("/")[2], many
     for one in (*value.get("anyOf", ()), *value.get("oneOf", ())):
         yield from _sections_in(one, many)
@@ -119,7 +120,7 @@ def _values(value: dict[str, Any]) -> str:
         return f"list of {_values(value['items'])}"
     if value["type"] == "object":
         of = value.get("additionalProperties")
-        return f"mapping to {_values(of)}" if isinstance(of, dict) else "mapping"
+        return f"mapping to {_values(of)}" if isinstance(of, dict) and of != {"$ref": ANY_JSON} else "mapping"
     names = {"string": "text", "boolean": "`true`, `false`"}
     kind = value.get("format") or names.get(value["type"], value["type"])
     if value.get("minimum") == 0 and value.get("maximum") == 1:

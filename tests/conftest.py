@@ -77,7 +77,7 @@ def save_recipe(tmp_path: Path) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def _built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sft_core.pins.pinned import pin
-    from sft_core.recipe.recipe import parse_recipe
+    from sft_core.recipe.parse import parse_recipe
     from sft_core.store.store import Store
     from steps.pack import PACKED
 

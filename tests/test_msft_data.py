@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sft_core.data.sources.read import accept
-from sft_core.recipe.recipe import load_recipe
+from sft_core.recipe.parse import load_recipe
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sft_core.recipe.recipe import Recipe, load_recipe
+from sft_core.recipe.parse import load_recipe
+from sft_core.recipe.recipe import Recipe
 from sft_core.train.accelerator import has_gpu
 
 ROOT = Path(__file__).resolve().parents[1]

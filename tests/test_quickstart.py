@@ -12,7 +12,7 @@ import numpy as np
 
 from sft_core.data.sources import splits
 from sft_core.data.sources.formats.conversations import canonical
-from sft_core.recipe.recipe import load_recipe
+from sft_core.recipe.parse import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "configs" / "quickstart"

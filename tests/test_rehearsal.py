@@ -14,7 +14,8 @@ import pytest
 from sft_core.data.shards.token_shards import read_index
 from sft_core.data.sources.read import accept
 from sft_core.pins.pinned import PinnedRecipe, pin
-from sft_core.recipe.recipe import Recipe, load_recipe, parse_recipe, read_yaml
+from sft_core.recipe.parse import load_recipe, parse_recipe, read_yaml
+from sft_core.recipe.recipe import Recipe
 from sft_core.store.store import Store
 from steps.deduplicate import DUPLICATES
 from steps.mix import MIXTURE

@@ -67,7 +67,7 @@ def test_search_benchmark_tells_what_the_store_holds_and_trains_nothing_again(tm
 
 
 def test_search_benchmark_knows_every_strategy_of_a_recipe() -> None:
-    from sft_core.recipe.recipe import parse_recipe
+    from sft_core.recipe.parse import parse_recipe
     from tests.search.test_searching import recipe
 
     names = [str(variant) for variant in variants()]

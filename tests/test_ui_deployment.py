@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from sft_core.recipe.recipe import load_recipe
+from sft_core.recipe.parse import load_recipe
 from steps.runs.recipes import parse_config
 from tests.flows.test_service import UI_LIMIT
 

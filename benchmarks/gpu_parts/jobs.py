@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from sft_core.data.packing.plan import write_plan
 from sft_core.data.shards.token_shards import TOKENS
-from sft_core.recipe.recipe import Recipe, parse_recipe
+from sft_core.recipe.parse import parse_recipe
+from sft_core.recipe.recipe import Recipe
 from sft_core.rounds import ONLY
 from sft_core.train.job import ModelLoader, TokenizerLoader, TrainJob, TrainSpec
 from sft_core.train.memory.estimate import estimate

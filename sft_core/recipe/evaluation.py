@@ -1,21 +1,19 @@
-"""The sections of a recipe that measure: while it trains, and for the scores."""
+"""The sections of a recipe about evaluation: during training, and for the scores."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from sft_core.recipe.sections import PositiveInt, Section
 
-LM_EVAL = (
-    "lm_eval:"  # before the names of the harness's tasks, where they stand beside ours; no source's name has a ':'
-)
+LM_EVAL = "lm_eval:"  # before a task of the harness, where it is listed with sources; no source's name has a ':'
 DEFAULT_METRIC = "exact_match"
 
 
 class DuringTraining(Section):
-    """The loss of each source's selection split, looked at while training goes on. It is never trained on."""
+    """The loss of each source's selection split is measured while training goes on. These rows are never trained."""
 
     every_epochs: Annotated[float, Field(gt=0)] = Field(0.25, description="epochs between two measurements")
     max_rows: PositiveInt = Field(100, description="unique selection prompts of each source, at most")
@@ -25,8 +23,8 @@ class DuringTraining(Section):
 
 
 class Sampling(Section):
-    """Answers that are drawn, and not the likeliest token each time. The draws are the seed's, the row's and the
-    sample's, whatever else shares their batch."""
+    """Answers are drawn, in place of the likeliest token each time. A draw depends on the seed, the row and the sample,
+    not on the rows beside it."""
 
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="what logits are divided by")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -45,9 +43,11 @@ class LmEval(Section):
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="default: the task's own")
     limit: PositiveInt | None = Field(None, description="only the first documents of each task")
     apply_chat_template: bool = Field(True, description="ask in a user turn; false: in plain text, for base models")
-    chat_template_kwargs: dict[str, Any] = Field({}, description="win over chat_template.kwargs")
+    chat_template_kwargs: dict[str, JsonValue] = Field({}, description="win over chat_template.kwargs")
     system_instruction: str | None = Field(None, description="a system message before each prompt")
-    gen_kwargs: dict[str, Any] = Field({}, description="win over a task's generation_kwargs, as max_gen_toks: 512")
+    gen_kwargs: dict[str, JsonValue] = Field(
+        {}, description="win over a task's generation_kwargs, as max_gen_toks: 512"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> LmEval:
@@ -75,7 +75,7 @@ class Evaluation(Section):
         description="a metric of sft_core/evaluate/metrics, or a function of yours as package.module:function; "
         f"default: {DEFAULT_METRIC}",
     )
-    json_schema_by_task: dict[str, str | dict[str, Any]] = Field(
+    json_schema_by_task: dict[str, str | dict[str, JsonValue]] = Field(
         {}, description="of each task whose metric asks for a schema: the schema, or the path of its file"
     )
     sampling: Sampling | None = Field(None, description="default: greedy answers")

@@ -10,18 +10,18 @@ import dataclasses
 from typing import TYPE_CHECKING, Literal
 
 Held = Literal["weights", "gradients", "optimizer"]
-PLAIN = "a plain model"  # what a rank trains where nothing wraps the model
+PLAIN = "a plain model"  # engaged_as of a model that nothing wraps
 
 
 @dataclasses.dataclass(frozen=True)
 class RankStrategy:
-    """What is true of one way to share a model over ranks."""
+    """One way to share a model over ranks."""
 
     name: str  # of the accelerate config, and in runtime.distributed
     summary: str  # for messages
     shards: frozenset[Held]  # each rank holds a share of these, and all else whole
-    # The model as accelerate returns it: `DTensor` for such parameters, else the class that wraps it. A run whose model
-    # is another is refused (train/strategy.py), for accelerate falls back to DDP without an error.
+    # `DTensor` where accelerate returns a model of such parameters, else the class that wraps the model. Training
+    # refuses any other model (train/strategy.py), for accelerate falls back to DDP without an error.
     engaged_as: str
     plain_on_one_rank: bool = False  # one rank trains a model that nothing wraps
     # Under training.bf16 weights and gradients are bf16, and the optimizer holds fp32 weights; there is no autocast.

@@ -1,14 +1,15 @@
-"""The sections of a recipe as frozen typed objects. Field names are those of the alignment-handbook and TRL, where they
-have one.
+"""The sections of a recipe as frozen typed objects.
+
+A field has the name that the alignment-handbook or TRL gives it, where they have such a field.
 """
 
 from __future__ import annotations
 
 import datetime
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from sft_core.recipe.rank_strategies import DEFAULT, STRATEGIES, StrategyName
 from sft_core.recipe.wording import short
@@ -40,7 +41,9 @@ class Model(Section):
 
     model_name_or_path: str | None = Field(None, description="a hub id or a folder; or give config")
     model_revision: str = Field("main", description="the branch, tag or commit of a hub id")
-    config: dict[str, Any] | None = Field(None, description="a transformers config: weights from the training seed")
+    config: dict[str, JsonValue] | None = Field(
+        None, description="a transformers config: weights from the training seed"
+    )
     tokenizer_name_or_path: str | None = Field(None, description="default: the model's own")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="the weights' dtype; bf16 autocast is training.bf16"
@@ -74,7 +77,9 @@ class ChatTemplate(Section):
     """How a conversation becomes text."""
 
     template: str | None = Field(None, description="thinking, a path to a .jinja file, or null: the tokenizer's own")
-    kwargs: dict[str, Any] = Field({}, description="template variables; a row's chat_template_kwargs win over them")
+    kwargs: dict[str, JsonValue] = Field(
+        {}, description="template variables; a row's chat_template_kwargs win over them"
+    )
     date: datetime.date = Field(datetime.date(2026, 1, 1), description="what the template sees as today")
     thinking: Literal["keep", "drop", "only_last", "inline"] = Field(
         "keep",
@@ -123,7 +128,7 @@ class Training(Section):
     lr_scheduler_type: Scheduler = Field(
         "cosine", description="how the learning rate changes after the warm-up, by transformers' names"
     )
-    lr_scheduler_kwargs: dict[str, Any] = Field({}, description="further settings of that scheduler")
+    lr_scheduler_kwargs: dict[str, JsonValue] = Field({}, description="further settings of that scheduler")
     warmup_ratio: Share = Field(0.03, description="share of the optimizer steps in which the learning rate rises")
     num_train_epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the packs")
     max_steps: PositiveInt | None = Field(None, description="optimizer steps, in place of num_train_epochs")
@@ -140,7 +145,7 @@ class Training(Section):
     use_liger_kernel: bool | Literal["auto"] = Field("auto", description="auto: on a GPU")
     lora: Lora | None = Field(None, description="train an adapter and merge it; default: full fine-tuning")
     seed: int = Field(42, description="of the order of packs, of dropout, and of random weights")
-    extra: dict[str, Any] = Field({}, description="any other field of trl.SFTConfig")
+    extra: dict[str, JsonValue] = Field({}, description="any other field of trl.SFTConfig")
 
     @model_validator(mode="after")
     def _no_secret(self) -> Training:
@@ -225,7 +230,7 @@ class Runtime(Section):
     @classmethod
     def _without_credentials(cls, store: str) -> str:
         if "://" in store and ("@" in store or "?" in store):
-            # Not a word of it: the message goes into logs.
+            # The message leaves out the URL: its credentials would go into logs.
             raise ValueError("found a URL with credentials or a query; credentials come from the environment")
         return store
 

@@ -1,4 +1,4 @@
-"""The implementations of all strategies, by their names in a recipe: whatever the modules of strategies/ declare."""
+"""The implementations of all strategies, by their names in a recipe: each module of strategies/ declares some."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sft_core.search.rollouts import Search
 from sft_core.search.strategy import Implementation, SamplerInput, SearchInput
 from sft_core.train.hooks import Sampler
 
-IMPLEMENTATIONS: Mapping[str, Implementation] = declared(strategies, "IMPLEMENTATIONS")
+IMPLEMENTATIONS: Mapping[str, Implementation] = declared(strategies, "IMPLEMENTATIONS", Implementation)
 
 
 def make_search(start: SearchInput) -> Search:

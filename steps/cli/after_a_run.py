@@ -147,7 +147,7 @@ def chat(
               sft chat org/model < questions.txt
     """
     from sft_core.evaluate.chat import Sampling
-    from sft_core.recipe.recipe import read_yaml
+    from sft_core.recipe.parse import read_yaml
     from steps.cli.chat import talk
 
     variables = {}

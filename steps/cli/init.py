@@ -12,7 +12,7 @@ from sft_core.data.sources.registry import source_of
 from sft_core.data.sources.rejects import Rejected
 from sft_core.recipe.datasets.dataset import Dataset
 from sft_core.recipe.datasets.union import parse_dataset, section_claiming
-from sft_core.recipe.recipe import parse_recipe, read_yaml
+from sft_core.recipe.parse import parse_recipe, read_yaml
 
 ENOUGH_ROWS = 2000  # for a report share of 0.05
 _RECIPE = """\

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sft_core.recipe.recipe import parse_recipe, read_yaml
+from sft_core.recipe.parse import parse_recipe, read_yaml
 from sft_core.train.arguments import check_extra
 from steps.importer.account import Imported, number, readings, short, switch
 from steps.importer.datasets import read_datasets

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def read_recipe(path: str | Path, *, overrides: tuple[str, ...] = (), limit: int | None = None) -> Recipe:
     """The recipe in a YAML file. Raises ValueError and FileNotFoundError, as load_recipe does, and for its metrics."""
     from sft_core.evaluate.metrics.registry import check_names
-    from sft_core.recipe.recipe import load_recipe
+    from sft_core.recipe.parse import load_recipe
 
     recipe = load_recipe(path, overrides=overrides, limit=limit)
     check_names(recipe.evaluation)
@@ -34,7 +34,7 @@ def parse_config(text: str) -> dict[str, Any]:
     from metaflow.exception import MetaflowException
 
     from sft_core.evaluate.metrics.registry import check_names
-    from sft_core.recipe.recipe import parse_recipe, read_yaml
+    from sft_core.recipe.parse import parse_recipe, read_yaml
 
     class InvalidRecipe(MetaflowException):
         headline = "The recipe is not valid"
@@ -53,7 +53,7 @@ def effective(data: Mapping[str, Any], overrides: Iterable[str] | None, limit: i
 
     Metrics that `--set` names are checked by pipeline.prepare, in `start`.
     """
-    from sft_core.recipe.recipe import override, parse_recipe
+    from sft_core.recipe.parse import override, parse_recipe
 
     return parse_recipe(override(dict(data), tuple(overrides or ()), limit))
 

@@ -14,7 +14,7 @@ from sft_core.data.rendering.policy import RowPolicy
 from sft_core.data.rendering.spans import Renderer
 from sft_core.data.tokenizer.tokenizer import load_tokenizer
 from sft_core.pins.pinned import PinnedRecipe, pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.stage import Stage
 from sft_core.store.store import Store
 

@@ -15,7 +15,7 @@ from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.evaluate.scores import mean_score, perplexity, token_accuracy, token_loss
 from sft_core.evaluate.tasks import build_evaluated, row_losses
 from sft_core.pins.pinned import PinnedRecipe, pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.stage import Build
 from sft_core.store.store import Store
 from sft_core.train.job import ModelLoader, TokenizerLoader

@@ -15,7 +15,7 @@ from sft_core.data.rendering.templates import ChatTemplate
 from sft_core.evaluate.documents import document_differences, read_samples
 from sft_core.evaluate.harness import scores_of
 from sft_core.pins.pinned import PinnedRecipe, pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
 from sft_core.train.job import ModelLoader, TokenizerLoader

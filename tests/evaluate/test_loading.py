@@ -23,7 +23,7 @@ from sft_core.evaluate.loading import (
 )
 from sft_core.evaluate.rows import read_rows
 from sft_core.pins.pinned import PinnedRecipe, pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.models import model as loader

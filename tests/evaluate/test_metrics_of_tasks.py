@@ -10,7 +10,7 @@ from sft_core.data.shards.token_shards import read_index
 from sft_core.evaluate.metrics.registry import load_metric
 from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.pins.pinned import PinnedRecipe, pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from steps.evaluate import EVALUATED
 from tests.evaluate.test_evaluated import TASK, evaluate_checkpoint, pinned, store, tokens, writes_four

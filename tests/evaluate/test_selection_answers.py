@@ -11,7 +11,7 @@ import torch
 from sft_core.evaluate import selection_answers as module
 from sft_core.evaluate.selection_answers import AnswerScores
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from sft_core.train.collate import PackCollator
 from sft_core.train.job import ModelLoader, TokenizerLoader

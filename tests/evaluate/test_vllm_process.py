@@ -23,7 +23,7 @@ from sft_core.evaluate.rows import read_rows
 from sft_core.evaluate.with_vllm import WithVllm, draw_seed
 from sft_core.pins.pinned import PinnedRecipe, pin
 from sft_core.recipe.evaluation import Sampling
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.recipe.sections import VllmSettings
 from sft_core.store.store import Store
 from steps.evaluate import EVALUATED, measure_ahead

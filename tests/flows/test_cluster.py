@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from sft_core.recipe.recipe import load_recipe, parse_recipe
+from sft_core.recipe.parse import load_recipe, parse_recipe
 from steps.start import check_place
 from tests.flows.conftest import RECIPE, ROOT, TIMEOUT_S, Project
 from tests.object_server import ObjectServer

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from steps.search import place, progress
 from steps.train import TRAINED

@@ -36,7 +36,7 @@ def test_readme_has_at_most_150_lines() -> None:
 
 
 def test_recipe_in_the_readme_is_valid() -> None:
-    from sft_core.recipe.recipe import parse_recipe, read_yaml
+    from sft_core.recipe.parse import parse_recipe, read_yaml
 
     assert parse_recipe(read_yaml(block("yaml", "name: my-model"))).last_phase.training.lora is not None
 

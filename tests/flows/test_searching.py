@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.rounds import ONLY
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store

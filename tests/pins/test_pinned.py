@@ -14,7 +14,7 @@ import pytest
 
 from sft_core.local_files import is_local
 from sft_core.pins.pinned import PinnedRecipe, Unresolved, pin, resolve, template_path
-from sft_core.recipe.recipe import override, parse_recipe
+from sft_core.recipe.parse import override, parse_recipe
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.rounds import ONLY
 from sft_core.store.stage import Located
 from sft_core.store.store import Store
@@ -125,7 +125,7 @@ def test_training_of_a_later_phase_depends_on_the_checkpoint_before_and_not_on_t
 
 
 def test_set_reaches_a_key_of_a_phase_and_a_source_in_it():
-    from sft_core.recipe.recipe import override
+    from sft_core.recipe.parse import override
 
     data = override(
         phased_recipe(),

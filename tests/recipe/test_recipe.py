@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from sft_core.recipe.datasets.dataset import Dataset
 from sft_core.recipe.datasets.kinds.files import FileDataset
 from sft_core.recipe.datasets.kinds.hub import HubDataset
-from sft_core.recipe.recipe import Recipe, load_recipe, override, parse_recipe, read_yaml
+from sft_core.recipe.parse import load_recipe, override, parse_recipe, read_yaml
+from sft_core.recipe.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -17,7 +17,7 @@ from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.links import link_files
 from sft_core.pins.pinned import PinnedRecipe, pin
 from sft_core.recipe.datasets.dataset import Dataset
-from sft_core.recipe.recipe import override, parse_recipe, read_yaml
+from sft_core.recipe.parse import override, parse_recipe, read_yaml
 from sft_core.store.manifest import file_digest
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
@@ -175,7 +175,7 @@ def test_release_is_made_without_torch_and_of_links(store: Store, recipe: dict[s
     code = """
 import json, sys
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from steps.release import RELEASED
 data = json.loads(sys.argv[1])

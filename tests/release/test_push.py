@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import override, parse_recipe
+from sft_core.recipe.parse import override, parse_recipe
 from sft_core.release.push import may_not_write
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
@@ -30,7 +30,7 @@ import json, logging, sys
 logging.basicConfig(level=logging.DEBUG)
 sys.path.insert(0, {root!r})
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from steps.start import prepare
 from steps.release import PUSHED, RELEASED

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sft_core.recipe.recipe import read_yaml
+from sft_core.recipe.parse import read_yaml
 from sft_core.report.model_card import Base, Card, CutOff, Score, Source, Value, interval, model_card
 
 EVIL = "a|b\n---\n# `x` <script>&amp; [l](http://x) *b* _i_ \\ \u2028 ``` : {#"

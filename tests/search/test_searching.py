@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from sft_core.data.packing.plan import PackPlan
 from sft_core.pins.pinned import PinnedRecipe, pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.recipe.wording import counted
 from sft_core.rounds import ONLY
 from sft_core.search.evaluations import evaluation_folder
@@ -232,7 +232,7 @@ def test_search_card_shows_the_rollouts_peaks_and_decisions(store: Store, search
 LAUNCHER = """
 import json, sys
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from steps.mix import MIXTURE
 from steps.search import progress

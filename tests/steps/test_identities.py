@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from sft_core.pins.pinned import PinnedRecipe
-from sft_core.recipe.recipe import Recipe, load_recipe, parse_recipe
+from sft_core.recipe.parse import load_recipe, parse_recipe
+from sft_core.recipe.recipe import Recipe
 from sft_core.rounds import ONLY, Point, Rollout, Rounds
 from sft_core.store.manifest import sha256_of
 from steps.pack import PACKED

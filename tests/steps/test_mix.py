@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.report.plots import BASE_COLOUR, TUNED_COLOUR, requested_and_achieved
 from sft_core.store.store import Store
 from steps import mix

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sft_core.pins.pinned import PinnedRecipe, pin
-from sft_core.recipe.recipe import load_recipe, override, parse_recipe
+from sft_core.recipe.parse import load_recipe, override, parse_recipe
 from sft_core.store.store import Store
 from steps.mix import MIXTURE, SHARES_HEADER
 from steps.plan import ORDER, differences, plan
@@ -421,7 +421,7 @@ def test_plan_right_extra_is_accepted(small_recipe, sft, save_recipe):
 
 
 def test_quickstart_extra_is_accepted():
-    from sft_core.recipe.recipe import load_recipe
+    from sft_core.recipe.parse import load_recipe
     from sft_core.train.arguments import check_extra
 
     extra = load_recipe(ROOT / "configs" / "quickstart.yaml").last_phase.training.extra

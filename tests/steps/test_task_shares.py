@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_core.pins.pinned import PinnedRecipe, pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from steps import score_worker, task_shares
 from steps.score_worker import Order, Scoring, orders, outcomes

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store import code_digest as code
 from sft_core.store.stage import Stage
 from steps.download import CONVERSATIONS

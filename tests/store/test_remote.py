@@ -21,7 +21,7 @@ import fsspec
 import pytest
 from click.testing import CliRunner
 
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.digests import write_digests
 from sft_core.store.lookups import Lookups
 from sft_core.store.manifest import CorruptOutput

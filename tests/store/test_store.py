@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_core.pins.pinned import PinnedRecipe
-from sft_core.recipe.recipe import override, parse_recipe
+from sft_core.recipe.parse import override, parse_recipe
 from sft_core.store import code_digest as code
 from sft_core.store.lookups import Lookups
 from sft_core.store.manifest import CorruptOutput

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import load_recipe, parse_recipe
+from sft_core.recipe.parse import load_recipe, parse_recipe
 from sft_core.store.store import Store
 from steps.download import CONVERSATIONS
 from tests.strangers.project_copy import copy_project, run_json, run_python
@@ -24,7 +24,7 @@ SCRIPT = """
     from pathlib import Path
     import pyarrow.parquet as pq
     from sft_core.pins.pinned import pin
-    from sft_core.recipe.recipe import parse_recipe
+    from sft_core.recipe.parse import parse_recipe
     from sft_core.store.store import Store
     from steps import release
     from steps.cli import lineage
@@ -60,7 +60,7 @@ SCRIPT = """
 """
 FAULTY = """
     import json, sys
-    from sft_core.recipe.recipe import parse_recipe
+    from sft_core.recipe.parse import parse_recipe
 
     recipe, messages = json.loads(sys.argv[1]), []
     for dataset in [{}, {"sqlite": "a", "path": "b"}, {"path": "b", "query": "c"}, {"sqlite": "a", "split": "c"}]:

@@ -79,7 +79,7 @@ class Letters(Metric):
 RELEASE = """
 import json, sys
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import load_recipe
+from sft_core.recipe.parse import load_recipe
 from sft_core.store.store import Store
 from steps.evaluate import EVALUATED
 from steps.release import RELEASED

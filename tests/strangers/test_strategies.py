@@ -37,7 +37,7 @@ CONFIGS = {
 FACTS = """
     import json, sys
     from pathlib import Path
-    from sft_core.recipe.recipe import parse_recipe
+    from sft_core.recipe.parse import parse_recipe
     from sft_core.train.accelerator import lost_updates, unmet_demands
     from sft_core.train.continuation import Continuation, resumable
     from sft_core.train.memory.estimate import bytes_a_parameter
@@ -95,7 +95,7 @@ FACTS = """
 TRAINING = """
     import json, sys
     from sft_core.pins.pinned import pin
-    from sft_core.recipe.recipe import parse_recipe
+    from sft_core.recipe.parse import parse_recipe
     from sft_core.store.store import Store
     from sft_core.train.log_file import read_events
     from steps.train import TRAINED
@@ -131,7 +131,7 @@ def facts(project: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 def test_strategy_entry_is_a_value_of_the_recipe_and_named_in_messages(facts: dict[str, Any]) -> None:
     assert "found 'zero9'; input should be 'zero1', 'pairs', 'ddp', 'fsdp2', 'zero2' or 'zero3'" in facts["unknown"]
-    assert "works on each rank by itself, for which it holds all weights: ddp" in facts["search"]
+    assert "needs a strategy that holds all weights on each rank: ddp" in facts["search"]
     assert facts["not_imported"].endswith("runtime.distributed is zero1, pairs, ddp, fsdp2, zero2 or zero3")
     assert facts["masters"][0].endswith("or runtime.distributed: zero1, zero2 or zero3") and facts["masters"][1] is None
     assert "runtime.distributed: pairs: needs a GPU" in facts["unmet"] and facts["met"] is None

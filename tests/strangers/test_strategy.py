@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.recipe.search.registry import STRATEGIES, declared
 from sft_core.rounds import ONLY, Rollout, Rounds
 from sft_core.search.registry import IMPLEMENTATIONS
@@ -84,7 +84,7 @@ import json, pathlib, sys
 import sft_core.recipe.search
 from sft_core.store.manifest import sha256_of
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.search.journal import CURVES, read_journal
 from sft_core.store.store import Store
 from steps.mix import MIXTURE

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sft_core.pins.pinned import PinnedRecipe, pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.stage import Build
 from sft_core.store.store import Store
 from sft_core.train.checkpoints import stop_request

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.train import accelerator
 from sft_core.train.accelerator import has_gpu, liger, lost_updates, slow_precision, unmet_demands
 from steps.start import prepare

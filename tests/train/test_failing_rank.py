@@ -8,7 +8,7 @@ import pytest
 from sft_core.data.packing.balance import pack_costs
 from sft_core.data.packing.plan import PLAN, PackPlan
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.stage import Build
 from sft_core.store.store import Store
 from sft_core.train.launch import build_trained

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.digests import write_digests
 from sft_core.store.store import Store
 from sft_core.train.checkpoints import numbered, publish

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 
 from sft_core.data.shards.token_shards import TokenRow
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from sft_core.train.collate import Batch, collate, to_device
 from sft_core.train.job import ModelLoader, TokenizerLoader

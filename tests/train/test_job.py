@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.recipe.search.registry import STRATEGIES
 from sft_core.recipe.sections import Lora, Runtime
 from sft_core.rounds import Point

@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from sft_core.train.checkpoints import numbered, stop_request
 from steps.pack import PACKED
@@ -166,7 +166,7 @@ def test_other_number_of_ranks_goes_on_with_the_same_stream(start: Callable[...,
 LAUNCHER = """
 import json, sys
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from steps.train import TRAINED
 Store(sys.argv[1]).ensure(TRAINED, pin(parse_recipe(json.loads(sys.argv[2]))), round=0)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from sft_core.data.packing.plan import PackPlan
 from sft_core.data.shards.token_shards import TokenShards
 from sft_core.pins.pinned import PinnedRecipe
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from sft_core.train.job import TrainJob
 from sft_core.train.models.model import load_model

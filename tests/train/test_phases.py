@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from sft_core.pins.pinned import PinnedRecipe, pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
 from steps.pack import PACKED

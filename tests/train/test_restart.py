@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from sft_core.train.checkpoints import latest, numbered
 from steps.pack import PACKED
@@ -25,7 +25,7 @@ NUM_STEPS = 20
 LAUNCHER = """
 import json, sys
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from steps.train import TRAINED
 Store(sys.argv[1]).ensure(TRAINED, pin(parse_recipe(json.loads(sys.argv[2]))), round=0)

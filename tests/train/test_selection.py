@@ -16,7 +16,7 @@ from sft_core.data.shards.token_shards import TokenShards, read_index
 from sft_core.data.sources import splits
 from sft_core.evaluate.tasks import row_losses
 from sft_core.pins.pinned import PinnedRecipe, pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from sft_core.train.assemble import log_balance
 from sft_core.train.checkpoints import numbered, step_of

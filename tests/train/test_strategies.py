@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from sft_core.data.packing.plan import PackPlan
 from sft_core.data.shards.token_shards import read_index
 from sft_core.pins.pinned import PinnedRecipe, pin
+from sft_core.recipe.parse import parse_recipe
 from sft_core.recipe.rank_strategies import STRATEGIES
-from sft_core.recipe.recipe import parse_recipe
 from sft_core.store.store import Store
 from sft_core.train.job import TrainJob
 from sft_core.train.loss import trained_token_nll

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.train import speed_log
 from sft_core.train.arguments import check_report_to
 from steps.start import prepare

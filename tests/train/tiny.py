@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sft_core.pins.pinned import PinnedRecipe
-from sft_core.recipe.recipe import PhaseRecipe, parse_recipe
+from sft_core.recipe.parse import parse_recipe
+from sft_core.recipe.recipe import PhaseRecipe
 from sft_core.rounds import ONLY
 
 ROOT = Path(__file__).resolve().parents[2]

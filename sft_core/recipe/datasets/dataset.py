@@ -1,4 +1,4 @@
-"""What datasets of all kinds have in common: a name, and what is taken of the rows."""
+"""The keys that datasets of all kinds have: a name, and which rows are taken."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SourceFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_complet
 
 
 class Dataset(Section, abc.ABC):
-    """One source of conversations. A subclass in recipe/datasets/kinds adds the keys that say where they are."""
+    """One source of conversations. A subclass in recipe/datasets/kinds adds the keys that say where the rows are."""
 
     key: ClassVar[str]  # the recipe knows the kind by this key
     meaning: ClassVar[str]  # of `key`, for messages
@@ -53,11 +53,11 @@ class Dataset(Section, abc.ABC):
 
     @classmethod
     def claims(cls, text: str) -> bool:
-        """Whether text on a command line is a value of `key`. What no kind claims is taken for files."""
+        """Whether text on a command line is a value of `key`. Text that no kind claims means files."""
         return False
 
     @classmethod
     def ordered_keys(cls) -> list[str]:
-        """All keys in the order in which a person writes them: name, where the rows are, what is taken of them."""
+        """All keys in the order in which a person writes them: name, where the rows are, which rows are taken."""
         name, *common = Dataset.model_fields
         return [name, *(key for key in cls.model_fields if key not in Dataset.model_fields), *common]

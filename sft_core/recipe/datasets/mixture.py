@@ -1,4 +1,4 @@
-"""The mixture: the datasets of a recipe, how much of each is trained on, and which prompts are held out."""
+"""The section dataset_mixture: the datasets, how much of each is trained, and which prompts are held out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESERVED = ("mixture", "packs", "selection", "duplicates")  # names of inputs th
 
 
 class Deduplication(Section):
-    """Training rows that say what an earlier one says are left out; the first in the order of datasets is kept."""
+    """Training rows that repeat an earlier row are left out; the first in the order of datasets is kept."""
 
     near: bool = Field(True, description="also rows that are nearly the same; false: the same but for white space")
     threshold: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -61,7 +61,7 @@ class DatasetMixture(Section):
         if reserved := sorted({*names}.intersection(RESERVED)):
             raise ValueError(f"a dataset is called {reserved[0]!r}, as an output of the flow is; give it another name")
         if self.selection_share + self.report_share >= 1:
-            raise ValueError("selection_share + report_share leave nothing to train on; their sum must be under 1")
+            raise ValueError("selection_share + report_share leave nothing to train on; give a sum under 1")
         without_share = [dataset.source for dataset in self.datasets if dataset.trained_token_share is None]
         if 0 < len(without_share) < len(names):
             raise ValueError(

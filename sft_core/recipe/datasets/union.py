@@ -29,7 +29,7 @@ def _load_kinds() -> dict[str, type[Dataset]]:
 
 
 KINDS = _load_kinds()  # by the key that names the kind
-TAGS = {section.__name__: section for section in KINDS.values()}  # pydantic puts them into the place of an error
+TAGS = {section.__name__: section for section in KINDS.values()}  # pydantic puts the tag into an error's place
 
 
 def section_of(data: Any) -> type[Dataset] | None:
@@ -46,9 +46,9 @@ def section_claiming(text: str) -> type[Dataset]:
 
 
 def without_idle_keys(data: Any) -> Any:
-    """A dataset without the keys of other kinds that are null or have their default, which say nothing.
+    """A dataset without idle keys: keys of other kinds that are null or have their default.
 
-    Recipes that were written out before each kind had its own keys hold such keys.
+    Recipes that an earlier version wrote out hold such keys.
     """
     section = section_of(data)
     if section is None:
@@ -69,7 +69,7 @@ def parse_dataset(data: Any) -> Dataset:
 
 
 def explain_no_kind(data: Any) -> tuple[str | None, str]:
-    """(key, message) for a dataset whose keys name no kind or several. key: None where no single key is at fault."""
+    """(key, message) for a dataset whose keys name no kind or several. key: the unknown key; None without one."""
     choices = alternatives(f"{key} ({section.meaning})" for key, section in KINDS.items())
     if not isinstance(data, dict):
         return None, f"found {short(data)}; a dataset is a mapping with the key {choices}"

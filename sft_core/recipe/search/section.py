@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, JsonValue, create_model, model_validator
 
 from sft_core.recipe.search.registry import STRATEGIES
 from sft_core.recipe.search.strategy import Needs, StrategySettings
@@ -12,7 +12,7 @@ from sft_core.recipe.sections import PositiveInt, Section
 
 
 class SearchKeys(Section):
-    """Who trains how long: roll-outs from one another's checkpoints, decided on the selection split."""
+    """Which tasks train how long: a roll-out starts from a checkpoint of another; the selection split decides."""
 
     strategy: str = Field(description="what proposes the roll-outs: docs/search.md")
     epochs_per_rollout: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the rows that are trained")
@@ -36,7 +36,7 @@ class SearchKeys(Section):
 
     @property
     def settings(self) -> StrategySettings:
-        """The strategy's own."""
+        """The settings of the strategy."""
         strategy = STRATEGIES[self.strategy]
         if strategy.settings is None:
             return StrategySettings()
@@ -49,9 +49,9 @@ class SearchKeys(Section):
         return self.strategy if variant is None else f"{self.strategy} ({variant})"
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What of it a roll-out depends on, as JSON."""
-        left_out: dict[str, Any] = {}
+    def identity(self) -> dict[str, JsonValue]:
+        """The keys on which a roll-out depends, as JSON."""
+        left_out: dict[str, bool | set[str]] = {}
         for name, strategy in STRATEGIES.items():
             if name != self.strategy and not strategy.in_every_identity:
                 left_out |= dict.fromkeys(_keys_of(name), True)

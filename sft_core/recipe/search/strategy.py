@@ -1,4 +1,4 @@
-"""What a recipe and the stages before training know of a search strategy; how it decides stands in sft_core/search."""
+"""A search strategy as a recipe and the stages before training see it; sft_core/search has how it decides."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StrategySettings(Section):
 
     @property
     def variant(self) -> str | None:
-        """What tells two searches of one strategy apart, for a card."""
+        """The name of a variant, which tells two searches of one strategy apart on a card."""
         return None
 
     @property
@@ -33,8 +33,11 @@ class StrategySettings(Section):
 
     @property
     def test(self) -> str | None:
-        """The statistical test that can end a roll-out. It is in a roll-out's identity: by another test the search
-        decides otherwise, and the weights that the roll-out has kept are not those that the search goes on from."""
+        """The statistical test that can end a roll-out.
+
+        It is in a roll-out's identity: with another test the search may go on from weights that the roll-out has not
+        kept.
+        """
         return None
 
 
@@ -42,9 +45,9 @@ class StrategySettings(Section):
 class Strategy:
     """settings: the section `search.NAME` of a recipe; None: the strategy has none.
 
-    is_flat: the settings are keys of `search` itself. caps: settings that end a search and change no roll-out, so they
-    are no part of a roll-out's identity. in_every_identity: the settings are in the identity of every search, whatever
-    its strategy, because they were there when others' outputs got their keys. A new strategy leaves both at False.
+    is_flat: the settings are keys of `search` itself. caps: settings that end a search and change no roll-out; they are
+    in no roll-out's identity. in_every_identity: the settings are in the identity of every search, whatever its
+    strategy, so that outputs of earlier versions keep their keys. A new strategy leaves both at False.
     """
 
     needs: Needs = Needs()

@@ -212,7 +212,7 @@ def test_all_rows_of_a_conversation_are_left_out_together(find: Duplicates, ensu
     recipe = find.recipe.recipe.model_dump(mode="json")
     recipe["chat_template"]["thinking"] = "only_last"
     from sft_core.pins.pinned import pin
-    from sft_core.recipe.recipe import parse_recipe
+    from sft_core.recipe.parse import parse_recipe
 
     split = pin(parse_recipe(recipe))
     index = read_index(ensure(TOKENS, split, source="a")[0])["row_id"].to_pylist()
@@ -269,7 +269,7 @@ def test_result_is_the_same_whatever_the_hash_seed_and_the_workers(find: Duplica
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(find.recipe.recipe.model_dump(mode="json", exclude_none=True)))
     code = (
-        "import sys, json\nfrom sft_core.pins.pinned import pin\nfrom sft_core.recipe.recipe import load_recipe\n"
+        "import sys, json\nfrom sft_core.pins.pinned import pin\nfrom sft_core.recipe.parse import load_recipe\n"
         "from sft_core.store.store import Store\nfrom steps.deduplicate import DUPLICATES\n"
         "pinned = pin(load_recipe(sys.argv[1], overrides=tuple(sys.argv[2:])))\n"
         "store = Store(pinned.recipe.runtime.store)\nref = store.ensure(DUPLICATES, pinned)\n"

@@ -13,7 +13,7 @@ from sft_core.data.packing.windows import split_at_turns
 from sft_core.data.rendering.spans import RenderedRow
 from sft_core.data.shards.token_shards import TokenShards, read_index, read_windows
 from sft_core.data.sources.formats.conversations import canonical
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from steps.pack import PACKED, rows_to_pack
 from steps.tokenize import TOKENS
 from steps.windows import WINDOWS

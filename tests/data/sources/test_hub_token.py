@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from tests.data.sources.test_sources import ROOT, repository
 from tests.hub_server import HubServer
 
@@ -21,7 +21,7 @@ CLIENT = """
     logging.basicConfig(level=logging.DEBUG)
     sys.path.insert(0, {root!r})
     from sft_core.pins.pinned import pin
-    from sft_core.recipe.recipe import parse_recipe
+    from sft_core.recipe.parse import parse_recipe
     from sft_core.store.store import Store
     from steps.plan import plan
     from steps.tokenize import TOKENS

@@ -241,7 +241,7 @@ CLIENT = """
     import json, sys
     import pyarrow.parquet as pq
     from sft_core.pins.pinned import pin
-    from sft_core.recipe.recipe import parse_recipe
+    from sft_core.recipe.parse import parse_recipe
     from sft_core.store.store import Store
     from steps.download import CONVERSATIONS
 

@@ -9,7 +9,7 @@ import pytest
 from sft_core.evaluate.metrics.metric import Question
 from sft_core.evaluate.metrics.registry import check_metrics, load_metric, metric_identity
 from sft_core.recipe.evaluation import Evaluation
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.code_digest import user_code_digest
 from tests.train.tiny import tiny_recipe
 

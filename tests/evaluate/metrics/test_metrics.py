@@ -22,7 +22,7 @@ from sft_core.evaluate.metrics.registry import (
     metric_identity,
 )
 from sft_core.recipe.evaluation import Evaluation
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from steps.runs.recipes import read_recipe
 from tests.train.tiny import tiny_recipe
 

@@ -11,7 +11,7 @@ import pytest
 
 from sft_core.evaluate.rows import ROWS, answer_counts, scores
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
 from steps import evaluate, report

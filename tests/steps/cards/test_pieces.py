@@ -15,7 +15,7 @@ import pytest
 from sft_core.data.mixing.mixture import AMOUNTS
 from sft_core.data.tokens.sample import MAX_PIECES, pieces
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.ref import Ref
 from sft_core.store.stage import Stage
 from sft_core.store.store import Store

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sft_core.pins.pinned import PinnedRecipe, pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from steps import evaluate, report
 from steps.cards import report as report_card

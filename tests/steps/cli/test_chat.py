@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
 from steps.cli.chat import find_checkpoint

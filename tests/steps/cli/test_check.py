@@ -17,7 +17,7 @@ from sft_core.data.shards.token_shards import read_index
 from sft_core.data.tokenizer.encoded import EncodedRows
 from sft_core.data.tokens import build as tokens
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from steps import tokenize
 from steps.cards import tokens as tokens_card

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from sft_core.recipe.recipe import load_recipe, override
+from sft_core.recipe.parse import load_recipe, override
 from sft_core.store.store import Store
 from steps.cli.main import main
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sft_core.recipe.recipe import load_recipe, parse_recipe, read_yaml
+from sft_core.recipe.parse import load_recipe, parse_recipe, read_yaml
 from steps.importer.account import Imported
 from steps.importer.recipe import import_recipe
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_core.recipe.recipe import ROOT_KEYS, parse_recipe, read_yaml
+from sft_core.recipe.parse import parse_recipe, read_yaml
+from sft_core.recipe.recipe import ROOT_KEYS
 from steps.importer.recipe import import_recipe
 from steps.importer.text import account_text, recipe_text
 from tests.steps.importer.test_import import MINIMAL, change, imported

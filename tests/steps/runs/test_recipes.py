@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from metaflow.exception import MetaflowException
 
-from sft_core.recipe.recipe import override
+from sft_core.recipe.parse import override
 from steps.runs.recipes import effective, parse_config
 from steps.start import prepare
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from metaflow.tagging_util import MAX_TAG_SIZE, validate_tags
 
-from sft_core.recipe.recipe import override, parse_recipe
+from sft_core.recipe.parse import override, parse_recipe
 from sft_core.store.provenance import SourceCode
 from steps.runs.tags import resumed_tags, tag_run, tags_of
 
