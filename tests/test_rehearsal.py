@@ -33,7 +33,6 @@ OTHERWISE = {
     "model.tokenizer_name_or_path",
     "model.trust_remote_code",
     "model.dtype",
-    "model.attn_implementation",
     "dataset_mixture.report_share",
     "packing.max_length",
     "training.learning_rate",
