@@ -1,15 +1,21 @@
 """Published recipes in configs/ say what was published, and can be planned where no hub is in reach."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from sft_core.recipe.evaluation import LM_EVAL
 from sft_core.recipe.parse import load_recipe
+from sft_core.recipe.rank_strategies import STRATEGIES
 from sft_core.recipe.recipe import Recipe
-from sft_core.train.accelerator import has_gpu
+from sft_core.train import accelerator
+from sft_core.train.accelerator import has_gpu, unmet_demands
 
 ROOT = Path(__file__).resolve().parents[1]
 # Weights of the splits in the handbook's recipe that are not 1.
@@ -50,7 +56,8 @@ def test_smollm3_mixture_is_25_splits_with_their_weights(smollm3: Recipe):
 def test_smollm3_settings_are_the_handbooks(smollm3: Recipe):
     model, training = smollm3.model, smollm3.last_phase.training
     assert (model.model_name_or_path, model.model_revision) == ("HuggingFaceTB/SmolLM3-3B-Base", "main")
-    assert (model.dtype, model.attn_implementation) == ("bfloat16", "flash_attention_2")
+    # Otherwise than published: flash_attention_2 needs a package that is built, and auto is the same attention.
+    assert (model.dtype, model.attn_implementation) == ("bfloat16", "auto")
     assert model.trust_remote_code and model.eos_token == "<|im_end|>"
     assert (smollm3.last_phase.packing.packing_strategy, smollm3.last_phase.packing.max_length) == ("ffd", 65536)
     assert (training.loss_scope, training.learning_rate, training.warmup_ratio) == ("assistant", 2e-5, 0.03)
@@ -89,6 +96,40 @@ def test_tulu3_settings_are_the_published_ones(tulu3: Recipe):
         tulu3.last_phase.packing.max_length,
     ) == (128, "none", 4096)
     assert tulu3.chat_template.template == "tulu"
+    assert (tulu3.model.dtype, tulu3.model.attn_implementation) == ("float32", "auto"), "it needs no package"
+
+
+def image_packages(page: str) -> set[str]:
+    """Names of the packages that the page's Dockerfile asks pip for, those of our own extras among them."""
+    (line,) = re.findall(r"^RUN pip install (.+)$", page, re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = []
+    for argument in shlex.split(line.replace("-c /sft-flow/constraints.txt", "")):
+        ours = re.fullmatch(r"/sft-flow(?:\[(.+)\])?", argument)
+        requirements += [argument] if ours is None else project["dependencies"]
+        for extra in ((ours and ours[1]) or "").split(","):
+            requirements += project["optional-dependencies"][extra] if extra else []
+    return {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in requirements}
+
+
+def test_recipe_that_the_page_of_clusters_runs_demands_nothing_that_its_image_lacks(monkeypatch: pytest.MonkeyPatch):
+    """On a cluster only the training itself looks for packages: a lack would show after all data work."""
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    (name,) = set(re.findall(r"--config recipe (configs/\S+\.yaml)", page))
+    packages, recipe = image_packages(page), load_recipe(ROOT / name)
+    assert {"torch", "s3fs"} <= packages
+
+    def find_spec(module: str) -> object:
+        return object() if module.replace("_", "-") in packages else None
+
+    monkeypatch.setattr(accelerator.importlib.util, "find_spec", find_spec)
+    for phase in recipe.phases:
+        keys = recipe.for_phase(phase)
+        assert unmet_demands(keys, on_gpu=True) is None
+        assert keys.training.use_liger_kernel is not True or "liger-kernel" in packages
+        assert "deepspeed" in packages or not STRATEGIES[keys.runtime.distributed].zero_stages
+    assert {*recipe.runtime.report_to} <= packages
+    assert recipe.evaluation.engine == "transformers" and not any(task.startswith(LM_EVAL) for task in recipe.scored)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +163,11 @@ print("imported:", sorted({"torch", "transformers", "trl", "datasets", "metaflow
 """
 
 
-@pytest.mark.parametrize(("name", "num_sources"), [("smollm3", 27), ("tulu3-8b", 1)])
+@pytest.mark.parametrize(
+    ("name", "num_sources", "demand"), [("smollm3", 27, "training.use_liger_kernel: true"), ("tulu3-8b", 1, None)]
+)
 def test_published_recipe_is_planned_without_a_network_in_seconds_and_a_line_says_why(
-    tmp_path: Path, name: str, num_sources: int
+    tmp_path: Path, name: str, num_sources: int, demand: str | None
 ):
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     environment |= {"HF_ENDPOINT": "http://127.0.0.1:9"}  # a port at which nobody listens
@@ -138,8 +181,10 @@ def test_published_recipe_is_planned_without_a_network_in_seconds_and_a_line_say
     )
     assert done.returncode == 0, done.stderr
     line, *others = done.stderr.splitlines()
-    assert len(others) == (not has_gpu())
-    assert all("flash_attention_2" in other and "needs a GPU, and this machine has none" in other for other in others)
+    demands = [] if demand is None or has_gpu() else [demand]
+    assert len(others) == len(demands)
+    for other, demanded in zip(others, demands, strict=True):
+        assert demanded in other and "needs a GPU, and this machine has none" in other
     assert line.startswith("no key yet for what hangs on dataset ") and "the hub cannot be reached" in line
     assert line.count("dataset ") == line.count("model ") == 1
     assert load_recipe(ROOT / "configs" / f"{name}.yaml").model.model_name_or_path in line

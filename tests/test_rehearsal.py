@@ -33,7 +33,6 @@ OTHERWISE = {
     "model.tokenizer_name_or_path",
     "model.trust_remote_code",
     "model.dtype",
-    "model.attn_implementation",
     "evaluation.max_rows",
     "runtime.num_nodes",
     "runtime.num_processes",
