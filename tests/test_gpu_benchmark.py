@@ -121,6 +121,14 @@ def test_goal_is_met_missed_or_not_measured(key: str) -> None:
     assert told(Row("c", "x", bound - better * 0.01, key=key)) == "MISSED"
 
 
+def test_table_of_goals_in_the_documents_is_that_of_the_benchmark() -> None:
+    lines = (ROOT / "docs" / "results.md").read_text().partition("## Hardware")[2].partition("\n## ")[0].splitlines()
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    wanted = [f"{direction} {bound:,g} {unit}".strip() for _, direction, bound, unit in GOALS]
+    assert [(key.strip("`"), goal) for key, _, goal, _ in told] == list(zip([g[0] for g in GOALS], wanted, strict=True))
+    assert {measured for *_, measured in told} == {"not measured"}
+
+
 def proofs(tmp_path: Path) -> list[Row]:
     from benchmarks.gpu_parts import packed
 
