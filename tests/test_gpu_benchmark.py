@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -36,7 +37,7 @@ def run(out: Path, *options: str) -> tuple[int, list[str], dict[str, Any]]:
 
 
 def test_dry_run_proves_isolation_and_trains_each_side(tmp_path: Path) -> None:
-    code, printed, report = run(tmp_path / "gpu.json", "--seconds", "75", "--parts", "a,b,c")
+    code, printed, report = run(tmp_path / "gpu.json", "--seconds", "50", "--parts", "a,b,c")
     log = (tmp_path / "gpu.log").read_text()
     rows = [Row(**row) for row in report["rows"]]
     assert code == 0, "\n".join(printed) + log[-3000:]
@@ -48,7 +49,7 @@ def test_dry_run_proves_isolation_and_trains_each_side(tmp_path: Path) -> None:
     assert {row.what.split(":")[0] for row in proofs} == {"varlen", "sdpa"}
     assert {row.what.rpartition(": ")[2] for row in proofs} == {"forward", "gradients"}
     numbers = {row.key: row.number for row in rows if row.key is not None}
-    for side in ("ours", "trl"):
+    for side in ("ours", "trl_varlen"):
         assert numbers[f"3b.8k.{side}.tokens_per_s"] and numbers[f"3b.8k.{side}.of_ceiling"]
     (speed,) = (row for row in rows if row.key == "3b.8k.ours.tokens_per_s")
     assert "documents together told by bounds" in speed.note, "the probe of the real path was not run"
@@ -91,6 +92,34 @@ def test_part_whose_time_is_over_is_ended_with_all_its_own(tmp_path: Path) -> No
     watching.join()
     assert len(started) >= 2, "the part started no process of its own, so this proves nothing"
     assert at_work(part.pid) == []
+
+
+def rows_of(path: Path) -> list[Row]:
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_kill_loses_no_row_that_was_printed(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--out", str(out), "--parts", "a,b"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    printed = [driver.stdout.readline() for _ in range(7)][1:]  # the first line is the header
+    parts = [int(name) for name in Path(f"/proc/{driver.pid}/task/{driver.pid}/children").read_text().split()]
+    driver.kill()
+    printed += driver.stdout.readlines()
+    assert driver.wait() == -signal.SIGKILL
+    driver.stdout.close()
+    lines = [line.rstrip("\n") for line in printed]
+    rows = rows_of(out)
+    assert len(lines) >= 6 and [row.line() for row in rows][: len(lines)] == lines
+    assert len(rows) <= len(lines) + 1, "a row is written, then printed"
+    assert {row.part for row in rows} <= {"a", "b"} and parts, "the kill came after its end"
+    end = time.monotonic() + 20
+    while any(at_work(part) for part in parts) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(at_work(part) for part in parts)
 
 
 def context_of(tmp_path: Path, seconds: float = 60) -> Context:

@@ -236,7 +236,7 @@ def test_forward_of_several_packs_has_the_same_objective(device: str, train: Cal
     assert [how_it_ran(run)["packs_a_forward"] for run in (one, two)] == [1, 2]
     assert losses_of(two) == pytest.approx(losses_of(one), rel=HALF)
     by_auto = train(recipe(training={"max_steps": 2}))
-    assert how_it_ran(by_auto)["packs_a_forward"] == (4 if device == "cuda" else 1), "a GPU idles over one small pack"
+    assert (how_it_ran(by_auto)["packs_a_forward"] > 1) == (device == "cuda"), "a GPU idles over one small pack"
     assert losses_of(by_auto)[0] == pytest.approx(losses_of(one)[0], rel=HALF)
 
 
