@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import importlib.util
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
@@ -14,9 +19,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import PARTS
+from benchmarks.gpu import PARTS, SECONDS
+from benchmarks.gpu_parts.gpu_tests import FILES
 from benchmarks.gpu_parts.process import Ahead
-from benchmarks.gpu_parts.rows import GOALS, Context, Row, cases, goal_rows, headline
+from benchmarks.gpu_parts.rows import GOALS, Case, Context, Row, cases, goal_rows, headline
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +37,7 @@ def run(out: Path, *options: str) -> tuple[int, list[str], dict[str, Any]]:
 
 
 def test_dry_run_proves_isolation_and_trains_each_side(tmp_path: Path) -> None:
-    code, printed, report = run(tmp_path / "gpu.json", "--seconds", "75", "--parts", "a,b,c")
+    code, printed, report = run(tmp_path / "gpu.json", "--seconds", "50", "--parts", "a,b,c")
     log = (tmp_path / "gpu.log").read_text()
     rows = [Row(**row) for row in report["rows"]]
     assert code == 0, "\n".join(printed) + log[-3000:]
@@ -43,7 +49,7 @@ def test_dry_run_proves_isolation_and_trains_each_side(tmp_path: Path) -> None:
     assert {row.what.split(":")[0] for row in proofs} == {"varlen", "sdpa"}
     assert {row.what.rpartition(": ")[2] for row in proofs} == {"forward", "gradients"}
     numbers = {row.key: row.number for row in rows if row.key is not None}
-    for side in ("ours", "trl"):
+    for side in ("ours", "trl_varlen"):
         assert numbers[f"3b.8k.{side}.tokens_per_s"] and numbers[f"3b.8k.{side}.of_ceiling"]
     (speed,) = (row for row in rows if row.key == "3b.8k.ours.tokens_per_s")
     assert "documents together told by bounds" in speed.note, "the probe of the real path was not run"
@@ -88,6 +94,34 @@ def test_part_whose_time_is_over_is_ended_with_all_its_own(tmp_path: Path) -> No
     assert at_work(part.pid) == []
 
 
+def rows_of(path: Path) -> list[Row]:
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_kill_loses_no_row_that_was_printed(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--out", str(out), "--parts", "a,b"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    printed = [driver.stdout.readline() for _ in range(7)][1:]  # the first line is the header
+    parts = [int(name) for name in Path(f"/proc/{driver.pid}/task/{driver.pid}/children").read_text().split()]
+    driver.kill()
+    printed += driver.stdout.readlines()
+    assert driver.wait() == -signal.SIGKILL
+    driver.stdout.close()
+    lines = [line.rstrip("\n") for line in printed]
+    rows = rows_of(out)
+    assert len(lines) >= 6 and [row.line() for row in rows][: len(lines)] == lines
+    assert len(rows) <= len(lines) + 1, "a row is written, then printed"
+    assert {row.part for row in rows} <= {"a", "b"} and parts, "the kill came after its end"
+    end = time.monotonic() + 20
+    while any(at_work(part) for part in parts) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(at_work(part) for part in parts)
+
+
 def context_of(tmp_path: Path, seconds: float = 60) -> Context:
     return Context("x", "cpu", time.monotonic() + seconds, tmp_path, {})
 
@@ -99,11 +133,11 @@ def test_failing_case_is_told_and_the_next_goes_on(tmp_path: Path) -> None:
         yield context.row("before", 1)
         raise ValueError("no such kernel")
 
-    rows = list(cases(context, [("bad", 1, failing), ("good", 1, lambda: [context.row("good", 2)])]))
+    rows = list(cases(context, [Case("bad", 1, failing), Case("good", 1, lambda: [context.row("good", 2)])]))
     assert [(row.what, row.passed) for row in rows] == [("before", None), ("bad", False), ("good", None)]
     assert "ValueError: no such kernel" in rows[1].note and "test_gpu_benchmark.py" in rows[1].note
     assert headline(rows)["failed"] == ["x: bad"]
-    late = list(cases(context_of(tmp_path, seconds=0), [("late", 1, failing)]))
+    late = list(cases(context_of(tmp_path, seconds=0), [Case("late", 1, failing)]))
     assert [row.passed for row in late] == [None] and "left out" in late[0].note
 
 
@@ -119,6 +153,119 @@ def test_goal_is_met_missed_or_not_measured(key: str) -> None:
     assert told() == "not measured"
     assert told(Row("c", "x", bound + better * 0.01, key=key)) == "met"
     assert told(Row("c", "x", bound - better * 0.01, key=key)) == "MISSED"
+
+
+def test_table_of_goals_in_the_documents_is_that_of_the_benchmark() -> None:
+    lines = (ROOT / "docs" / "results.md").read_text().partition("## Hardware")[2].partition("\n## ")[0].splitlines()
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    wanted = [f"{direction} {bound:,g} {unit}".strip() for _, direction, bound, unit in GOALS]
+    assert [(key.strip("`"), goal) for key, _, goal, _ in told] == list(zip([g[0] for g in GOALS], wanted, strict=True))
+    assert {measured for *_, measured in told} == {"not measured"}
+
+
+START_S = 2.0  # of a part's time, before its first case
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_share_of_the_default_time_has_room_for_what_a_part_is_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, with every package installed: what is not of the core is left out first, for it comes last."""
+    module = importlib.import_module(f"benchmarks.gpu_parts.{PARTS[name].module}")
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda package: True)
+        listed = module.listed(Context(name, "cuda", time.monotonic(), tmp_path, {}))
+    core = [case for case in listed if case.is_core]
+    share = PARTS[name].share * SECONDS / sum(part.share for part in PARTS.values())
+    assert core and sum(case.seconds for case in core) + START_S <= share
+    assert listed[: len(core)] == core
+    assert all(case.seconds > 0 or "beside" in case.name or name == "a" for case in listed)
+
+
+def test_steps_that_goals_are_set_for_are_of_the_core(tmp_path: Path) -> None:
+    from benchmarks.gpu_parts import large_steps, resuming, small_steps
+
+    context = Context("x", "cuda", time.monotonic(), tmp_path, {})
+    core = [case.name for part in (large_steps, small_steps, resuming) for case in part.listed(context) if case.is_core]
+    goals = {key.split(".")[0] + "." + key.split(".")[1] for key, *_ in GOALS if "save" not in key}
+    for name in goals:
+        assert any(case.startswith(f"{name} ours") for case in core), name
+    for name in {key.rpartition(".")[0] for key, *_ in GOALS if key.endswith("beside_trl")}:
+        assert f"{name} beside" in core and any(case.startswith(f"{name} trl") for case in core), name
+    assert "a save of 3 B" in core and "3b.64k_of_5k bare" in core
+
+
+def test_bare_loop_over_a_long_pack_has_the_models_own_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from benchmarks.gpu_parts import sides
+    from benchmarks.gpu_parts.jobs import Work
+    from benchmarks.gpu_parts.shapes import config_of
+
+    work = Work(config_of("3b", "cpu"), [60, 40], steps=1)
+    model, _ = sides.load(work, "cpu", "varlen")
+    batch = sides._inputs(work.documents()[0], "cpu")
+    found = {}
+    for tile in (1000, 32):
+        monkeypatch.setattr(sides, "TILE", tile)
+        model.zero_grad()
+        loss = sides.bare_loss(model, batch)
+        loss.backward()
+        found[tile] = [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+    torch.testing.assert_close(found[32], found[1000])
+
+
+def test_side_without_memory_is_told_and_fails_nothing_but_ours(tmp_path: Path) -> None:
+    import torch
+
+    from benchmarks.gpu_parts import large_steps
+    from benchmarks.gpu_parts.jobs import Work
+    from benchmarks.gpu_parts.shapes import config_of
+
+    def too_large(*arguments: Any, **settings: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def rows_of(run: Any) -> list[Row]:
+        work = Work(config_of("3b", "cpu"), [60], steps=3)
+        return list(large_steps.measured_rows(context_of(tmp_path), "3b.8k", "side", run, work, {}, {}))
+
+    (row,) = rows_of(too_large)
+    assert row.passed is None and "out of memory" in row.note
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(large_steps, "ours", too_large)
+        rows_of(too_large)
+
+
+def test_quickstart_that_builds_an_output_again_fails_its_row(tmp_path: Path) -> None:
+    from benchmarks.gpu_parts import quickstart
+
+    store, context = tmp_path / "store", context_of(tmp_path)
+    for name in ("packed/1", "trained/2", ".partial/trained-3"):
+        (store / name).mkdir(parents=True)
+        (store / name / "manifest.json").write_text("{}")
+
+    def again(*built: str) -> float:
+        os.utime(store / "packed" / "1")  # as a hit notes its use
+        for name in built:
+            (store / name).mkdir(exist_ok=True)
+            (store / name / "manifest.json").write_text("{}")
+        return 3.0
+
+    (row,) = quickstart.again_rows(context, again)
+    assert row.passed is True and row.note == "2 outputs, none built again" and row.key == "quickstart_again_s"
+    for built in ("trained/2", "trained/4"):
+        (row,) = quickstart.again_rows(context, lambda built=built: again(built))
+        assert row.passed is False and "built again: trained" in row.note
+    (row,) = quickstart.again_rows(context, lambda: None)
+    assert row.passed is None and "time was over" in row.note
+
+
+def test_every_file_with_tests_for_a_gpu_is_run_on_one() -> None:
+    mark = re.compile(r"\bmark\.gpu\b")
+    files = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py") if mark.search(path.read_text())
+    }
+    assert files == set(FILES) and len(files) == len(FILES) > 1
 
 
 def proofs(tmp_path: Path) -> list[Row]:
@@ -164,6 +311,13 @@ def test_outcomes_of_the_gpu_tests_are_read_also_where_their_time_was_over(tmp_p
     (cut,) = outcome_rows(context, text.splitlines()[0], None, 3.0)
     assert cut.passed is True and "the time was over" in cut.note
     assert [row.passed for row in outcome_rows(context, text, None, 3.0)] == [False, False]
+    skipped = "tests/train/test_gpu.py::test_a SKIPPED (no CUDA device) [100%]"
+    on_gpu = dataclasses.replace(context, device="cuda")
+    for where, passed in ((context, True), (on_gpu, False)):
+        (row,) = outcome_rows(where, skipped, 0, 3.0)
+        assert (row.number, row.passed) == (0, passed), "nothing is proved on a GPU where all tests were skipped"
+    (row,) = outcome_rows(on_gpu, text.splitlines()[0], 0, 3.0)
+    assert row.passed is True
     (broken,) = outcome_rows(context, "ImportError: no such module", 4, 3.0)
     assert broken.passed is False and "ImportError" in broken.note
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import sft_core.train.models.model
 from benchmarks.gpu_parts.jobs import Work
-from benchmarks.gpu_parts.rows import Context, Row, cases
+from benchmarks.gpu_parts.rows import Case, Context, Row, cases
 from benchmarks.gpu_parts.shapes import config_of, documents, tokens
 from benchmarks.gpu_parts.sides import apart, losses_of, our_trainer, weights_drawn_on
 from sft_core.train.job import TrainJob
@@ -27,22 +27,27 @@ SAME, LEARNT = 1e-2, 5.0  # of the logits' norm; times the difference that the a
 
 
 def run(context: Context) -> Iterator[Row]:
-    added = {"add_special_tokens": [END], "eos_token": END}
-    listed = [
-        ("LoRA", 10, lambda: adapter_rows(context, "LoRA", {})),
-        (
-            "LoRA, an added token on tied weights",
-            10,
-            lambda: adapter_rows(context, "LoRA, an added token on tied weights", added),
-        ),
-    ]
+    if (reason := no_qlora(context)) is not None:
+        yield context.row("QLoRA", note=f"left out: {reason}")
+    yield from cases(context, listed(context))
+
+
+def no_qlora(context: Context) -> str | None:
+    """Why it cannot be had here, if so."""
     if not context.on_gpu:
-        yield context.row("QLoRA", note="left out: on a GPU only")
-    elif importlib.util.find_spec("bitsandbytes") is None:
-        yield context.row("QLoRA", note="left out: bitsandbytes is not installed")
-    else:
-        listed.append(("QLoRA", 15, lambda: qlora_rows(context)))
-    yield from cases(context, listed)
+        return "on a GPU only"
+    return None if importlib.util.find_spec("bitsandbytes") else "bitsandbytes is not installed"
+
+
+def listed(context: Context) -> list[Case]:
+    tied, added = "LoRA, an added token on tied weights", {"add_special_tokens": [END], "eos_token": END}
+    found = [
+        Case(tied, 11, lambda: adapter_rows(context, tied, added), is_core=True),
+        Case("LoRA", 8, lambda: adapter_rows(context, "LoRA", {}), is_core=True),
+    ]
+    if no_qlora(context) is None:
+        found.append(Case("QLoRA", 10, lambda: qlora_rows(context), is_core=True))
+    return found
 
 
 def _work(context: Context, lora: dict[str, Any], model: dict[str, Any]) -> Work:

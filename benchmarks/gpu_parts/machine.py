@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from benchmarks.gpu_parts.meter import copy_ceiling, matmul_ceiling, sheet_peak
-from benchmarks.gpu_parts.rows import Context, Row, cases
+from benchmarks.gpu_parts.rows import Case, Context, Row, cases
 
 PACKAGES = (
     "torch", "transformers", "trl", "accelerate", "peft", "liger-kernel", "triton", "deepspeed", "bitsandbytes",
@@ -22,15 +22,16 @@ PACKAGES = (
 
 
 def run(context: Context) -> Iterator[Row]:
-    yield from cases(
-        context,
-        [
-            ("device", 0, lambda: device_rows(context)),
-            ("versions", 0, lambda: [context.row("versions", note=", ".join(map(told, PACKAGES)))]),
-            ("ceilings", 0, lambda: ceiling_rows(context)),
-            ("kernels that compile at run time (Triton)", 5, lambda: triton_rows(context)),
-        ],
-    )
+    yield from cases(context, listed(context))
+
+
+def listed(context: Context) -> list[Case]:
+    return [
+        Case("device", 0, lambda: device_rows(context), is_core=True),
+        Case("versions", 0, lambda: [context.row("versions", note=", ".join(map(told, PACKAGES)))], is_core=True),
+        Case("ceilings", 3, lambda: ceiling_rows(context), is_core=True),
+        Case("kernels that compile at run time (Triton)", 5, lambda: triton_rows(context), is_core=True),
+    ]
 
 
 def told(package: str) -> str:

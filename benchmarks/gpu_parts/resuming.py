@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from benchmarks.gpu_parts.jobs import Work
 from benchmarks.gpu_parts.process import Ahead, alone_of_its_group
-from benchmarks.gpu_parts.rows import Context, Row, cases
+from benchmarks.gpu_parts.rows import Case, Context, Row, cases
 from benchmarks.gpu_parts.shapes import config_of, documents, tokens
 from benchmarks.gpu_parts.sides import apart, losses_of, our_trainer, weights_drawn_on
 from sft_core.train.checkpoints import numbered, step_of
@@ -38,21 +38,28 @@ def run(context: Context) -> Iterator[Row]:
         {} if context.on_gpu else alone_of_its_group(),
     )
     processes = [Ahead(command, log=log, environment=group) for _ in range(2 if context.on_gpu else 1)]
-    found: dict[str, bool] = {}
     try:
-        yield from cases(
-            context,
-            [
-                ("a kill at step 7, resumed from 5", 20, lambda: kernels_as_they_are(context, processes[0], found)),
-                ("the same by deterministic kernels", 12, lambda: deterministic_rows(context, processes[-1], found)),
-                ("a save of 3 B", 30, lambda: save_rows(context)),
-            ],
-        )
+        yield from cases(context, listed(context, processes))
     finally:
         for process in processes:
             process.end()
         if log.exists():
             print(log.read_text())  # into this part's own
+
+
+def listed(context: Context, processes: Sequence[Ahead] = ()) -> list[Case]:
+    """processes: those that are killed, for the first case and the last one."""
+    found: dict[str, bool] = {}
+    return [
+        Case(
+            "a kill at step 7, resumed from 5",
+            20,
+            lambda: kernels_as_they_are(context, processes[0], found),
+            is_core=True,
+        ),
+        Case("a save of 3 B", 28, lambda: save_rows(context), is_core=True),
+        Case("the same by deterministic kernels", 12, lambda: deterministic_rows(context, processes[-1], found)),
+    ]
 
 
 def _work(context: Context, extra: dict[str, Any]) -> Work:

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import datasets
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from trl import SFTConfig, SFTTrainer
@@ -33,6 +34,7 @@ from sft_core.train.log_file import read_events
 from sft_core.train.main import trained
 
 log = logging.getLogger(__name__)
+TILE = 8192  # tokens, of a head that computes all its logits
 datasets.disable_progress_bars()
 
 
@@ -247,7 +249,7 @@ def bare(work: Work, folder: Path, device: str, *, warm: int, timed: int, attent
         for step in range(work.steps):
             for batch in batches[step * work.packs_a_step :][: work.packs_a_step]:
                 with torch.autocast(device, torch.bfloat16):
-                    loss = model(**batch, use_cache=False).loss / work.packs_a_step
+                    loss = bare_loss(model, batch) / work.packs_a_step
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -257,6 +259,25 @@ def bare(work: Work, folder: Path, device: str, *, warm: int, timed: int, attent
         found = [float(loss) for loss in losses]
         del model, optimizer, batches, loss
     return Run(meter.result(), work.tokens_a_step, found, checkpointed=work.checkpointing)
+
+
+def bare_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """The model's own; of a long pack, whose logits no memory holds, the same a tile at a time."""
+    labels_1T = batch["labels"]
+    if labels_1T.shape[1] <= TILE:
+        return model(**batch, use_cache=False).loss
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    hidden_TH = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    targets_T = torch.nn.functional.pad(labels_1T[0, 1:], (0, 1), value=-100)
+
+    def of_tile(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model.lm_head(hidden).float(), targets, reduction="sum")
+
+    sums = [
+        checkpoint(of_tile, *tile, use_reentrant=False)
+        for tile in zip(hidden_TH.split(TILE), targets_T.split(TILE), strict=True)
+    ]
+    return torch.stack(sums).sum() / (targets_T != -100).sum()
 
 
 def _inputs(pack: list[Any], device: str) -> dict[str, Any]:

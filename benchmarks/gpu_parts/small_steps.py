@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,42 +18,48 @@ PACKS = 8  # a step
 
 
 def run(context: Context) -> Iterator[Row]:
+    yield from cases(context, listed(context))
+
+
+def listed(context: Context) -> list[Case]:
     device = context.device
-    timed = 5 if context.on_gpu else 1
     short = documents(tokens(4096, device), tokens(1000, device))
     runs: dict[str, Run] = {}
     own = "flash_attention_2" if attentions(context)["flash_attention_2"] is None else "sdpa"
 
-    def case(name: str, side: str, run: Side, lengths: list[int], seconds: float = 8, **more: Any) -> Case:
+    def case(name: str, side: str, run: Side, lengths: list[int], seconds: float = 5, **more: Any) -> Case:
         settings = {key: more.pop(key) for key in ("attention", "fused_head") if key in more}
+        is_core, steps = more.pop("is_core", False), more.pop("timed", 5)
+        timed = steps if context.on_gpu else 1
         work = Work(
             config_of(name.split(".")[0], device), lengths, steps=2 * timed + 1, **{"packs_a_step": PACKS, **more}
         )
         settings |= {"warm": timed, "timed": timed}
-        return f"{name} {side}", seconds, lambda: measured_rows(context, name, side, run, work, runs, settings)
+        rows = functools.partial(measured_rows, context, name, side, run, work, runs, settings)
+        return Case(f"{name} {side}", seconds, rows, is_core)
 
     def packs(number: int | None) -> dict[str, Any]:
         return {"packs_a_forward": number}
 
-    yield from cases(
-        context,
-        [
-            case("135m.4k", "ours_1", ours, short, **packs(1)),
-            case("135m.4k", "ours_8", ours, short, **packs(8)),
-            case("135m.4k", "ours_4", ours, short, **packs(4)),
-            case("135m.4k", "ours_auto", ours, short, **packs(None)),
-            case("135m.4k", "trl_8", trl, short, **packs(8), attention="varlen"),
-            case("135m.4k", "trl_1", trl, short, **packs(1), attention=own),
-            ("135m.4k beside", 0, lambda: best(context, "135m.4k", runs)),
-            case("135m.4k", "no_liger_8", ours, short, **packs(8), liger=False),
-            case("135m.4k", "no_fused_head_8", ours, short, **packs(8), fused_head=False),
-            case("1700m.8k", "ours", ours, documents(tokens(8192, device), tokens(5000, device)), 12, packs_a_step=1),
-            case("1700m.32k", "ours", ours, documents(tokens(32768, device), tokens(5000, device)), 25, packs_a_step=1),
-            case("360m.4k", "ours_8", ours, short, **packs(8)),
-            case("360m.4k", "ours_1", ours, short, **packs(1)),
-            case("360m.4k", "ours_4", ours, short, **packs(4)),
-        ],
-    )
+    core: dict[str, Any] = {"is_core": True}
+    of_5k = {length: documents(tokens(length, device), tokens(5000, device)) for length in (8192, 32768)}
+    return [
+        case("135m.4k", "ours_1", ours, short, 10, **packs(1), **core),
+        case("135m.4k", "ours_8", ours, short, **packs(8), **core),
+        case("135m.4k", "ours_4", ours, short, **packs(4), **core),
+        case("135m.4k", "trl_8", trl, short, **packs(8), **core, attention="varlen"),
+        Case("135m.4k beside", 0, lambda: best(context, "135m.4k", runs), is_core=True),
+        case("360m.4k", "ours_8", ours, short, **packs(8), **core),
+        case("1700m.8k", "ours", ours, of_5k[8192], 7, packs_a_step=1, **core),
+        case("135m.4k", "no_liger_8", ours, short, **packs(8), **core, liger=False),
+        case("135m.4k", "no_fused_head_8", ours, short, **packs(8), **core, fused_head=False),
+        case("135m.4k", "trl_1", trl, short, **packs(1), attention=own),
+        case("135m.4k", "ours_auto", ours, short, **packs(None)),
+        Case("135m.4k beside", 0, lambda: best(context, "135m.4k", runs)),
+        case("360m.4k", "ours_1", ours, short, **packs(1)),
+        case("360m.4k", "ours_4", ours, short, **packs(4)),
+        case("1700m.32k", "ours", ours, of_5k[32768], 10, packs_a_step=1, timed=2),
+    ]
 
 
 def best(context: Context, name: str, runs: dict[str, Run]) -> Iterable[Row]:

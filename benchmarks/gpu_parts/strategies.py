@@ -23,37 +23,52 @@ MOST_S = 60.0
 
 def run(context: Context) -> Iterator[Row]:
     log = context.folder / "ranks.log"
-    names = [DEFAULT, *(name for name in STRATEGIES if name != DEFAULT)]
-    if not context.on_gpu:
-        for name in [name for name in names if STRATEGIES[name].needs_gpu]:
-            names.remove(name)
+    for name in STRATEGIES:
+        if name not in names_of(context):
             yield context.row(name, note="not to be had: accelerate has it on accelerators alone")
     processes: dict[str, Ahead] = {}
-
-    def start(name: str) -> Ahead:
-        settings = variables(context.folder, num_threads=2, distributed=name)
-        changed = {key: value for key, value in settings.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
-        command = ["--task", "strategy_steps", "--device", context.device]
-        return Ahead(command, log=log, environment=changed | alone_of_its_group())
-
-    found: dict[str, dict[str, Any]] = {}
-
-    def case(place: int, name: str) -> Case:
-        def rows() -> Iterator[Row]:
-            for ahead in names[place : place + (len(names) if context.on_gpu else 2)]:  # they import meanwhile
-                if ahead not in processes:
-                    processes[ahead] = start(ahead)
-            yield from strategy_rows(context, name, processes[name], found)
-
-        return name, 12, rows
-
     try:
-        yield from cases(context, [case(place, name) for place, name in enumerate(names)])
+        yield from cases(context, listed(context, processes))
     finally:
         for process in processes.values():
             process.end()
         if log.exists():
             print(log.read_text())  # into this part's own
+
+
+def names_of(context: Context) -> list[str]:
+    """Of the strategies that this device can have, the one first beside which the others are told."""
+    return [
+        name
+        for name in [DEFAULT, *(name for name in STRATEGIES if name != DEFAULT)]
+        if context.on_gpu or not STRATEGIES[name].needs_gpu
+    ]
+
+
+def listed(context: Context, processes: dict[str, Ahead] | None = None) -> list[Case]:
+    """processes: gets the rank of each, which whoever calls ends."""
+    started: dict[str, Ahead] = {} if processes is None else processes
+    names = names_of(context)
+    found: dict[str, dict[str, Any]] = {}
+    at_a_time = len(names) if context.on_gpu else 2  # they import meanwhile
+
+    def case(place: int, name: str) -> Case:
+        def rows() -> Iterator[Row]:
+            for ahead in names[place : place + at_a_time]:
+                if ahead not in started:
+                    started[ahead] = start(context, ahead)
+            yield from strategy_rows(context, name, started[name], found)
+
+        return Case(name, 13 if place == 0 else 6, rows, is_core=True)  # for the first one all must be imported
+
+    return [case(place, name) for place, name in enumerate(names)]
+
+
+def start(context: Context, name: str) -> Ahead:
+    settings = variables(context.folder, num_threads=2, distributed=name)
+    changed = {key: value for key, value in settings.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+    command = ["--task", "strategy_steps", "--device", context.device]
+    return Ahead(command, log=context.folder / "ranks.log", environment=changed | alone_of_its_group())
 
 
 def strategy_rows(context: Context, name: str, process: Ahead, found: dict[str, dict[str, Any]]) -> Iterator[Row]:
