@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sft_core.evaluate import tasks
 from sft_core.pins.pinned import PinnedRecipe
 from sft_core.rounds import BASE
-from sft_core.store.stage import Needs, Part, Stage
+from sft_core.store.stage import Needs, Part, Section, Stage
 from sft_core.store.store import Store
 from steps.download import CONVERSATIONS
 from steps.metrics import asked_of_answers, wants_conversation
@@ -15,7 +13,7 @@ from steps.tokenize import TOKENS
 from steps.train import checkpoint_of
 
 
-def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
+def _section(pinned: PinnedRecipe, part: Part) -> Section:
     recipe, phase = pinned.recipe, pinned.phase(part)
     return {
         "model": pinned.model_identity if part["model"] == BASE else None,
@@ -33,15 +31,17 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     }
 
 
-def how_loaded(pinned: PinnedRecipe) -> dict[str, Any]:
-    """The same for all models, so that their scores can be compared: in the precision of the last phase, and random
-    weights by the first phase's seed, which drew them."""
+def how_loaded(pinned: PinnedRecipe) -> Section:
+    """How every model is loaded, so that scores compare: the last phase's precision, the first phase's seed.
+
+    The first phase drew the random weights, so its seed draws them again.
+    """
     first = next(iter(pinned.recipe.phases.values()))
     return {"bf16": pinned.recipe.last_phase.training.bf16, "seed": first.training.seed}
 
 
 def scored_model(pinned: PinnedRecipe, part: Part) -> Needs:
-    """The checkpoint that an evaluation loads; none of the start model, which the recipe names."""
+    """The checkpoint that an evaluation loads; empty for the start model, which the recipe names."""
     return {} if part["model"] == BASE else {"trained": checkpoint_of(pinned, part["model"])}
 
 
@@ -73,5 +73,5 @@ def measure_ahead(store: Store, pinned: PinnedRecipe, part: Part) -> None:
         name: store.path(store.ensure(stage, pinned, **needed))
         for name, (stage, needed) in _needs(pinned, part).items()
     }
-    task = tasks.ScoredTask.from_section(_section(pinned, part) | EVALUATED.places(pinned, part))
+    task = tasks.ScoredTask.from_section({**_section(pinned, part), **EVALUATED.places(pinned, part)})
     tasks.measure_ahead(pinned.recipe.runtime, inputs, task)

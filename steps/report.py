@@ -1,11 +1,13 @@
-"""report: each task's scores from the start model to the last phase's checkpoint, and what thinking gains."""
+"""report: each task's scores by the start model and each phase's checkpoint, and what thinking gains."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sft_core.evaluate.summary import GAIN_HEADER, build_report
-from sft_core.report.tables import models_of, overview_rows, text_table
+from sft_core.report.rows import ScoreRow, ThinkingGain
+from sft_core.report.tables import overview_rows, text_table
 from sft_core.store.stage import Stage
 from steps.colour import last_column_red
 from steps.scored import scored_tasks, scorings
@@ -22,26 +24,25 @@ REPORT = Stage(
 )
 
 
-def flagged(scores: list[dict[str, Any]]) -> list[str]:
-    """The red flags of a score table, one a line, with the tasks and metrics that have it."""
-    found: dict[str, dict[str, list[str]]] = {}
+def flagged(scores: Sequence[ScoreRow]) -> list[str]:
+    """A line for each red flag, with the tasks and metrics that have it."""
+    metrics_by_flag: dict[str, dict[str, list[str]]] = {}
     for row in scores:
-        for flag in (row["flags"] or "").split("; "):
+        for flag in (row.flags or "").split("; "):
             if flag:
-                found.setdefault(flag, {}).setdefault(row["task"], []).append(row["metric"])
+                metrics_by_flag.setdefault(flag, {}).setdefault(row.task, []).append(row.metric)
     return [
-        f"{flag}: " + ", ".join(f"{task} ({', '.join(metrics)})" for task, metrics in tasks.items())
-        for flag, tasks in found.items()
+        f"{flag}: " + ", ".join(f"{task} ({', '.join(metrics)})" for task, metrics in by_task.items())
+        for flag, by_task in metrics_by_flag.items()
     ]
 
 
 def failures(failed: dict[str, str]) -> str:
-    """What the run ends with where tasks are not scored. failed: {task: why}."""
-    told = [f"  {task}: {reason}" for task, reason in failed.items()]
+    """The text with which a run ends if tasks are not scored. failed: {task: why}."""
     return "\n".join(
         [
             f"{len(failed)} of the tasks could not be evaluated:",
-            *told,
+            *(f"  {task}: {reason}" for task, reason in failed.items()),
             "The others are scored; the checkpoint is there, its card names what is missing, and it is not pushed.",
             "The tasks' logs and cards hold the tracebacks: python flows/sft_flow.py card view evaluate",
             "Once the cause is gone, `sft resume` evaluates these tasks again; so does a new run: the rest is a hit.",
@@ -50,17 +51,22 @@ def failures(failed: dict[str, str]) -> str:
 
 
 def summary(
-    scores: list[dict[str, Any]],
-    gains: list[dict[str, Any]],
+    scores: Sequence[Mapping[str, Any]],
+    gains: Sequence[ThinkingGain],
     checkpoint: str,
     pushed: str | None = None,
     whole: bool = False,
 ) -> str:
-    """What the run prints last. pushed: the checkpoint's address on the hub, if it is there. whole: every score."""
-    rows = scores if whole else overview_rows(scores)
+    """The text that a run prints last.
+
+    scores: rows as ScoreRow.to_json gives them. pushed: the checkpoint's address on the hub, if it is there. whole:
+    print every score.
+    """
+    typed = [ScoreRow.from_json(row) for row in scores]
+    rows = [row.to_json() for row in (typed if whole else overview_rows(typed))]
     parts = []
     if rows:
-        first, *_, last = models_of(scores[0])
+        first, *_, last = typed[0].models
         header = tuple(rows[0])
         parts = [
             f"{last} - {first} is the difference, of losses where there are no answers, with its paired 95 % interval:",

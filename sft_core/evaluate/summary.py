@@ -41,7 +41,7 @@ def build_report(build: Build, *, recipe: str, tasks: list[str], models: list[st
     first, last = models[0], models[-1]
     compared = {task: compare(of_task[first], of_task[last]) for task, of_task in folders.items()}
     counts = {task: {model: read_answers(folder) for model, folder in folders[task].items()} for task in own}
-    scores = score_rows(by_model, compared, counts)
+    scores = [row.to_json() for row in score_rows(by_model, compared, counts)]
     gains = thinking_gains({task: folders[task][last] for task in own})
     phases = phase_changes(folders, models) if len(models) > 2 else []
     (build.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")

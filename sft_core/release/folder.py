@@ -1,12 +1,13 @@
-"""The folder that is handed on: the checkpoint's files and the model card.
+"""The released folder: the checkpoint's files and the model card.
 
-Files are hard links to the training output's where the file system has them, so that it costs no room; nothing writes
-to either afterwards, and removing one of the two outputs leaves the other whole.
+Its files are hard links to those of the training output where the file system has hard links, so a release takes no
+room. Nothing writes to either output afterwards, and removing one leaves the other whole.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.evaluate.summary import GAIN_HEADER
 from sft_core.links import link_files
 from sft_core.recipe.evaluation import LM_EVAL
+from sft_core.report import rows
 from sft_core.report.model_card import Base, Card, CutOff, Score, Source, Value, model_card
+from sft_core.report.rows import ScoreRow
 from sft_core.rounds import BASE
 
 if TYPE_CHECKING:
@@ -35,13 +38,13 @@ def build_release(
     tasks: list[str],
     not_scored: list[str],
     shares: list[str],
-) -> dict[str, Any]:
-    """Writes model/: what was trained, and README.md, its card.
+) -> dict[str, int]:
+    """Writes model/: the released checkpoint, and README.md, its card.
 
-    recipe: plain data without where it runs. base and sources: the fields of the card's Base and Source that a recipe
-    and its pins know. models: those that are scored, the start model first. phases: by name, what follows the names of
-    the inputs that are of the phase (`packs of mid`). not_scored: the tasks whose evaluation failed. shares: the
-    metrics whose score is a share of right answers.
+    recipe: plain data without `runtime` and `hub`. base and sources: the fields of the card's Base and Source that a
+    recipe and its pins know. models: the scored models, the start model first. phases: {name: ending of the names of
+    the phase's inputs}, as in `packs of mid`. not_scored: the tasks whose evaluation failed. shares: the metrics whose
+    score is a share of right answers.
     """
     model = build.out / "model"
     num_linked, num_files = link_files(build.inputs["trained"] / "model", model, without=README)
@@ -67,13 +70,13 @@ def build_release(
 
 
 def _harness_version(tasks: list[str], build: Build) -> str | None:
-    """Of lm-eval, when the base was scored: the tuned model was by the same, or its task would have another key."""
+    """lm-eval's version, or None without its tasks. It is in the task's key, so all models are scored by the same."""
     scored = (build.manifests[f"{BASE}.{task}"] for task in tasks if task.startswith(LM_EVAL))
     return next((manifest["identity"]["section"]["task"]["lm_eval"] for manifest in scored), None)
 
 
 def _template_of(model: Path) -> str:
-    """The chat template's text, wherever the tokenizer was saved with it."""
+    """The chat template's text, from either file in which a tokenizer keeps it."""
     files = (model / name for name in ("chat_template.jinja", "tokenizer_config.json"))
     return "".join(path.read_text(encoding="utf-8") for path in files if path.is_file())
 
@@ -98,7 +101,8 @@ def _sources(sources: list[dict[str, Any]], phases: dict[str, str], build: Build
 
 
 def _scores(tasks: list[str], models: list[str], shares: list[str], build: Build) -> list[Score]:
-    reported = {(row["task"], row["metric"]): row for row in build.manifests["report"]["counts"]["scores"]}
+    reported = [ScoreRow.from_json(row) for row in build.manifests["report"]["counts"]["scores"]]
+    by_metric = {(row.task, row.metric): row for row in reported}
     scores = []
     for task in tasks:
         by_model = {
@@ -106,22 +110,24 @@ def _scores(tasks: list[str], models: list[str], shares: list[str], build: Build
             for model in models
         }
         for metric, score in by_model[models[-1]].items():
-            values = {
-                model: Value(_rounded(of_model[metric]["value"]), _rounded(of_model[metric]["stderr"]))
-                for model, of_model in by_model.items()
-            }
-            row = reported[task, metric]
-            difference = None if row["difference"] is None else (row["difference"], row["low"], row["high"])
+            row = by_metric[task, metric]
+            difference = None if row.difference is None else (row.difference, row.low, row.high)
+            values = _values(by_model, metric)
             scores.append(Score(task, metric, score["n"], values, difference, is_share=metric in shares))
     return scores
 
 
-def _rounded(value: float | None) -> Any:
-    return None if value is None else round(value, 6)
+def _values(scores: Mapping[str, Mapping[str, rows.Score]], metric: str) -> dict[str, Value]:
+    """scores: {model: {metric: score}}."""
+    values = {}
+    for model, by_metric in scores.items():
+        value, stderr = by_metric[metric]["value"], by_metric[metric]["stderr"]
+        values[model] = Value(round(value, 6), None if stderr is None else round(stderr, 6))
+    return values
 
 
 def _cut_offs(tasks: list[str], models: list[str], build: Build) -> list[CutOff]:
-    """Of the tasks whose rows have an answer to generate."""
+    """One for each task whose rows have an answer to generate."""
     cut_offs = []
     for task in tasks:
         if task.startswith(LM_EVAL):
@@ -132,7 +138,8 @@ def _cut_offs(tasks: list[str], models: list[str], build: Build) -> list[CutOff]
     return cut_offs
 
 
-def _training(recipe: dict[str, Any], phase: str, label: str, build: Build) -> dict[str, Any]:
+def _training(recipe: dict[str, Any], phase: str, label: str, build: Build) -> dict[str, str]:
+    """The card's facts on the phase."""
     keys = recipe["phases"][phase] if "phases" in recipe else recipe
     training, packs = keys["training"], build.manifests[f"packs{label}"]["counts"]
     trained, search = build.manifests[f"training{label}"]["counts"], keys["search"]

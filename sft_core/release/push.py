@@ -1,6 +1,6 @@
-"""The release on the hub: one commit, by a token from the environment (HF_TOKEN) that is shown to the hub alone.
+"""The release on the hub: one commit, by the token HF_TOKEN of the environment, which only the hub sees.
 
-What may stop a push is asked before any work: a token that is missing, unknown or may not write.
+check_push finds before any work what would stop a push: a token that is missing, unknown, or may not write.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _WRITERS = ("admin", "write", "contributor")  # roles in an organisation
-_CHECKPOINT = (".safetensors", ".json", ".jinja", ".bin", ".model")  # what a loader would pick up beside ours
+_CHECKPOINT = (".safetensors", ".json", ".jinja", ".bin", ".model")  # a loader would read such a file beside ours
 
 
-def build_pushed(build: Build, *, model_id: str, private: bool, revision: str) -> dict[str, Any]:
-    """Uploads the release and writes pushed.json: where it is. Raises ValueError or OSError with what to do."""
-    with _told(model_id):
+def build_pushed(build: Build, *, model_id: str, private: bool, revision: str) -> dict[str, str]:
+    """Uploads the release, and writes its address to pushed.json. Raises ValueError or OSError with what to do."""
+    with _hub_errors(model_id):
         api = _api()
         check_visibility(api, model_id, private)
         api.create_repo(model_id, private=private, exist_ok=True)
@@ -40,14 +40,14 @@ def build_pushed(build: Build, *, model_id: str, private: bool, revision: str) -
 
 
 def commit(api: HfApi, folder: Path, model_id: str, revision: str) -> dict[str, str]:
-    """The folder's files as one commit. Files of an earlier checkpoint that it does not have go with it."""
+    """Pushes the folder's files as one commit, which also deletes checkpoint files that the folder does not have."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    there = api.list_repo_files(model_id, revision=revision)
-    stale = [name for name in there if name not in files and name.endswith(_CHECKPOINT)]
-    # Not upload_folder: with Xet it makes several commits of a folder, and a reader would meet half of it.
-    done = api.create_commit(
+    on_hub = api.list_repo_files(model_id, revision=revision)
+    stale = [name for name in on_hub if name not in files and name.endswith(_CHECKPOINT)]
+    # Not upload_folder: with Xet it makes several commits, and between them a reader would see half a release.
+    pushed = api.create_commit(
         model_id,
         [
             *(CommitOperationDelete(path_in_repo=name) for name in stale),
@@ -56,13 +56,13 @@ def commit(api: HfApi, folder: Path, model_id: str, revision: str) -> dict[str, 
         commit_message="Checkpoint and model card",
         revision=revision,
     )
-    url = f"{api.endpoint}/{model_id}/tree/{done.oid}"
-    return {"model_id": model_id, "revision": revision, "commit": done.oid, "url": url}
+    url = f"{api.endpoint}/{model_id}/tree/{pushed.oid}"
+    return {"model_id": model_id, "revision": revision, "commit": pushed.oid, "url": url}
 
 
 def check_push(model_id: str, private: bool) -> None:
-    """Asks the hub who the token is. Raises ValueError or OSError, in a line, for what would stop the push."""
-    with _told(model_id):
+    """Asks the hub whether this token may push. Raises ValueError or OSError, one line, for what would stop it."""
+    with _hub_errors(model_id):
         api = _api()
         if fault := may_not_write(api.whoami(), model_id):
             raise ValueError(f"hub.model_id: found {model_id}; {fault}")
@@ -70,7 +70,7 @@ def check_push(model_id: str, private: bool) -> None:
 
 
 def may_not_write(who: dict[str, Any], model_id: str) -> str | None:
-    """Why a token may not write to the repository, by what the hub says of it; None when it may."""
+    """Why a token may not write to the repository; None when it may. who: the hub's answer to whoami."""
     owner = model_id.partition("/")[0]
     roles = {who["name"]: "admin", **{org["name"]: org.get("roleInOrg", "write") for org in who.get("orgs", [])}}
     if owner not in roles:
@@ -90,18 +90,18 @@ def may_not_write(who: dict[str, Any], model_id: str) -> str | None:
 
 
 def check_visibility(api: HfApi, model_id: str, private: bool) -> None:
-    """Raises ValueError where the repository is there and is seen by others than the recipe says."""
+    """Raises ValueError if the repository exists, and is private where the recipe says public, or the reverse."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        found = bool(api.model_info(model_id).private)
+        is_private = bool(api.model_info(model_id).private)
     except RepositoryNotFoundError:
         return
-    if found != private:
+    if is_private != private:
         word = {True: "private", False: "public"}
         raise ValueError(
-            f"hub.private: found {str(private).lower()}; {model_id} is there and {word[found]}; make it "
-            f"{word[private]} on the hub, or set hub.private to {str(found).lower()}"
+            f"hub.private: found {str(private).lower()}; {model_id} is there and {word[is_private]}; make it "
+            f"{word[private]} on the hub, or set hub.private to {str(is_private).lower()}"
         )
 
 
@@ -116,8 +116,8 @@ def _api() -> HfApi:
 
 
 @contextlib.contextmanager
-def _told(model_id: str) -> Iterator[None]:
-    """The hub client's errors as one line each, with what to do and without what was sent."""
+def _hub_errors(model_id: str) -> Iterator[None]:
+    """Raises the hub client's errors as one line each, with what to do and without the token."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     try:
@@ -126,15 +126,15 @@ def _told(model_id: str) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else 0
         if status == 401:
             raise ValueError("HF_TOKEN: the hub does not know this token; set one that may write") from None
-        said = error.server_message or _without_token(str(error)).splitlines()[0]
-        raise OSError(f"push to {model_id}: the hub refused it ({status}: {_without_token(said)})") from None
+        reason = error.server_message or _without_token(str(error)).splitlines()[0]
+        raise OSError(f"push to {model_id}: the hub refused it ({status}: {_without_token(reason)})") from None
     except HTTPError as error:
         reason = _without_token(f"{type(error).__name__}: {error}").splitlines()[0]
         raise ConnectionError(
             f"push to {model_id}: the hub cannot be reached ({reason}); start again when it can, or remove the "
             "recipe's hub section: what is built stays"
         ) from None
-    except RuntimeError as error:  # of a file's upload, with the client's own error as its cause
+    except RuntimeError as error:  # a failed upload of a file; its cause is the client's own error
         reason = _without_token(f"{error} {error.__cause__ or ''}").strip().splitlines()[0]
         raise OSError(f"push to {model_id}: {reason}; start again, what is there is not sent twice") from None
 

@@ -2,42 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-MAX_CUT_OFF = 0.05  # of the answers: more of them cut off say more of the limit than of the model
+from sft_core.report.rows import ScoreRow
+
+MAX_CUT_OFF = 0.05  # of the answers: a larger share says more of the limit than of the model
 LOWER_IS_BETTER = ("loss", "perplexity")
-# Of the harness's metrics those of which it is known; of another nobody says what is worse.
+# lm-eval's metrics that are known to be better when higher. Of any other metric nobody can say what is worse.
 HIGHER_IS_BETTER = ("acc", "acc_norm", "acc_mutual_info", "exact_match", "f1", "mcc")
 
 
-def red_flags(score: dict[str, Any], models: list[str], answers: dict[str, dict[str, Any]] | None = None) -> list[str]:
-    """score: a row of the score table. models: whose scores it has, the start model first and the released one last.
-    answers: each model's counts, where the score is that of answers."""
-    first, last = models[0], models[-1]
-    flags = [f"{model} is exactly 0" for model in reversed(models) if score[model] == 0]
-    if is_worse(score):
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Counts of a model's answers to a task: all, the empty ones, and those cut off at the limit of new tokens."""
+
+    num: int
+    num_empty: int
+    num_cut_off: int
+
+    @classmethod
+    def from_json(cls, counts: Mapping[str, Any]) -> Answers:
+        """counts: those of an evaluation (evaluate.rows.answer_counts)."""
+        return cls(counts["answers"], counts["empty"], counts["cut_off"])
+
+    @property
+    def cut_off_share(self) -> float:
+        return self.num_cut_off / self.num if self.num else 0.0
+
+
+def red_flags(row: ScoreRow, answers: Mapping[str, Answers] | None = None) -> list[str]:
+    """answers: those of each model, where the row scores answers."""
+    first, last = row.models[0], row.models[-1]
+    flags = [f"{model} is exactly 0" for model in reversed(row.models) if row.by_model[model] == 0]
+    if is_worse(row):
         flags.append(f"worse than {first}")
     if answers is None:
         return flags
     released = answers[last]
-    if released["empty"]:
-        flags.append(f"{released['empty']} of {released['answers']} answers empty")
-    if cut_off(released) > MAX_CUT_OFF:
-        flags.append(f"{cut_off(released):.0%} cut off")
-    if cut_off(answers[first]) > MAX_CUT_OFF:
-        flags.append(f"answers of {first} cut off")  # its score may be the limit's doing, and with it the difference
+    if released.num_empty:
+        flags.append(f"{released.num_empty} of {released.num} answers empty")
+    if released.cut_off_share > MAX_CUT_OFF:
+        flags.append(f"{released.cut_off_share:.0%} cut off")
+    if answers[first].cut_off_share > MAX_CUT_OFF:
+        flags.append(f"answers of {first} cut off")  # the limit lowers its score, and so raises the difference
     return flags
 
 
-def cut_off(answers: dict[str, Any]) -> float:
-    """The share of answers that ended at the limit of new tokens."""
-    return answers["cut_off"] / answers["answers"] if answers["answers"] else 0.0
-
-
-def is_worse(score: dict[str, Any]) -> bool:
+def is_worse(row: ScoreRow) -> bool:
     """Whether the whole interval of the difference is on the wrong side of 0."""
-    name = score["metric"].split(" ")[-1].partition(",")[0]
-    of_harness = ":" in score["task"]  # as in lm_eval:gsm8k; no source's name has one
-    if score["low"] is None or (of_harness and name not in HIGHER_IS_BETTER):
+    name = row.metric.split(" ")[-1].partition(",")[0]
+    is_lm_eval = ":" in row.task  # as in lm_eval:gsm8k; no source's name has a colon
+    if row.low is None or row.high is None or (is_lm_eval and name not in HIGHER_IS_BETTER):
         return False
-    return bool(score["low"] > 0 if score["metric"] in LOWER_IS_BETTER else score["high"] < 0)
+    return row.low > 0 if row.metric in LOWER_IS_BETTER else row.high < 0

@@ -1,7 +1,7 @@
 """The model card: README.md in the hub's format, metadata and Markdown. Sees plain numbers and strings only.
 
-Names and licences come from data and from other people's cards, so none of them is Markdown or YAML here: text is
-escaped and kept in one line, metadata is written by the hub's own library, and a fence is longer than what it holds.
+Names and licences come from data and from other people's cards, and none of them may act as Markdown or YAML: text is
+escaped and kept in one line, the hub's own library writes the metadata, and a fence is longer than any in its text.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import io
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from sft_core.report.rows import PhaseChange
 from sft_core.report.tables import markdown_table
 
 Z_95 = 1.959964  # two-sided 95 % of the normal distribution
@@ -36,9 +38,9 @@ _HARNESS = (
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """What training started from."""
+    """The model that training started from."""
 
-    name: str  # a hub id, a folder's name, or what random weights are of
+    name: str  # a hub id, a folder's name, or the kind of random weights
     hub_id: str | None
     revision: str | None  # the commit, or the digest of local files; None for random weights
     licence: str | None
@@ -46,7 +48,7 @@ class Base:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A dataset, and what of it one epoch of its phase holds."""
+    """A dataset, and its amounts in one epoch of its phase."""
 
     name: str
     phase: str
@@ -77,7 +79,7 @@ class Score:
     n: int
     by_model: dict[str, Value]
     difference: tuple[float, float | None, float | None] | None = None
-    is_share: bool = dataclasses.field(kw_only=True)  # of right answers: a mean of values in 0 to 1, mostly 0 and 1
+    is_share: bool = dataclasses.field(kw_only=True)  # a share of right answers: a mean of values mostly 0 or 1
 
     @property
     def released(self) -> Value:
@@ -86,7 +88,7 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class CutOff:
-    """Of `n` answers, how many ended at the limit of new tokens, by model."""
+    """by_model: how many of the `n` answers ended at the limit of new tokens."""
 
     task: str
     n: int
@@ -100,15 +102,15 @@ class Card:
     sources: list[Source]
     scores: list[Score]
     cut_offs: list[CutOff]
-    gains: tuple[tuple[str, ...], list[tuple[Any, ...]]]  # header and rows; no rows where nothing was compared
-    training: dict[str, dict[str, Any]]  # facts of each phase
+    gains: tuple[tuple[str, ...], list[tuple[object, ...]]]  # header and rows; no rows where nothing was compared
+    training: dict[str, dict[str, str]]  # facts of each phase
     recipe: dict[str, Any]  # plain data
     template_kwargs: dict[str, Any]
     has_thinking_switch: bool
-    lineage: list[tuple[str, str]]  # (what, its address in the store or its commit), from scores back to sources
-    phase_changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # summary.phase_changes
+    lineage: list[tuple[str, str]]  # (output, its address in the store or its commit), from scores back to sources
+    phase_changes: list[PhaseChange] = dataclasses.field(default_factory=list)
     not_scored: list[str] = dataclasses.field(default_factory=list)  # tasks whose evaluation failed
-    harness_version: str | None = None  # of lm-eval, where tasks of its are scored
+    harness_version: str | None = None  # of lm-eval, where its tasks are scored
 
 
 def model_card(card: Card) -> str:
@@ -140,7 +142,7 @@ def _metadata(card: Card) -> str:
     results = []
     for score in card.scores:
         if not math.isfinite(score.released.value):
-            continue  # the table has it; the hub takes numbers alone
+            continue  # the hub takes finite numbers only; the table shows this score
         low, high = interval(*score.released, score.n, is_share=score.is_share)
         of_source = by_name.get(score.task)
         results.append(
@@ -166,7 +168,7 @@ def _metadata(card: Card) -> str:
     return data.to_yaml()
 
 
-def _dataset(source: Source) -> dict[str, Any]:
+def _dataset(source: Source) -> dict[str, str | None]:
     return {
         "dataset_type": _line(source.hub_id or source.name),
         "dataset_config": source.config and _line(source.config),
@@ -178,8 +180,8 @@ def _dataset(source: Source) -> dict[str, Any]:
 def interval(value: float, stderr: float | None, n: int, *, is_share: bool) -> tuple[float | None, float | None]:
     """The 95 % interval; (None, None) for a single row.
 
-    Of a share, Wilson's (1927): where every answer is right the values have no spread, and the interval has a width all
-    the same. Of any other score, the normal interval.
+    A share gets Wilson's interval (1927), which has a width even where every answer is right and the values have no
+    spread. Any other score gets the normal interval.
     """
     if stderr is None or not math.isfinite(value):
         return None, None
@@ -195,14 +197,14 @@ def interval(value: float, stderr: float | None, n: int, *, is_share: bool) -> t
 
 
 def _origin(base: Base) -> str:
-    at = f" at revision `{base.revision}`" if base.revision else ""
-    lines = [f"Fine-tuned on conversations with {_FLOW}, from {_text(base.name)}{at}."]
+    revision = f" at revision `{base.revision}`" if base.revision else ""
+    lines = [f"Fine-tuned on conversations with {_FLOW}, from {_text(base.name)}{revision}."]
     if base.revision:
         lines.append(f"Licence of the base model: {_text(base.licence or UNKNOWN)}.")
     return " ".join([*lines, "This card states no licence of its own: it follows from those of the base and the data."])
 
 
-def _training(by_phase: dict[str, dict[str, Any]]) -> list[str]:
+def _training(by_phase: dict[str, dict[str, str]]) -> list[str]:
     if len(by_phase) == 1:
         return [_bullets(facts) for facts in by_phase.values()]
     return [text for phase, facts in by_phase.items() for text in (f"### Phase {_text(phase)}", _bullets(facts))]
@@ -296,11 +298,11 @@ def _data(sources: list[Source]) -> list[str]:
 
 def _use(card: Card) -> list[str]:
     kwargs = card.template_kwargs
-    said = ["The chat template is in the checkpoint."]
+    sentences = ["The chat template is in the checkpoint."]
     if card.has_thinking_switch:
         kwargs = {"enable_thinking": True, **kwargs}
-        said.append("`enable_thinking` chooses: `True` for a thinking block before the answer, `False` for none.")
-    passed = "".join(f"    {key}={value!r},\n" for key, value in kwargs.items() if key.isidentifier())
+        sentences.append("`enable_thinking` chooses: `True` for a thinking block before the answer, `False` for none.")
+    arguments = "".join(f"    {key}={value!r},\n" for key, value in kwargs.items() if key.isidentifier())
     code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'name = "."  # this folder, or the id of this repository\n'
@@ -308,7 +310,7 @@ def _use(card: Card) -> list[str]:
         "prompt = tokenizer.apply_chat_template(\n"
         '    [{"role": "user", "content": "Hello"}],\n'
         "    add_generation_prompt=True,\n"
-        f"{passed}"
+        f"{arguments}"
         '    return_tensors="pt",\n'
         "    return_dict=True,\n"
         ")\n"
@@ -319,7 +321,7 @@ def _use(card: Card) -> list[str]:
         if kwargs
         else []
     )
-    return ["## Use", " ".join(said), _fenced("python", code), *served]
+    return ["## Use", " ".join(sentences), _fenced("python", code), *served]
 
 
 # Markdown and YAML
@@ -341,13 +343,13 @@ def _words(metric: str) -> str:
     return metric.replace("_", " ")
 
 
-def _table(header: tuple[str, ...], rows: list[Any]) -> str:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
     return markdown_table(
         header, [tuple(_text(value) if isinstance(value, str) else value for value in row) for row in rows]
     )
 
 
-def _bullets(facts: dict[str, Any]) -> str:
+def _bullets(facts: dict[str, str]) -> str:
     return "\n".join(f"- {_text(name)}: {_text(str(value))}" for name, value in facts.items())
 
 
@@ -355,12 +357,12 @@ _SPECIAL = re.compile(r"[\\`*{}\[\]<>#|!&~$]|(?<!\w)_|_(?!\w)")
 
 
 def _text(value: str) -> str:
-    """Text that Markdown shows as it is, in a line."""
+    """Text that Markdown shows unchanged, in one line."""
     return _SPECIAL.sub(lambda match: "\\" + match[0], _line(value))
 
 
 def _line(value: str) -> str:
-    """Without what does not show: some such characters are no longer the same when YAML has been read."""
+    """Text without characters that do not show: YAML reads some of them back as others."""
     return " ".join("".join(c if c.isprintable() else " " for c in value).split())
 
 
@@ -384,7 +386,7 @@ def _yaml(data: dict[str, Any]) -> str:
 
     writer: Any = YAML(typ="safe", pure=True)
     writer.default_flow_style, writer.width, writer.sort_base_mapping_type_on_output = False, 120, False
-    # Some characters that do not show are read back as others, unless they are escaped.
+    # Escape characters that do not show: YAML reads some of them back as others.
     writer.allow_unicode = json.dumps(data, ensure_ascii=False).isprintable()
     text = io.StringIO()
     writer.dump(data, text)

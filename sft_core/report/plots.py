@@ -1,19 +1,24 @@
-"""Vega-Lite charts as plain dicts. Sees plain numbers only."""
+"""Vega-Lite charts as plain data. Sees plain numbers only."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from sft_core.report.rows import ScoreRow
 
 _SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 BASE_COLOUR, BETWEEN_COLOUR, TUNED_COLOUR = "#9aa5b1", "#9ecbff", "#1f6feb"
 _COUNTS = {"tickCount": 4, "tickMinStep": 1, "format": ",d"}
 _LOSS = "loss per trained token"
 _STEP = {"field": "step", "type": "quantitative", "title": "optimizer step", "axis": {"tickMinStep": 1}}
+E = TypeVar("E")
 
 
-def loss_curve(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Loss by step, of all sources together. events: {step, loss}, at least one."""
+def loss_curve(events: Sequence[Mapping[str, float]]) -> Mapping[str, object]:
+    """The loss of all sources together, by step. events: {step, loss}, at least one."""
     shown = thinned(events, 1000)
     return {
         "$schema": _SCHEMA,
@@ -28,12 +33,14 @@ def loss_curve(events: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def loss_by_source(events: list[dict[str, Any]], losses: list[dict[str, float]]) -> dict[str, Any]:
-    """A small chart a source, its loss in blue before that of all together in grey: 25 lines in one are a tangle.
+def loss_by_source(
+    events: Sequence[Mapping[str, float]], losses: Sequence[Mapping[str, float]]
+) -> Mapping[str, object]:
+    """A small chart for each source: its loss in blue, the loss of all sources in grey; 25 lines in one chart tangle.
 
-    losses: of each event by source; all sources share one scale.
+    losses: by source, for each event. All charts share one scale.
     """
-    sources = list(dict.fromkeys(source for one in losses for source in one))
+    sources = list(dict.fromkeys(source for by_source in losses for source in by_source))
     shown = thinned(list(zip(events, losses, strict=True)), 100)
     kinds = ("all sources", "this source")
     values = [
@@ -72,8 +79,8 @@ def loss_by_source(events: list[dict[str, Any]], losses: list[dict[str, float]])
     }
 
 
-def by_step(events: list[dict[str, Any]], measures: dict[str, str]) -> dict[str, Any]:
-    """What else is measured at each step, a chart each with its own scale. measures: {title with unit: key}."""
+def by_step(events: Sequence[Mapping[str, float]], measures: dict[str, str]) -> Mapping[str, object]:
+    """Other measures by step, each in a chart with its own scale. measures: {title with unit: key of the events}."""
     shown = thinned(events, 500)
     values = [
         {"step": event["step"], "measure": title, "value": _finite(event[key])}
@@ -108,20 +115,20 @@ def by_step(events: list[dict[str, Any]], measures: dict[str, str]) -> dict[str,
     }
 
 
-def thinned(events: list[Any], most: int) -> list[Any]:
-    """At most so many of them, evenly spaced, the first and the last included: a card is redrawn while it grows."""
+def thinned(events: Sequence[E], most: int) -> Sequence[E]:
+    """At most `most` events, evenly spaced, with the first and the last: a card is redrawn while the log grows."""
     if len(events) <= most:
         return events
     return [events[round(place * (len(events) - 1) / (most - 1))] for place in range(most)]
 
 
-def _points(shown: list[Any]) -> bool | dict[str, Any]:
-    """Dots where there are few: a line through one point is not seen."""
+def _points(shown: Sequence[object]) -> bool | Mapping[str, int]:
+    """Dots on a line of few points: a line through a single point is invisible."""
     return {"size": 18} if len(shown) <= 30 else False
 
 
 def _finite(value: float) -> float | None:
-    """None for what JSON has no number for: a card that holds it shows nothing at all."""
+    """None for NaN and infinity, which JSON has no numbers for: a card with one stays empty."""
     return value if math.isfinite(value) else None
 
 
@@ -131,7 +138,7 @@ def _cut(label: str, most: int) -> str:
     return f"length({label}) > {most} ? slice({label}, 0, {half}) + '…' + slice({label}, -{half}) : {label}"
 
 
-def _two_colours(kinds: tuple[str, str]) -> dict[str, Any]:
+def _two_colours(kinds: tuple[str, str]) -> Mapping[str, object]:
     return {
         "field": "kind",
         "type": "nominal",
@@ -141,8 +148,8 @@ def _two_colours(kinds: tuple[str, str]) -> dict[str, Any]:
     }
 
 
-def histogram(bins: list[tuple[int, int, int]], *, x_title: str, y_title: str) -> dict[str, Any]:
-    """A bar each of (from, to, count), at least one, without gaps; to is in the next bin."""
+def histogram(bins: list[tuple[int, int, int]], *, x_title: str, y_title: str) -> Mapping[str, object]:
+    """A bar for each bin (from, to, count), at least one, without gaps; `to` belongs to the next bin."""
     values = [
         {"bin": f"{start:,}" if end == start + 1 else f"{start:,}–{end - 1:,}", "count": count}
         for start, end, count in bins
@@ -165,8 +172,8 @@ def histogram(bins: list[tuple[int, int, int]], *, x_title: str, y_title: str) -
     }
 
 
-def fills(percents: dict[int, int], *, x_title: str, y_title: str) -> dict[str, Any]:
-    """How many are filled to each whole percent; 100 is all of it."""
+def fills(percents: dict[int, int], *, x_title: str, y_title: str) -> Mapping[str, object]:
+    """The number of packs by whole percent of their fill; 100 is full. percents: {percent: count}."""
     values = [{"percent": percent, "to": percent + 1, "count": count} for percent, count in percents.items()]
     return {
         "$schema": _SCHEMA,
@@ -194,13 +201,19 @@ def fills(percents: dict[int, int], *, x_title: str, y_title: str) -> dict[str, 
     }
 
 
-def lengths_by_source(histograms: dict[str, dict[str, list[tuple[int, int, int]]]]) -> dict[str, Any]:
-    """Where each source's rows lie, dark where many: a line a source, a column a kind of length.
+def lengths_by_source(histograms: dict[str, dict[str, list[tuple[int, int, int]]]]) -> Mapping[str, object]:
+    """The lengths of each source's rows, darker where more rows are: a line for each source, a column for each kind.
 
-    histograms: {kind: {source: [(from, to, count)]}}, bins as histogram has them.
+    histograms: {kind of length: {source: bins}}, bins as in `histogram`.
     """
     values = [
-        {"kind": kind, "source": source, "from": start, "to": end, "share": count / sum(one[2] for one in bins)}
+        {
+            "kind": kind,
+            "source": source,
+            "from": start,
+            "to": end,
+            "share": count / sum(bin_count for _, _, bin_count in bins),
+        }
         for kind, by_source in histograms.items()
         for source, bins in by_source.items()
         for start, end, count in bins
@@ -236,14 +249,26 @@ def lengths_by_source(histograms: dict[str, dict[str, list[tuple[int, int, int]]
     }
 
 
-def _names(field: str, names: list[str]) -> dict[str, Any]:
+def _names(field: str, names: Sequence[object]) -> Mapping[str, object]:
     axis = {"labelExpr": _cut("datum.label", 42), "labelLimit": 300}
     return {"field": field, "type": "nominal", "title": None, "sort": names, "axis": axis}
 
 
-def rollouts(points: list[dict[str, Any]]) -> dict[str, Any]:
-    """Selection scores by epoch of each roll-out, side by side: a line a task, dashed where it is not trained, a dot
-    where it peaked. points: {rollout, epoch, task, score, is_active, is_peak}."""
+@dataclasses.dataclass(frozen=True)
+class CurvePoint:
+    """A task's selection score at one evaluation of a roll-out."""
+
+    rollout: str
+    epoch: float
+    task: str
+    score: float
+    is_active: bool  # the roll-out trains the task
+    is_peak: bool
+
+
+def rollouts(points: Sequence[CurvePoint]) -> Mapping[str, object]:
+    """Selection scores by epoch, a chart for each roll-out: a line for each task, dashed while the roll-out does not
+    train it, with a dot at its peak."""
     line = {
         "x": {"field": "epoch", "type": "quantitative", "title": "epochs of the roll-out"},
         "y": {"field": "score", "type": "quantitative", "title": "selection score", "scale": {"zero": False}},
@@ -258,7 +283,7 @@ def rollouts(points: list[dict[str, Any]]) -> dict[str, Any]:
     peaks = {"mark": {"type": "point", "filled": True, "size": 70}, "transform": [{"filter": "datum.is_peak"}]}
     return {
         "$schema": _SCHEMA,
-        "data": {"values": points},
+        "data": {"values": [dataclasses.asdict(point) for point in points]},
         "facet": {"field": "rollout", "type": "nominal", "title": None, "sort": None},
         "columns": 2,
         "spec": {
@@ -269,20 +294,21 @@ def rollouts(points: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def first_to_last(rows: list[dict[str, Any]], metric: str, models: list[str]) -> dict[str, Any]:
-    """A line a task from the first model's score to the last one's, with a dot for each model.
+def first_to_last(rows: Sequence[ScoreRow], metric: str) -> Mapping[str, object]:
+    """A line for each task from the first model's score to the last one's, with a dot for each model.
 
-    rows: as the score table has them. models: the start model first.
+    rows: at least one.
     """
+    models = rows[0].models
     first, last = models[0], models[-1]
     between = f", {', '.join(models[1:-1])} (light blue)" if models[1:-1] else ""
-    values = [row for row in rows if row["metric"] == metric]
+    values = [row.to_json() for row in rows if row.metric == metric]
     task = {"field": "task", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 300}}
 
-    def dots(field: str, colour: str) -> dict[str, Any]:
+    def dots(model: str, colour: str) -> Mapping[str, object]:
         return {
             "mark": {"type": "point", "filled": True, "size": 90, "color": colour, "tooltip": True},
-            "encoding": {"y": task, "x": {"field": field, "type": "quantitative"}},
+            "encoding": {"y": task, "x": {"field": model, "type": "quantitative"}},
         }
 
     return {
@@ -310,10 +336,11 @@ def first_to_last(rows: list[dict[str, Any]], metric: str, models: list[str]) ->
     }
 
 
-def requested_and_achieved(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Two horizontal bars a name, what was asked for in grey and what came in blue; a column an amount.
+def requested_and_achieved(rows: Sequence[Mapping[str, str | float]]) -> Mapping[str, object]:
+    """Two horizontal bars for each name, the requested share in grey and the achieved one in blue; a column for each
+    amount.
 
-    rows: {name, amount, requested, achieved}, shares of the amount's sum.
+    rows: {name, amount, requested, achieved}; the shares are of the amount's sum.
     """
     kinds = ("requested", "achieved")
     values = [

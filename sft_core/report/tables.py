@@ -1,27 +1,26 @@
-"""The scores as a table: plain rows for programs, aligned text for people. Sees plain numbers only."""
+"""The scores as a table: typed rows for programs, aligned text for people. Sees plain numbers only."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
 
-from sft_core.report.flags import red_flags
+from sft_core.report.flags import Answers, red_flags
+from sft_core.report.rows import OverviewRow, Score, ScoreRow
 
-# What a row of the score table holds besides a score for each model, which stand between the two.
-BEFORE_SCORES, AFTER_SCORES = ("task", "metric", "n"), ("stderr", "difference", "low", "high", "flags")
-LOSSES = ("loss", "perplexity", "token_accuracy")  # of every row; any other score is of answers
+LOSSES = ("loss", "perplexity", "token_accuracy")  # every row has them; any other score is one of answers
 
 
 def score_rows(
-    scores: dict[str, dict[str, list[dict[str, Any]]]],
-    differences: dict[str, dict[str, dict[str, Any]]],
-    answers: dict[str, dict[str, dict[str, Any]]],
-) -> list[dict[str, Any]]:
+    scores: Mapping[str, Mapping[str, Sequence[Score]]],
+    differences: Mapping[str, Mapping[str, Mapping[str, float | None]]],
+    answers: Mapping[str, Mapping[str, Mapping[str, int | float | str | None]]],
+) -> list[ScoreRow]:
     """A row for each task and metric: its score by each model, and how the last model differs from the first.
 
-    scores: {task: {model: [{metric, value, stderr, n}]}}, the start model first, then the checkpoint of each phase.
-    stderr is the last model's standard error. differences: {task: {metric: {value, low, high}}}, last - first with a
-    95 % interval; where there is none, None. answers: {task: {model: counts of its answers, and their metric}}.
-    flags: what a reader must not overlook, in words, or None.
+    scores: {task: {model: its scores}}, the start model first, then the checkpoint of each phase. differences: {task:
+    {metric: {value, low, high}}}, last - first with a 95 % interval; a row without one has None. answers: {task:
+    {model: the counts of its answers, and the metric that scores them}}.
     """
     rows = []
     for task, by_model in scores.items():
@@ -30,51 +29,55 @@ def score_rows(
         for score in by_model[last]:
             metric = score["metric"]
             difference = differences.get(task, {}).get(metric, {})
-            row = {
-                "task": task,
-                "metric": metric,
-                "n": score["n"],
-                **{model: _rounded(values[model][metric]) for model in by_model},
-                "stderr": _rounded(score["stderr"]),
-                "difference": _rounded(difference.get("value")),
-                "low": _rounded(difference.get("low")),
-                "high": _rounded(difference.get("high")),
-            }
+            row = ScoreRow(
+                task,
+                metric,
+                score["n"],
+                {model: round(values[model][metric], 6) for model in by_model},
+                stderr=_rounded(score["stderr"]),
+                difference=_rounded(difference.get("value")),
+                low=_rounded(difference.get("low")),
+                high=_rounded(difference.get("high")),
+            )
             counts = answers.get(task)
-            flags = red_flags(row, [*by_model], counts if counts and counts[last]["metric"] == metric else None)
-            rows.append({**row, "flags": "; ".join(flags) or None})
+            of_answers = (
+                {model: Answers.from_json(counts[model]) for model in by_model}
+                if counts and counts[last]["metric"] == metric
+                else None
+            )
+            rows.append(dataclasses.replace(row, flags="; ".join(red_flags(row, of_answers)) or None))
     return rows
 
 
-def models_of(row: dict[str, Any]) -> list[str]:
-    """The models of a row of the score table, the start model first."""
-    return [name for name in row if name not in (*BEFORE_SCORES, *AFTER_SCORES)]
+def overview_rows(scores: Sequence[ScoreRow]) -> list[OverviewRow]:
+    """What to read first of the scores: a row for each task, or one for each score of its answers.
 
-
-def overview_rows(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What to read first of the score table: a row a task, or more where its answers have several scores.
-
-    It has the task's losses by each model (`MODEL loss`), one score of its answers by each, and the difference.
-
-    Without one, the difference is that of the losses. Every flag is there, with its metric where that has no column.
+    Every flag is there, with its metric where the metric has no column.
     """
-    by_task: dict[str, dict[str, dict[str, Any]]] = {}
+    by_task: dict[str, dict[str, ScoreRow]] = {}
     for row in scores:
-        by_task.setdefault(row["task"], {})[row["metric"]] = row
+        by_task.setdefault(row.task, {})[row.metric] = row
     overview = []
     for task, rows in by_task.items():
-        models = models_of(next(iter(rows.values())))
-        loss = rows.get("loss", dict.fromkeys(models))
-        of_losses = [f"{name}: {rows[name]['flags']}" for name in LOSSES if name in rows and rows[name]["flags"]]
+        models = next(iter(rows.values())).models
+        losses: dict[str, float | None] = {**(rows["loss"].by_model if "loss" in rows else dict.fromkeys(models))}
+        flags_of_losses = [f"{name}: {rows[name].flags}" for name in LOSSES if name in rows and rows[name].flags]
         for metric in [name for name in rows if name not in LOSSES] or ["loss"]:
             row, is_loss = rows[metric], metric == "loss"
-            flags = [*of_losses, *([] if is_loss or not row["flags"] else [row["flags"]])]
-            of_losses = []
-            shown = {name: None if is_loss else row[name] for name in ("metric", *models)}
-            losses = {f"{model} loss": loss[model] for model in models}
-            change = {name: row[name] for name in ("difference", "low", "high")}
+            flags = [*flags_of_losses, *([row.flags] if row.flags and not is_loss else [])]
+            flags_of_losses = []
             overview.append(
-                {"task": task, "n": row["n"], **losses, **shown, **change, "flags": "; ".join(flags) or None}
+                OverviewRow(
+                    task,
+                    row.n,
+                    losses,
+                    None if is_loss else row.metric,
+                    dict.fromkeys(models) if is_loss else {**row.by_model},
+                    row.difference,
+                    row.low,
+                    row.high,
+                    "; ".join(flags) or None,
+                )
             )
     return overview
 
@@ -83,7 +86,7 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
 
 
-def text_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+def text_table(header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
     """Columns aligned by width: words to the left, numbers to the right."""
     cells = [header, *(tuple(_cell(value) for value in row) for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
@@ -100,12 +103,12 @@ def text_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def markdown_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+def markdown_table(header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
     cells = [header, tuple("-" for _ in header), *(tuple(_cell(value) for value in row) for row in rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from sft_core.store.code_digest import code_digest
 from sft_core.store.ref import Ref
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from sft_core.recipe.recipe import Recipe
     from sft_core.recipe.sections import Runtime
 
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+Section: TypeAlias = Mapping[str, Json]  # what an identity holds of a recipe: the builder's keyword arguments
 Part = dict[str, Any]
 Needs = dict[str, tuple["Stage[Any]", Part]]  # by the name under which the builder finds the output
 
@@ -74,8 +76,8 @@ class Stage(Generic[S]):
 
     name: str
     build: Callable[..., dict[str, Any]]
-    section: Callable[[S, Part], dict[str, Any]]
-    places: Callable[[S, Part], dict[str, Any]] = lambda subject, part: {}
+    section: Callable[[S, Part], Section]
+    places: Callable[[S, Part], Mapping[str, object]] = lambda subject, part: {}
     needs: Callable[[S, Part], Needs] = lambda subject, part: {}
     mentions: Callable[[S, Part], Needs] = lambda subject, part: {}
     modules: Callable[[S, Part], tuple[str, ...]] = lambda subject, part: ()

@@ -87,7 +87,7 @@ class Store:
             contents[name] = self.manifest(is_there)["content"] if is_there else None
         identity = {"stage": stage.name, "part": part, "inputs": contents, "code": lookups.code(stage, subject, part)}
         try:
-            identity["section"] = stage.section(subject, part)
+            identity["section"] = dict(stage.section(subject, part))
         except Unresolved:
             return Located(stage, part, "depends", None, identity)
         if None in contents.values():

@@ -17,12 +17,15 @@ MAX_SHOWN = 12  # documents on a card
 
 
 def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
-    """The task's scores, and some of its documents with what was wanted and what came."""
+    """The task's scores, and some of its documents with the wanted answer and the responses.
+
+    refs: the task's evaluation by each model, the start model first.
+    """
     counts = {model: store.manifest(ref)["counts"] for model, ref in refs.items()}
     first, *_, last = refs
     by_metric = [{score["metric"]: score for score in counts[model]["scores"]} for model in refs]
     released = counts[last]
-    shown: dict[str, Any] = {"documents": released["rows"], "examples before each": released["num_fewshot"]}
+    shown: dict[str, object] = {"documents": released["rows"], "examples before each": released["num_fewshot"]}
     if released["cut"]:
         shown["prompts cut to the model's context"] = f"{released['cut']} of {released['prompts']}"
     name = LM_EVAL + store.manifest(refs[last])["identity"]["part"]["task"]
@@ -30,16 +33,15 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     compared = compare(store.path(refs[first]), store.path(refs[last]))
     flags = []
     for row in score_rows({name: scores}, {name: compared}, {}):
-        metric = row["metric"]
-        of_models = [scores_of[metric] for scores_of in by_metric]
-        shown[f"{metric}: {' → '.join(refs)}"] = with_difference(of_models, compared.get(metric))
-        flags += [f"{metric}: {row['flags']}"] if row["flags"] else []
+        of_models = [scores_of[row.metric] for scores_of in by_metric]
+        shown[f"{row.metric}: {' → '.join(refs)}"] = with_difference(of_models, compared.get(row.metric))
+        flags += [f"{row.metric}: {row.flags}"] if row.flags else []
     samples = [read_samples(store.path(refs[model]), MAX_SHOWN) for model in (first, last)]
     rows = [
         (
             str(after["arguments"][0][0])[-200:],
             after["target"],
-            *(_came(sample["filtered_resps"]) for sample in (before, after)),
+            *(_responses(sample["filtered_resps"]) for sample in (before, after)),
         )
         for before, after in zip(*samples, strict=True)
     ]
@@ -50,6 +52,11 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     ]
 
 
-def _came(responses: list[Any]) -> str:
-    """What was written; of a choice the log-likelihood of each answer, without whether greedy decoding wrote it."""
-    return ", ".join(f"{one[0]:.1f}" if isinstance(one, list) and one else str(one) for one in responses)
+def _responses(responses: list[Any]) -> str:
+    """The written answer; of a multiple-choice task the log-likelihood of each choice.
+
+    lm-eval gives a choice as [log-likelihood, whether greedy decoding writes it].
+    """
+    return ", ".join(
+        f"{response[0]:.1f}" if isinstance(response, list) and response else str(response) for response in responses
+    )

@@ -1,5 +1,4 @@
-"""The pieces that cards are made of. A card shows what comes from data as text: Table does so by itself, and what
-goes into Markdown is escaped."""
+"""The pieces of cards. A card shows data as text: Table escapes by itself, and Markdown gets escaped text."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import contextlib
 import html
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sft_core.data.tokens.lengths import end_of
@@ -16,37 +15,37 @@ if TYPE_CHECKING:
     from sft_core.pins.pinned import PinnedRecipe
 
 MAX_CELL = 300  # characters
-# A card is narrow, and what sticks out of it is cut off: long names are folded, and numbers are not.
+# A card is narrow and cuts off what is wider: fold long names, but never numbers.
 _FOLDED = "<style>td{overflow-wrap:anywhere;min-width:4.6em;padding:8px 6px!important}</style>"
 
 
 def heading(text: str) -> Any:
-    """What each card begins with; the tables below it are as narrow as need be."""
+    """A heading, with the style that keeps the tables below it narrow; every card begins with one."""
     from metaflow.cards import Markdown
 
     return Markdown(f"{_FOLDED}<h2>{_escaped(text)}</h2>")
 
 
 def of_phase(pinned: PinnedRecipe, phase: str, components: list[Any]) -> list[Any]:
-    """The components below the phase's name, where the recipe has several."""
+    """The components, below the phase's name where the recipe has several phases."""
     return [heading(f"Phase {phase}"), *components] if len(pinned.recipe.phases) > 1 else components
 
 
-def facts(title: str, values: dict[str, Any]) -> list[Any]:
+def facts(title: str, values: Mapping[str, object]) -> list[Any]:
     """A heading and a two-column table."""
     return [heading(title), table(("", ""), list(values.items()))]
 
 
-def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Any:
+def table(header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> Any:
     from metaflow.cards import Table
 
     return Table([[_cell(value) for value in row] for row in rows], headers=[_cell(name) for name in header])
 
 
-def chart(spec: dict[str, Any]) -> Any:
+def chart(spec: Mapping[str, object]) -> Any:
     from metaflow.cards import VegaChart
 
-    return VegaChart(spec)
+    return VegaChart(dict(spec))
 
 
 def progress_bar(value: int, of: int, *, label: str) -> Any:
@@ -56,14 +55,14 @@ def progress_bar(value: int, of: int, *, label: str) -> Any:
 
 
 def warnings(texts: list[str]) -> list[Any]:
-    """What must not be overlooked, red and in words; nothing when there is nothing."""
+    """Red flags in words; nothing without texts."""
     from metaflow.cards import Markdown
 
     return [Markdown(f"<div style='color:#cf222e'><b>Red flag:</b> {_escaped(text)}</div>") for text in texts]
 
 
 def rejects(by_source: dict[str, dict[str, dict[str, int]]]) -> list[Any]:
-    """What was put aside of each source, by step and reason; nothing when nothing was."""
+    """The rejected rows of each source by step and reason; nothing when no row was rejected."""
     rows = [
         (source, step, reason, count)
         for source, steps in by_source.items()
@@ -74,7 +73,7 @@ def rejects(by_source: dict[str, dict[str, dict[str, int]]]) -> list[Any]:
 
 
 def sample(pieces: list[tuple[str, bool]]) -> list[Any]:
-    """A row of text pieces, those that are trained bold and blue."""
+    """A row's pieces of text, trained ones bold and blue."""
     from metaflow.cards import Markdown
 
     if not pieces:
@@ -86,21 +85,21 @@ def sample(pieces: list[tuple[str, bool]]) -> list[Any]:
 
 
 def bins(counts: dict[str, int]) -> list[tuple[int, int, int]]:
-    """(from, to, count) of a histogram as lengths.by_length counts it, those between with a count of 0.
+    """(from, to, count) of each bin of lengths.by_length, empty bins in between included.
 
-    What has length 0 is left out: a scale of octaves has no place for it, and it is told in words.
+    Length 0 is left out: a logarithmic scale has no place for it, and the card states it in words.
     """
-    numbers = sorted(int(lower) for lower in counts if lower != "0")
-    found = []
-    lower = numbers[0] if numbers else 1
-    while numbers and lower <= numbers[-1]:
-        found.append((lower, end_of(lower), counts.get(str(lower), 0)))
+    lowers = sorted(int(lower) for lower in counts if lower != "0")
+    filled = []
+    lower = lowers[0] if lowers else 1
+    while lowers and lower <= lowers[-1]:
+        filled.append((lower, end_of(lower), counts.get(str(lower), 0)))
         lower = end_of(lower)
-    return found
+    return filled
 
 
 def failure(title: str, text: str) -> list[Any]:
-    """What stands where a result would, with its traceback."""
+    """A failure in place of a result. text: its traceback or reason."""
     from metaflow.cards import Markdown
 
     return [heading(title), Markdown(f"<pre style='white-space:pre-wrap'>{_escaped(text)}</pre>")]
@@ -108,7 +107,7 @@ def failure(title: str, text: str) -> list[Any]:
 
 @contextlib.contextmanager
 def traceback_on(card: Any) -> Iterator[None]:
-    """Puts what is raised inside on the card as well."""
+    """Shows an exception of the body on the card, and raises it again."""
     try:
         yield
     except Exception:
@@ -117,13 +116,13 @@ def traceback_on(card: Any) -> Iterator[None]:
 
 
 def redraw(live: Any, components: list[Any]) -> None:
-    """Shows a card anew while its task is at work. live: Metaflow's current.card."""
+    """Replaces a card's components while its task runs. live: Metaflow's current.card."""
     live.clear()
     live.extend(components)
     live.refresh({"drawn": time.time()})
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return "-" if value is None else str(value)
     if isinstance(value, int):

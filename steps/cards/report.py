@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from sft_core.report.plots import first_to_last
-from sft_core.report.tables import LOSSES, models_of, overview_rows
+from sft_core.report.rows import OverviewRow, PhaseChange, ScoreRow, ThinkingGain
+from sft_core.report.tables import LOSSES, overview_rows
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
 from steps.cards.pieces import chart, heading, table, warnings
@@ -14,29 +16,29 @@ from steps.report import flagged
 
 def card(store: Store, ref: Ref) -> list[Any]:
     manifest = store.manifest(ref)
-    scores, gains = manifest["counts"]["scores"], manifest["counts"]["thinking"]
-    models = models_of(scores[0]) if scores else []
+    scores = [ScoreRow.from_json(row) for row in manifest["counts"]["scores"]]
+    gains, models = manifest["counts"]["thinking"], scores[0].models if scores else []
     components = [heading(f"Scores of {manifest['identity']['section']['recipe']}"), *warnings(flagged(scores))]
-    components.append(table(FIRST, [_first_row(row, models) for row in overview_rows(scores)]))
+    components.append(table(FIRST, [_first_row(row) for row in overview_rows(scores)]))
     if phases := manifest["counts"].get("phases"):
         components += [heading("What each phase changes"), table(PHASES, [_phase_row(row) for row in phases])]
     if gains:
         components += [heading("What thinking gains"), table(GAINS, [_gain_row(row) for row in gains])]
-    metrics = dict.fromkeys(row["metric"] for row in scores)
-    # A perplexity is a loss told otherwise, and one task's can be a thousand times another's.
+    metrics = dict.fromkeys(row.metric for row in scores)
+    # No chart of perplexities: they are the losses on another scale, and can differ a thousandfold between tasks.
     drawn = [*(name for name in metrics if name not in LOSSES), *(name for name in ("loss", "token_accuracy"))]
     components += [
         heading("From model to model"),
-        *(chart(first_to_last(scores, name, models)) for name in drawn if name in metrics),
+        *(chart(first_to_last(scores, name)) for name in drawn if name in metrics),
     ]
     return [
         *components,
         heading("Every score"),
-        table((*SCORES[:3], " → ".join(models), SCORES[3]), [_score_row(row, models) for row in scores]),
+        table((*SCORES[:3], " → ".join(models), SCORES[3]), [_score_row(row) for row in scores]),
     ]
 
 
-# Of a card, which is narrow: fewer columns than the table in the terminal, with the same numbers.
+# A card is narrow: fewer columns than the table in the terminal, with the same numbers.
 FIRST = ("task", "n", "loss", "score of answers", "difference, 95 % interval")
 
 
@@ -49,39 +51,41 @@ PHASES = ("task", "metric", "phase", "difference to the model before it, 95 % in
 GAINS = ("task", "n", "no_think → think", "gain, 95 % interval", "generated tokens", "share cut off")
 
 
-def _first_row(row: dict[str, Any], models: list[str]) -> tuple[Any, ...]:
-    """A row of the overview."""
-    losses = [row[f"{model} loss"] for model in models]
-    loss = "-" if None in losses else _arrow(losses)
-    score = f"{row['metric']} {_arrow([row[model] for model in models])}" if row["metric"] else "-"
-    return row["task"], row["n"], loss, score, _interval(row)
+def _first_row(row: OverviewRow) -> tuple[object, ...]:
+    score = f"{row.metric} {_arrow(row.scores.values())}" if row.metric else "-"
+    return row.task, row.n, _arrow(row.losses.values()), score, _interval(row.difference, row.low, row.high)
 
 
-def _score_row(row: dict[str, Any], models: list[str]) -> tuple[Any, ...]:
-    return row["task"], row["metric"], row["n"], _arrow([row[model] for model in models]), _interval(row)
+def _score_row(row: ScoreRow) -> tuple[object, ...]:
+    return row.task, row.metric, row.n, _arrow(row.by_model.values()), _interval(row.difference, row.low, row.high)
 
 
-def _phase_row(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["task"], row["metric"], row["phase"], _interval({**row, "difference": row["value"]})
+def _phase_row(row: PhaseChange) -> tuple[object, ...]:
+    return row["task"], row["metric"], row["phase"], _interval(row["value"], row["low"], row["high"])
 
 
-def _arrow(values: list[float]) -> str:
-    return " → ".join(map(_number, values))
+def _gain_row(row: ThinkingGain) -> tuple[object, ...]:
+    return (
+        row["task"],
+        row["n"],
+        _arrow([row["no_think"], row["think"]]),
+        _interval(row["gain"], row["low"], row["high"]),
+        _arrow([row["tokens no_think"], row["tokens think"]]),
+        _arrow([row["cut off no_think"], row["cut off think"]]),
+    )
 
 
-def _gain_row(row: dict[str, Any]) -> tuple[Any, ...]:
-    sides = [
-        f"{_number(row[f'{name} no_think'.strip()])} → {_number(row[f'{name} think'.strip()])}"
-        for name in ("", "tokens", "cut off")
-    ]
-    return row["task"], row["n"], sides[0], _interval({**row, "difference": row["gain"]}), *sides[1:]
+def _arrow(values: Iterable[float | None]) -> str:
+    """The values in a line; "-" where one is missing."""
+    texts = [None if value is None else _number(value) for value in values]
+    return "-" if None in texts else " → ".join(filter(None, texts))
 
 
-def _interval(row: dict[str, Any]) -> str:
-    if row["difference"] is None:
+def _interval(difference: float | None, low: float | None, high: float | None) -> str:
+    if difference is None:
         return ""
-    difference = _number(row["difference"], sign="+")
-    return difference if row["low"] is None else f"{difference} ({_number(row['low'])} to {_number(row['high'])})"
+    text = _number(difference, sign="+")
+    return text if low is None or high is None else f"{text} ({_number(low)} to {_number(high)})"
 
 
 def _number(value: float, sign: str = "") -> str:

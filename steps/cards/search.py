@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sft_core.report.plots import rollouts
+from sft_core.report.plots import CurvePoint, rollouts
 from sft_core.rounds import Point, Rollout
 from sft_core.search.journal import Drawn
 from sft_core.search.rollouts import Decision
@@ -18,15 +18,12 @@ HEADER = ("roll-out", "trained", "dropped", "goes on from", "why")  # a card is 
 
 
 def card(known: Progress, phase: str) -> list[Any]:
-    """A phase's roll-outs so far: their curves, who was dropped and where it went back to, and what that took.
-
-    Nothing without a search.
-    """
+    """A phase's roll-outs so far: curves, decisions and costs; nothing without a search."""
     search, keys = known.searches.get(phase), known.pinned.recipe.phases[phase]
     if search is None or keys.search is None or not search.measured:
         return []
     everything = keys.dataset_mixture.trained_sources
-    shown: dict[str, Any] = {
+    shown: dict[str, object] = {
         "strategy": keys.search.title,
         "roll-outs": len(search.measured),
         "epochs kept": f"{search.measured[-1].decision.epochs:g}",
@@ -35,7 +32,7 @@ def card(known: Progress, phase: str) -> list[Any]:
     if search.is_over and (best := search.rounds.best) is not None:
         score = search.measured[best.round].curves.pooled()[best.evaluation]
         shown |= {"over": search.ended_by, "delivered": f"{_place(best)}, pooled score {score:.4f}"}
-    rows = [_told(*pair, everything) for pair in zip(search.rounds.rollouts, search.measured, strict=False)]
+    rows = [_decision_row(*pair, everything) for pair in zip(search.rounds.rollouts, search.measured, strict=False)]
     shared, header, evidence = _evidence(search.measured[-1].decision)
     return [
         *facts("Search", shown),
@@ -49,34 +46,34 @@ def card(known: Progress, phase: str) -> list[Any]:
 
 
 def _costs(search: Searched, tasks: Sequence[str]) -> dict[str, str]:
-    """What the roll-outs took, beside what plain SFT takes for as many epochs over everything."""
+    """The costs of the roll-outs, compared with plain SFT on all tasks for as many epochs."""
     costs = [measured.cost for measured in search.measured]
-    training, evaluation = (sum(getattr(one, f"{what}_flops") for one in costs) for what in ("training", "evaluation"))
-    per_epoch: dict[tuple[str, ...], float] = {}  # of the tasks that a roll-out trained
-    for rollout, one in zip(search.rounds.rollouts, search.measured, strict=False):
-        if rollout.rows is None and one.curves.epochs[-1]:
-            per_epoch.setdefault(rollout.active, one.cost.training_flops / one.curves.epochs[-1])
+    training, evaluation = sum(cost.training_flops for cost in costs), sum(cost.evaluation_flops for cost in costs)
+    per_epoch: dict[tuple[str, ...], float] = {}  # FLOPs, by the tasks that a roll-out trains
+    for rollout, measured in zip(search.rounds.rollouts, search.measured, strict=False):
+        if rollout.rows is None and measured.curves.epochs[-1]:
+            per_epoch.setdefault(rollout.active, measured.cost.training_flops / measured.curves.epochs[-1])
     everything = tuple(tasks)
     alone = [per_epoch.get((task,)) for task in everything]
     plain = per_epoch.get(everything) or (sum(filter(None, alone)) if None not in alone else None)
     kept = search.measured[-1].decision.epochs
     against = f"; {training / (plain * kept):.2f} x plain SFT of {kept:g} epochs" if plain and kept else ""
-    most = max(costs, key=lambda one: one.most_kept * one.checkpoint_bytes)
+    largest = max(costs, key=lambda cost: cost.most_kept * cost.checkpoint_bytes)
     return {
         "training, PFLOPs": f"{training / 1e15:.4g}{against}",
         "evaluation beside it, PFLOPs": f"{evaluation / 1e15:.4g} ({evaluation / training:.0%} of training)",
         "evaluations' weights on the disk at once, at most": (
-            f"{most.most_kept}, {most.most_kept * most.checkpoint_bytes / 2**30:.3g} GiB"
+            f"{largest.most_kept}, {largest.most_kept * largest.checkpoint_bytes / 2**30:.3g} GiB"
         ),
     }
 
 
 def _what_was_drawn(drawn: list[Drawn]) -> list[Any]:
-    """Of a sampler that learns, what it drew from: at most a dozen moments, evenly over the roll-out."""
+    """The shares by which a learning sampler drew its tasks, at a dozen moments at most, evenly over the roll-out."""
     if not drawn:
         return []
     moments = [drawn[round(place)] for place in np.linspace(0, len(drawn) - 1, min(len(drawn), 12))]
-    rows = [(f"{one.epochs:.3g}", *(f"{share:.1%}" for share in one.shares.values())) for one in moments]
+    rows = [(f"{moment.epochs:.3g}", *(f"{share:.1%}" for share in moment.shares.values())) for moment in moments]
     return [heading("Share of each task, by epoch"), table(("epoch", *moments[0].shares), rows)]
 
 
@@ -84,7 +81,8 @@ def _place(point: Point | None) -> str:
     return "the start model" if point is None else f"roll-out {point.round}, evaluation {point.evaluation}"
 
 
-def _told(rollout: Rollout, measured: Measured, everything: Sequence[str]) -> tuple[Any, ...]:
+def _decision_row(rollout: Rollout, measured: Measured, everything: Sequence[str]) -> tuple[str, ...]:
+    """A row under HEADER."""
     decision = measured.decision
     back = f"; back again: {', '.join(decision.readmitted)}" if decision.readmitted else ""
     return (
@@ -97,7 +95,7 @@ def _told(rollout: Rollout, measured: Measured, everything: Sequence[str]) -> tu
 
 
 def _which(active: Sequence[str], everything: Sequence[str]) -> str:
-    """Tasks in few words: the names of those that are in, or of those that are not."""
+    """The active tasks in few words: their names, or the names of the others."""
     out = [task for task in everything if task not in active]
     if not out:
         return f"all {len(everything)} tasks"
@@ -106,37 +104,38 @@ def _which(active: Sequence[str], everything: Sequence[str]) -> str:
     return ", ".join(active)
 
 
-def _evidence(decision: Decision) -> tuple[str, tuple[str, ...], list[tuple[Any, ...]]]:
-    """What all tasks share, in words, and a table of what they do not, with the peak in any case."""
+def _evidence(decision: Decision) -> tuple[str, tuple[str, ...], list[tuple[object, ...]]]:
+    """(text of the values that all tasks share, header and rows of a table of the others and of the peaks)."""
 
-    def shown(value: Any) -> Any:
+    def shown(value: object) -> object:
         return f"{value:.4g}" if isinstance(value, float) else value
 
-    found = decision.evidence
-    names = list(dict.fromkeys(name for one in found.values() for name in one))
-    values = {name: [shown(one[name]) for one in found.values()] for name in names}
+    by_task = decision.evidence
+    names = list(dict.fromkeys(name for evidence in by_task.values() for name in evidence))
+    values = {name: [shown(evidence[name]) for evidence in by_task.values()] for name in names}
     shared = {name: column[0] for name, column in values.items() if len(column) > 1 and len({*column}) == 1}
     shared.pop("peak", None)
     names = [name for name in names if name not in shared]
-    rows = [(task, *(values[name][number] for name in names)) for number, task in enumerate(found)]
-    told = ", ".join(f"{name} {value}" for name, value in shared.items())
-    return f" ({told})" if told else "", ("task", *names), rows
+    rows = [(task, *(values[name][number] for name in names)) for number, task in enumerate(by_task)]
+    shared_text = ", ".join(f"{name} {value}" for name, value in shared.items())
+    return f" ({shared_text})" if shared_text else "", ("task", *names), rows
 
 
-def _points(search: Searched) -> list[dict[str, Any]]:
+def _points(search: Searched) -> list[CurvePoint]:
     points = []
-    for rollout, one in zip(search.rounds.rollouts, search.measured, strict=False):
-        for task in one.curves.rows:
-            peak = one.decision.evidence.get(task, {}).get("peak")
+    for rollout, measured in zip(search.rounds.rollouts, search.measured, strict=False):
+        curves = measured.curves
+        for task in curves.rows:
+            peak = measured.decision.evidence.get(task, {}).get("peak")
             points += [
-                {
-                    "rollout": f"roll-out {rollout.round}",
-                    "epoch": epoch,
-                    "task": task,
-                    "score": float(score),
-                    "is_active": task in rollout.active,
-                    "is_peak": number == peak,
-                }
-                for number, (epoch, score) in enumerate(zip(one.curves.epochs, one.curves.of(task), strict=True))
+                CurvePoint(
+                    rollout=f"roll-out {rollout.round}",
+                    epoch=epoch,
+                    task=task,
+                    score=float(score),
+                    is_active=task in rollout.active,
+                    is_peak=number == peak,
+                )
+                for number, (epoch, score) in enumerate(zip(curves.epochs, curves.of(task), strict=True))
             ]
     return points

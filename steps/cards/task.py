@@ -1,26 +1,30 @@
-"""A task on the card of evaluate: scores with their differences, and rows that were won and lost."""
+"""A task on the card of evaluate: scores with their differences, and the rows that training won and lost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sft_core.evaluate.comparison import by_change
 from sft_core.evaluate.rows import read_rows
 from sft_core.evaluate.summary import compare, read_answers
+from sft_core.report.rows import Score
 from sft_core.report.tables import score_rows
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
 from steps.cards.pieces import facts, heading, table, warnings
 
-MAX_EXAMPLES = 8  # of the rows that were won, of those that were lost, and of the others
+MAX_EXAMPLES = 8  # rows shown for each of won, lost and the same
 
 
 MAX_ASKED = 200  # characters of a prompt, from its end
 
 
 def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
-    """The task's scores with their differences and red flags, and the rows that were won and lost."""
+    """The task's scores with their differences and red flags, and the rows that training won and lost.
+
+    refs: the task's evaluation by each model, the start model first.
+    """
     manifests = {model: store.manifest(ref) for model, ref in refs.items()}
     folders = {model: store.path(ref) for model, ref in refs.items()}
     (first, *_, last), arrow = refs, " → ".join(refs)
@@ -29,7 +33,7 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     compared = compare(folders[first], folders[last])
     counts = {model: read_answers(folder) for model, folder in folders.items()}
     rows = score_rows({task: scores}, {task: compared}, {task: counts})
-    shown: dict[str, Any] = {"rows": released["rows"]}
+    shown: dict[str, object] = {"rows": released["rows"]}
     for of_models in zip(*scores.values(), strict=True):
         metric = of_models[-1]["metric"]
         shown[f"{metric}: {arrow}"] = with_difference(of_models, compared.get(metric))
@@ -40,7 +44,7 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
         for name in ("generated_tokens", "cut_off", "empty", "timeouts"):
             amounts = (str(manifest["counts"][name]) for manifest in manifests.values())
             shown[f"{name.replace('_', ' ')}: {arrow}"] = " → ".join(amounts)
-    flags = [f"{row['metric']}: {row['flags']}" for row in rows if row["flags"]]
+    flags = [f"{row.metric}: {row.flags}" for row in rows if row.flags]
     components = [*facts(f"Task {task}", shown), *warnings(flags)]
     if not released["answers"]:
         return components
@@ -54,10 +58,10 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     return components
 
 
-def with_difference(scores: Sequence[dict[str, Any]], difference: dict[str, Any] | None) -> str:
+def with_difference(scores: Sequence[Score], difference: Mapping[str, float | None] | None) -> str:
     """One metric's scores by each model, and how the last one differs from the first."""
 
-    def value(score: dict[str, Any]) -> str:
+    def value(score: Score) -> str:
         return f"{score['value']:.4f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.4f}")
 
     text = f"{' → '.join(map(value, scores))} (n {scores[-1]['n']})"
@@ -67,17 +71,17 @@ def with_difference(scores: Sequence[dict[str, Any]], difference: dict[str, Any]
 
 
 def _examples(name: str, meaning: str, pairs: list[Any], models: tuple[str, str]) -> list[Any]:
-    """How many rows changed, and what was written in the first of them."""
+    """The number of rows that changed in this way, and the answers to the first of them."""
     title = heading(f"{name}: {len(pairs)} rows, in which {meaning}")
     header = ("asked (its end)", "wanted", *(column for model in models for column in (f"{model} wrote", "score")))
     shown = [
-        (_end(base["prompt"]), base["answer"], *(each for row in (base, tuned) for each in _written(row)))
-        for base, tuned in pairs[:MAX_EXAMPLES]
+        (_end(base["prompt"]), base["answer"], *_answer(base), *_answer(tuned)) for base, tuned in pairs[:MAX_EXAMPLES]
     ]
     return [title, *([table(header, shown)] if shown else [])]
 
 
-def _written(row: dict[str, Any]) -> tuple[str, str]:
+def _answer(row: Mapping[str, Any]) -> tuple[str, str]:
+    """row: one of ROWS (evaluate.rows)."""
     return row["outputs"][0], f"{row['score']:.4g}"
 
 

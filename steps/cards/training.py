@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from steps.train import TRAINED
 REFRESH_S = 3.0
 
 
-# Of each logged event: title, key and how it is written.
+# Measures of a logged event: title, key, format.
 LOGGED = (
     ("learning rate", "learning_rate", ".3g"),
     ("gradient norm", "grad_norm", ".3g"),
@@ -30,7 +30,7 @@ LOGGED = (
 )
 
 
-LAST_EVENTS, RECENT = 10, 10  # log lines that the card's table shows, and by which the time to go is reckoned
+LAST_EVENTS, RECENT = 10, 10  # log lines in the card's table, and log lines from which the time to go is computed
 
 
 DOCUMENTS = {
@@ -73,26 +73,26 @@ def card(folder: Path) -> list[Any]:
     return [*components, *_selection(events(folder, "selection.jsonl"))]
 
 
-def _times(lines: list[dict[str, Any]]) -> dict[str, str]:
-    """The time so far, and the time to go; nothing where the log has no seconds."""
+def _times(lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """The time so far and the time to go; nothing for a log without seconds."""
     last, seconds = lines[-1], sum(event.get("seconds", 0.0) for event in lines)
     if not seconds:
         return {}
     times = {"time so far": _duration(seconds)}
     num_left, between = last["of"] - last["step"], last["step"] - (lines[-2]["step"] if len(lines) > 1 else 0)
-    if num_left >= between:  # else no further line will be logged
-        # By the latest events: the first ones load and compile.
+    if num_left >= between:  # otherwise no further line comes, and the card would promise time to go for ever
+        # Use recent events: the first ones load and compile.
         steps = last["step"] - lines[-RECENT - 1]["step"] if len(lines) > RECENT else last["step"]
         times["time to go"] = _duration(sum(event.get("seconds", 0.0) for event in lines[-RECENT:]) / steps * num_left)
     return times
 
 
-def _state(lines: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+def _state(lines: Sequence[Mapping[str, float]], folder: Path) -> dict[str, object]:
     last = lines[-1]
     speeds = [event["tokens_per_s"] for event in lines[1:] if "tokens_per_s" in event] or [
         last.get("tokens_per_s", 0.0)
     ]
-    shown = {
+    shown: dict[str, object] = {
         "step": f"{last['step']:,} of {last['of']:,}",
         **_times(lines),
         "loss": f"{last['loss']:.4f}",
@@ -112,7 +112,7 @@ def _state(lines: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     return shown
 
 
-def _of_sources(event: dict[str, Any]) -> dict[str, float]:
+def _of_sources(event: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix("loss/"): value for name, value in event.items() if name.startswith("loss/")}
 
 
@@ -126,7 +126,7 @@ def _first_to_last(losses: list[dict[str, float]]) -> Any:
 
 
 def _selection(measured: list[dict[str, Any]]) -> list[Any]:
-    """The loss on held-out rows, where it is measured while training goes on."""
+    """The loss on the selection split during training; nothing where it is not measured."""
     if not measured:
         return []
     best = min(measured[1:] or measured, key=lambda event: event["loss"])
@@ -138,7 +138,7 @@ def _selection(measured: list[dict[str, Any]]) -> list[Any]:
     return [*components, _first_to_last(losses)]
 
 
-def _number(event: dict[str, Any], key: str, form: str) -> str:
+def _number(event: Mapping[str, float], key: str, form: str) -> str:
     return f"{event[key]:{form}}" if key in event else "-"
 
 
@@ -148,7 +148,10 @@ def _duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def live_card(store: Store, pinned: PinnedRecipe, part: Part, live: Any) -> Iterator[None]:
-    """Redraws the task's card from the training log while the body runs. live: Metaflow's current.card."""
+    """Redraws the task's card from the training log while the body runs, and clears it at the end.
+
+    live: Metaflow's current.card.
+    """
     located = store.locate(TRAINED, pinned, part)
     ended = threading.Event()
 

@@ -1,4 +1,4 @@
-"""The account that an import gives: our recipe as plain data, and what became of each key of the other one."""
+"""An import's result: our recipe as plain data, and an account of every key of the other recipe."""
 
 from __future__ import annotations
 
@@ -27,17 +27,21 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 @dataclasses.dataclass
 class Imported:
-    """Each key of the input is in one of carried, changed and not_carried. Keys of ours are dotted paths into data."""
+    """Each key of the input is in one of unread, carried, changed and not_carried; after the import, unread is empty.
+
+    Our keys are dotted paths into data.
+    """
 
     data: dict[str, Any]
-    template: str | None = None  # the text of a template that stood inline
-    carried: dict[str, str] = dataclasses.field(default_factory=dict)  # its key: ours
-    changed: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)  # its key: ours, and what changed
-    not_carried: dict[str, str] = dataclasses.field(default_factory=dict)  # its key: why
-    assumed: dict[str, str] = dataclasses.field(default_factory=dict)  # our key, which the input leaves out: why so
+    unread: dict[str, Any]  # the input's keys without an account so far
+    template: str | None = None  # the text of an inline chat template
+    carried: dict[str, str] = dataclasses.field(default_factory=dict)  # {its key: our key}
+    changed: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)  # {its key: (our key, the change)}
+    not_carried: dict[str, str] = dataclasses.field(default_factory=dict)  # {its key: why}
+    assumed: dict[str, str] = dataclasses.field(default_factory=dict)  # {our key that the input leaves out: why}
 
     def get(self, ours: str) -> Any:
-        """The value at one of our keys, None where there is none."""
+        """The value at one of our keys, or None."""
         node: Any = self.data
         for part in re.findall(r"[^.\[\]]+", ours):
             node = node[int(part)] if isinstance(node, list) else node.get(part) if isinstance(node, dict) else None
@@ -50,16 +54,19 @@ class Imported:
             node = node.setdefault(section, {})
         node[last] = value
 
-    def change(self, key: str, ours: str, value: Any, told: str) -> None:
+    def change(self, key: str, ours: str, value: Any, explanation: str) -> None:
         self.put(ours, value)
-        self.changed[key] = (ours, told)
+        self.changed[key] = (ours, explanation)
 
     def assume(self, ours: str, value: Any, why: str) -> None:
         self.put(ours, value)
         self.assumed[ours] = why
 
     def carry(self, key: str, ours: str, value: Any) -> bool:
-        """Under our name where our recipe takes the value, read as TRL would read it; else not carried."""
+        """Puts the value, read as TRL would read it, under our key; lists it as not carried if our recipe refuses it.
+
+        Returns whether it was carried.
+        """
         section, _, field = ours.rpartition(".")
         refused = ""
         for reading in readings(value):
@@ -82,7 +89,7 @@ def _validate(model: type[BaseModel] | None, field: str, value: Any) -> None:
 
 
 def readings(value: Any) -> Iterator[Any]:
-    """What a value can mean: PyYAML leaves 1e-5 a text, and reads yes and off, which are words here, as switches."""
+    """The values that TRL may read: PyYAML, unlike our YAML 1.2, leaves 1e-5 a text and makes yes and off bools."""
     if (as_number := number(value)) is not None:
         yield as_number
         if as_number == int(as_number):
@@ -96,7 +103,7 @@ def readings(value: Any) -> Iterator[Any]:
 
 
 def number(value: Any) -> int | float | None:
-    """The number that a value is, as such or as text."""
+    """The value as a number, also from text; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     if not isinstance(value, str):

@@ -22,120 +22,121 @@ _LEFT_OUT = {
 }
 
 
-def read_datasets(found: Imported, left: dict[str, Any]) -> None:
-    """Takes dataset_mixture (the handbook's), datasets (TRL's) or dataset_name out of `left`, the first that is there.
+def read_datasets(imported: Imported) -> None:
+    """Takes the first of dataset_mixture (the handbook's), datasets (TRL's) and dataset_name that the input has.
 
-    Raises ValueError where there is no data that a recipe of ours could name.
+    Raises ValueError where it names no data that a recipe of ours can name.
     """
-    mixture, several = left.pop("dataset_mixture", None), left.pop("datasets", None)
-    single = {key: left.pop(key) for key in _SINGLE if key in left}
-    found.put("dataset_mixture", {})
+    keys = imported.unread
+    mixture, several = keys.pop("dataset_mixture", None), keys.pop("datasets", None)
+    single = {key: keys.pop(key) for key in _SINGLE if key in keys}
+    imported.put("dataset_mixture", {})
     if mixture is not None:
         if not isinstance(mixture, dict) or not isinstance(mixture.get("datasets"), list):
             raise ValueError("dataset_mixture.datasets: missing; it is the list of datasets")
-        _mixture_settings(found, {key: value for key, value in mixture.items() if key != "datasets"})
-        _list(found, mixture["datasets"], "dataset_mixture.datasets", _HANDBOOK)
+        _mixture_settings(imported, {key: value for key, value in mixture.items() if key != "datasets"})
+        _list(imported, mixture["datasets"], "dataset_mixture.datasets", _HANDBOOK)
         if several is not None:
-            found.not_carried["datasets"] = "dataset_mixture is given"
+            imported.not_carried["datasets"] = "dataset_mixture is given"
     elif several:
         if not isinstance(several, list):
             raise ValueError("datasets: it is a list of datasets")
-        _list(found, several, "datasets", _TRL)
+        _list(imported, several, "datasets", _TRL)
     elif "dataset_name" in single:
-        _list(found, [single], "", _SINGLE)
+        _list(imported, [single], "", _SINGLE)
         single = {}
     else:
         raise ValueError("dataset_mixture, datasets or dataset_name: missing; an import needs the data's names")
     for key in single:
-        found.not_carried[key] = f"{'dataset_mixture' if mixture is not None else 'datasets'} is given"
-    if (size := left.pop("test_split_size", None)) is not None:
-        _test_split(found, "test_split_size", size)
-    if "report_share" not in found.data["dataset_mixture"]:
-        told = "this share of the prompts is held out for the scores"
-        found.assume("dataset_mixture.report_share", 0.05, told)
-    _name_apart(found)
+        imported.not_carried[key] = f"{'dataset_mixture' if mixture is not None else 'datasets'} is given"
+    if (size := keys.pop("test_split_size", None)) is not None:
+        _test_split(imported, "test_split_size", size)
+    if "report_share" not in imported.data["dataset_mixture"]:
+        explanation = "this share of the prompts is held out for the scores"
+        imported.assume("dataset_mixture.report_share", 0.05, explanation)
+    _name_apart(imported)
 
 
-def _mixture_settings(found: Imported, settings: dict[str, Any]) -> None:
+def _mixture_settings(imported: Imported, settings: dict[str, Any]) -> None:
     for key, value in settings.items():
         where = f"dataset_mixture.{key}"
         if value is None:
-            found.not_carried[where] = "null: nothing is set"
+            imported.not_carried[where] = "null: nothing is set"
         elif key == "seed" and isinstance(value, int) and not isinstance(value, bool):
-            found.put(where, value)
-            found.carried[where] = where
+            imported.put(where, value)
+            imported.carried[where] = where
         elif key == "test_split_size":
-            _test_split(found, where, value)
+            _test_split(imported, where, value)
         else:
-            found.not_carried[where] = "no key of a mixture here"
+            imported.not_carried[where] = "no key of a mixture here"
 
 
-def _test_split(found: Imported, key: str, size: Any) -> None:
+def _test_split(imported: Imported, key: str, size: Any) -> None:
     if isinstance(size, float) and 0 < size < 0.98:  # beside the selection share
-        told = "held out by prompt, of every source, for the scores"
-        found.change(key, "dataset_mixture.report_share", size, told)
+        explanation = "held out by prompt, of every source, for the scores"
+        imported.change(key, "dataset_mixture.report_share", size, explanation)
     else:
-        found.not_carried[key] = f"found {size!r}; dataset_mixture.report_share is a share of the prompts"
+        imported.not_carried[key] = f"found {size!r}; dataset_mixture.report_share is a share of the prompts"
 
 
-def _list(found: Imported, datasets: list[Any], where: str, names: dict[str, str]) -> None:
+def _list(imported: Imported, datasets: list[Any], where: str, names: dict[str, str]) -> None:
     if not datasets:
         raise ValueError(f"{where}: found []; it needs at least one dataset")
-    found.put("dataset_mixture.datasets", [])
+    imported.put("dataset_mixture.datasets", [])
     for index, dataset in enumerate(datasets):
         if not isinstance(dataset, dict):
             raise ValueError(f"{where}[{index}]: found {dataset!r}; it is a mapping")
         place = f"{where}[{index}]." if where else ""
-        _dataset(found, dict(dataset), place, f"dataset_mixture.datasets[{index}]", names)
+        _dataset(imported, dict(dataset), place, f"dataset_mixture.datasets[{index}]", names)
 
 
-def _dataset(found: Imported, left: dict[str, Any], place: str, ours: str, names: dict[str, str]) -> None:
-    made: dict[str, Any] = {}
-    found.data["dataset_mixture"]["datasets"].append(made)
-    for key in [key for key, value in left.items() if value is None]:
-        found.not_carried[place + key] = "null: nothing is set"
-        del left[key]
+def _dataset(imported: Imported, keys: dict[str, Any], place: str, ours: str, names: dict[str, str]) -> None:
+    dataset: dict[str, Any] = {}
+    imported.data["dataset_mixture"]["datasets"].append(dataset)
+    for key in [key for key, value in keys.items() if value is None]:
+        imported.not_carried[place + key] = "null: nothing is set"
+        del keys[key]
     key_of = {our_key: key for key, our_key in names.items()}
     key = key_of["id"]
-    origin = left.get(key)
+    origin = keys.get(key)
     if not isinstance(origin, str):
         raise ValueError(f"{place}{key}: found {origin!r}; it is a hub id or a file")
-    if origin in _FILE_BUILDERS and "data_files" in left:
-        made["path"] = _files(left.pop("data_files"), str(left.get("split", "train")), place)
-        found.changed[place + key] = (f"{ours}.path", "files are read by what they are")
-        found.changed[f"{place}data_files"] = (f"{ours}.path", "files are named by path")
-        if left.pop("split", None) is not None:
-            found.changed[f"{place}split"] = (f"{ours}.path", "the files of that split")
-        del left[key]
+    if origin in _FILE_BUILDERS and "data_files" in keys:
+        dataset["path"] = _files(keys.pop("data_files"), str(keys.get("split", "train")), place)
+        imported.changed[place + key] = (f"{ours}.path", "files are read by what they are")
+        imported.changed[f"{place}data_files"] = (f"{ours}.path", "files are named by path")
+        if keys.pop("split", None) is not None:
+            imported.changed[f"{place}split"] = (f"{ours}.path", "the files of that split")
+        del keys[key]
     elif is_local(origin) or (looks_like_files(origin) and "/" in origin):
-        made["path"] = left.pop(key)
-        found.changed[place + key] = (
+        dataset["path"] = keys.pop(key)
+        imported.changed[place + key] = (
             f"{ours}.path",
             "files are named by path; a folder needs a glob (folder/*.parquet)",
         )
-    for key in [key for key in names if key in left]:
-        _field(found, made, place + key, f"{ours}.{names[key]}", left.pop(key))
-    for key in left:
-        found.not_carried[place + key] = _LEFT_OUT.get(key, "no key of a dataset there, or none here")
+    for key in [key for key in names if key in keys]:
+        _field(imported, dataset, place + key, f"{ours}.{names[key]}", keys.pop(key))
+    for key in keys:
+        imported.not_carried[place + key] = _LEFT_OUT.get(key, "no key of a dataset there, or none here")
 
 
-def _field(found: Imported, made: dict[str, Any], key: str, ours: str, value: Any) -> None:
+def _field(imported: Imported, dataset: dict[str, Any], key: str, ours: str, value: Any) -> None:
     field = ours.rpartition(".")[2]
     if field == "split" and isinstance(value, str) and re.search(r"[\[+]", value):
         sliced = _SLICE.fullmatch(value)
-        if not sliced or "weight" in made:
+        if not sliced or "weight" in dataset:
             raise ValueError(f"{key}: found {value!r}; write a dataset for each split, its share as weight or num_rows")
-        made["split"] = sliced["split"]
+        dataset["split"] = sliced["split"]
         number = int(sliced["number"])
         amount = {"weight": number / 100} if sliced["percent"] else {"num_rows": number}
-        made |= amount
-        found.changed[key] = (ours, f"{sliced['split']}, and {next(iter(amount))}: as many rows, not the first ones")
+        dataset |= amount
+        imported.changed[key] = (ours, f"{sliced['split']}, and {next(iter(amount))}: as many rows, not the first ones")
         return
-    if "path" in made and field in ("config", "split"):
-        found.not_carried[key] = "files have none"
+    if "path" in dataset and field in ("config", "split"):
+        imported.not_carried[key] = "files have none"
         return
-    made[field] = value
-    found.carried[key] = ours
+    dataset[field] = value
+    imported.carried[key] = ours
 
 
 def _files(files: Any, split: str, place: str) -> Any:
@@ -145,9 +146,9 @@ def _files(files: Any, split: str, place: str) -> Any:
     return chosen
 
 
-def _name_apart(found: Imported) -> None:
-    """Gives datasets of one name each their own: ours are called by their split, unless that says nothing."""
-    datasets = found.data["dataset_mixture"]["datasets"]
+def _name_apart(imported: Imported) -> None:
+    """Gives datasets that would share a name (ours take their split's) names of their own."""
+    datasets = imported.data["dataset_mixture"]["datasets"]
     sources = [_source_of(dataset) for dataset in datasets]
     taken = set(RESERVED) | {source for source in sources if sources.count(source) == 1}
     for index, (dataset, source) in enumerate(zip(datasets, sources, strict=True)):
@@ -162,11 +163,11 @@ def _name_apart(found: Imported) -> None:
             name = f"{base}_{number}"
         taken.add(name)
         dataset["name"] = name
-        found.assumed[f"dataset_mixture.datasets[{index}].name"] = "another one has its split's name too"
+        imported.assumed[f"dataset_mixture.datasets[{index}].name"] = "another dataset has the same split's name"
 
 
 def _source_of(dataset: dict[str, Any]) -> str:
-    """The name of a dataset whose values nobody has checked yet."""
+    """The name of a dataset whose values are not validated yet."""
     section = section_of(dataset)
     assert section is not None, "an imported dataset has an id or a path"
     return section.model_construct(**dataset).source

@@ -1,7 +1,7 @@
 """`sft import`: an alignment-handbook or TRL recipe as one of ours, and an account of every key of it.
 
-Invariant: each key of the input is carried as it is, carried with a change that is told, or told as not carried.
-What the input leaves to TRL's defaults is written out where ours differ (those of trl 1.16).
+Invariant: each key of the input is carried as it is, carried with a stated change, or listed as not carried.
+Where the input relies on a default of TRL (1.16) that differs from ours, our recipe states TRL's value.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from steps.importer.datasets import read_datasets
 from steps.importer.strategy import SETTINGS, read_strategy
 from steps.importer.text import recipe_text
 
-# The same thing under the same or another name: TRL's key, ours.
+# TRL's key: our key with the same meaning.
 _SAME = {
     "model_name_or_path": "model.model_name_or_path",
     "model_revision": "model.model_revision",
@@ -43,14 +43,14 @@ _SAME = {
     "save_steps": "runtime.save_steps",
     "per_device_eval_batch_size": "runtime.eval_batch_size",
 }
-# What TRL does unless told otherwise, where ours does something else.
+# TRL's defaults that differ from ours.
 _TRL_DEFAULTS = {
     "training.lr_scheduler_type": "linear",
     "training.num_train_epochs": 3.0,
     "training.bf16": True,
     "training.gradient_checkpointing": True,
 }
-_PUSH = "a push is asked for anew: hub.model_id, which is private unless told otherwise"
+_PUSH = "set hub.model_id to push; the repository is private by default"
 _EVALUATION = "base and tuned model are scored after training, on held-out prompts (evaluation)"
 _SAVING = "checkpoints are by steps (runtime.save_steps), the newest ones kept"
 _LOGGING = "logs are by steps (runtime.logging_steps)"
@@ -85,166 +85,173 @@ _NOT_CARRIED_PREFIXES = {"hub_": _PUSH, "eval_": _EVALUATION}
 def import_recipe(
     source: dict[str, Any], *, output: Path, num_processes: int = 1, accelerate: dict[str, Any] | None = None
 ) -> Imported:
-    """source: plain data of the other recipe; accelerate: of the config that it was launched with.
+    """Our recipe and the account of every key.
 
-    Raises ValueError where it has no model or data that ours could have.
+    source: the other recipe's plain data. accelerate: that of the accelerate config it was launched with. Raises
+    ValueError for a model or data that a recipe of ours cannot name.
     """
     name = "".join(c if (c.isascii() and c.isalnum()) or c in "._-" else "-" for c in output.stem)
-    found = Imported({"name": name, "model": {}})
-    left = dict(source)
-    for key in [key for key, value in left.items() if value is None]:
-        found.not_carried[key] = "null: nothing is set"
-        del left[key]
-    _model(found, left, output)
-    read_datasets(found, left)
-    _packing(found, left)
-    _loss_scope(found, left)
-    _batch(found, left, num_processes)
-    _schedule(found, left)
-    _lora(found, left)
-    _runtime(found, left)
-    read_strategy(found, left, accelerate or {})
-    _simple(found, left)
-    _rest(found, left)
+    imported = Imported({"name": name, "model": {}}, dict(source))
+    for key in [key for key, value in source.items() if value is None]:
+        imported.not_carried[key] = "null: nothing is set"
+        del imported.unread[key]
+    _model(imported, output)
+    read_datasets(imported)
+    _packing(imported)
+    _loss_scope(imported)
+    _batch(imported, num_processes)
+    _schedule(imported)
+    _lora(imported)
+    _runtime(imported)
+    read_strategy(imported, accelerate or {})
+    _simple(imported)
+    _rest(imported)
     for ours, value in _TRL_DEFAULTS.items():
         section, key = ours.split(".")
-        if key not in found.data.get(section, {}):
-            found.assume(ours, value, "TRL's default")
-    return found
+        if key not in imported.data.get(section, {}):
+            imported.assume(ours, value, "TRL's default")
+    return imported
 
 
-def _model(found: Imported, left: dict[str, Any], output: Path) -> None:
-    if not isinstance(left.get("model_name_or_path"), str):
+def _model(imported: Imported, output: Path) -> None:
+    keys = imported.unread
+    if not isinstance(keys.get("model_name_or_path"), str):
         raise ValueError("model_name_or_path: missing; sft import needs an SFT recipe of the alignment-handbook or TRL")
-    for key in [key for key in ("dtype", "torch_dtype") if key in left]:
-        dtype = left.pop(key)
+    for key in [key for key in ("dtype", "torch_dtype") if key in keys]:
+        dtype = keys.pop(key)
         if dtype in ("float32", "bfloat16"):
-            found.put("model.dtype", dtype)
-            found.carried[key] = "model.dtype"
+            imported.put("model.dtype", dtype)
+            imported.carried[key] = "model.dtype"
         else:
-            found.not_carried[key] = f"{dtype!r}: model.dtype is float32 or bfloat16, and not looked up in the weights"
-    if isinstance(template := left.pop("chat_template", None), str):
-        found.template = template
+            imported.not_carried[key] = (
+                f"{dtype!r}: model.dtype is float32 or bfloat16, and not looked up in the weights"
+            )
+    if isinstance(template := keys.pop("chat_template", None), str):
+        imported.template = template
         path = str(output.with_suffix(".jinja"))
-        found.change("chat_template", "chat_template.template", path, "the text is in a file of its own")
+        imported.change("chat_template", "chat_template.template", path, "the text is in a file of its own")
         if "strftime_now" in template:
-            found.assumed["chat_template.date"] = "2026-01-01 is what the template sees as today; set another"
-        if "chat_template_path" in left:
-            del left["chat_template_path"]
-            found.not_carried["chat_template_path"] = "chat_template is given"
+            imported.assumed["chat_template.date"] = "2026-01-01 is what the template sees as today; set another"
+        if "chat_template_path" in keys:
+            del keys["chat_template_path"]
+            imported.not_carried["chat_template_path"] = "chat_template is given"
     elif template is not None:
-        found.not_carried["chat_template"] = "it is no text"
-    file = left.get("chat_template_path")
+        imported.not_carried["chat_template"] = "it is no text"
+    file = keys.get("chat_template_path")
     if file is not None and not str(file).endswith((".jinja", ".j2", ".txt")):
-        del left["chat_template_path"]
-        found.not_carried["chat_template_path"] = (
+        del keys["chat_template_path"]
+        imported.not_carried["chat_template_path"] = (
             "a tokenizer, not a template file; leave chat_template.template out for the model's own"
         )
 
 
-def _packing(found: Imported, left: dict[str, Any]) -> None:
-    given = left.pop("packing", None)
+def _packing(imported: Imported) -> None:
+    keys = imported.unread
+    given = keys.pop("packing", None)
     is_on = switch(given)
-    found.put("packing.packing_strategy", "ffd" if is_on else "none")
+    imported.put("packing.packing_strategy", "ffd" if is_on else "none")
     if given is None:
-        found.assume("packing.packing_strategy", "none", "TRL's default; one row a pack")
+        imported.assume("packing.packing_strategy", "none", "TRL's default; one row a pack")
     else:
-        found.changed["packing"] = ("packing.packing_strategy", "packing is on" if is_on else "one row a pack")
-    over_long, told = "truncate", "TRL cuts at a token, this after the last turn that fits"
-    strategy = left.pop("packing_strategy", None)
+        imported.changed["packing"] = ("packing.packing_strategy", "packing is on" if is_on else "one row a pack")
+    over_long, explanation = "truncate", "TRL cuts at a token, this after the last turn that fits"
+    strategy = keys.pop("packing_strategy", None)
     if strategy is not None and not is_on:
-        found.not_carried["packing_strategy"] = "packing is off"
+        imported.not_carried["packing_strategy"] = "packing is off"
     elif strategy == "ffd":
-        found.carried["packing_strategy"] = "packing.packing_strategy"
+        imported.carried["packing_strategy"] = "packing.packing_strategy"
     elif strategy == "bfd":
-        told_strategy = "ffd: first-fit decreasing over the whole mixture, for best-fit over 1000 rows at a time"
-        found.changed["packing_strategy"] = ("packing.packing_strategy", told_strategy)
+        packer = "ffd: first-fit decreasing over the whole mixture, for best-fit over 1000 rows at a time"
+        imported.changed["packing_strategy"] = ("packing.packing_strategy", packer)
     elif strategy in ("bfd_split", "wrapped"):
-        over_long, told = "split", f"TRL's {strategy} cuts at a token, this at turns"
-        found.changed["packing_strategy"] = ("packing.packing_strategy", "ffd, and over_long: split")
+        over_long, explanation = "split", f"TRL's {strategy} cuts at a token, this at turns"
+        imported.changed["packing_strategy"] = ("packing.packing_strategy", "ffd, and over_long: split")
     elif strategy is not None:
-        found.not_carried["packing_strategy"] = f"found {strategy!r}; it is none of TRL's"
-    found.assume("packing.over_long", over_long, told)
-    lengths = {key: left.pop(key) for key in ("max_length", "max_seq_length") if key in left}
+        imported.not_carried["packing_strategy"] = f"found {strategy!r}; it is none of TRL's"
+    imported.assume("packing.over_long", over_long, explanation)
+    lengths = {key: keys.pop(key) for key in ("max_length", "max_seq_length") if key in keys}
     for key, value in lengths.items():
-        if "max_length" in found.data["packing"]:
-            found.not_carried[key] = "max_length is given"
+        if "max_length" in imported.data["packing"]:
+            imported.not_carried[key] = "max_length is given"
         else:
-            found.carry(key, "packing.max_length", value)
-    if "max_length" not in found.data["packing"]:
-        found.assume("packing.max_length", 1024, "TRL's default; a pack has a length here")
+            imported.carry(key, "packing.max_length", value)
+    if "max_length" not in imported.data["packing"]:
+        imported.assume("packing.max_length", 1024, "TRL's default; a pack has a length here")
 
 
-def _loss_scope(found: Imported, left: dict[str, Any]) -> None:
-    keys = {"assistant_only_loss": "assistant", "completion_only_loss": "completion"}
-    given = {key: left.pop(key) for key in keys if key in left}
+def _loss_scope(imported: Imported) -> None:
+    keys = imported.unread
+    scopes = {"assistant_only_loss": "assistant", "completion_only_loss": "completion"}
+    given = {key: keys.pop(key) for key in scopes if key in keys}
     chosen = next((key for key, value in given.items() if switch(value)), None)
-    scope = keys[chosen] if chosen else "all"
-    found.put("training.loss_scope", scope)
-    told = {
+    scope = scopes[chosen] if chosen else "all"
+    imported.put("training.loss_scope", scope)
+    explanations = {
         "assistant": "assistant: every assistant turn",
         "completion": "completion: the last assistant turn",
         "all": "all: every token",
     }
     for key in given:
         if chosen in (None, key):
-            found.changed[key] = ("training.loss_scope", told[scope])
+            imported.changed[key] = ("training.loss_scope", explanations[scope])
         else:
-            found.not_carried[key] = f"{chosen} decides"
+            imported.not_carried[key] = f"{chosen} decides"
     if not given:
-        found.assumed["training.loss_scope"] = (
+        imported.assumed["training.loss_scope"] = (
             "TRL trains on every token of a conversation; where the rows are prompt and completion, write completion"
         )
-    if scope == "all" and found.data["packing"]["over_long"] == "split":
-        found.assume("packing.over_long", "truncate", "split needs turns to cut at, and loss_scope all knows none")
-        found.changed["packing_strategy"] = ("packing.packing_strategy", "ffd: rows are cut, not split")
+    if scope == "all" and imported.data["packing"]["over_long"] == "split":
+        imported.assume("packing.over_long", "truncate", "split needs turns to cut at, and loss_scope all knows none")
+        imported.changed["packing_strategy"] = ("packing.packing_strategy", "ffd: rows are cut, not split")
 
 
-def _batch(found: Imported, left: dict[str, Any], num_processes: int) -> None:
-    keys = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # and TRL's defaults
-    counts, given = dict(keys), []
-    for key in [key for key in keys if key in left]:
-        value = left.pop(key)
+def _batch(imported: Imported, num_processes: int) -> None:
+    keys = imported.unread
+    counts = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # TRL's defaults
+    given = []
+    for key in [key for key in counts if key in keys]:
+        value = keys.pop(key)
         count = number(value)
         if count is None or count < 1 or count != int(count):
-            found.not_carried[key] = f"found {short(value)}; it is a whole number of at least 1"
+            imported.not_carried[key] = f"found {short(value)}; it is a whole number of at least 1"
         else:
             counts[key] = int(count)
             given.append(key)
     rows, accumulated = counts.values()
-    told = f"{rows} a device x {accumulated} accumulated x {num_processes} processes (--num-processes)"
-    found.put("training.global_batch_size", rows * accumulated * num_processes)
+    explanation = f"{rows} a device x {accumulated} accumulated x {num_processes} processes (--num-processes)"
+    imported.put("training.global_batch_size", rows * accumulated * num_processes)
     for key in given:
-        found.changed[key] = ("training.global_batch_size", told)
+        imported.changed[key] = ("training.global_batch_size", explanation)
     if not given:
-        found.assume("training.global_batch_size", rows * accumulated * num_processes, told)
+        imported.assume("training.global_batch_size", rows * accumulated * num_processes, explanation)
 
 
-def _schedule(found: Imported, left: dict[str, Any]) -> None:
-    if (max_steps := left.pop("max_steps", None)) is not None:
+def _schedule(imported: Imported) -> None:
+    keys = imported.unread
+    if (max_steps := keys.pop("max_steps", None)) is not None:
         count = number(max_steps)
         if count is not None and count <= 0:
-            found.changed["max_steps"] = ("training.max_steps", "not set: epochs decide")
+            imported.changed["max_steps"] = ("training.max_steps", "not set: epochs decide")
         else:
-            found.carry("max_steps", "training.max_steps", max_steps)
-    if (warmup := left.pop("warmup_steps", None)) is not None:
-        ratio, refused = _warmup(number(warmup), found.data["training"].get("max_steps"))
+            imported.carry("max_steps", "training.max_steps", max_steps)
+    if (warmup := keys.pop("warmup_steps", None)) is not None:
+        ratio, refused = _warmup(number(warmup), imported.data["training"].get("max_steps"))
         if ratio is None:
-            found.not_carried["warmup_steps"] = f"found {short(warmup)}; {refused}"
-        elif ratio == 0 and "warmup_ratio" in left:
-            found.not_carried["warmup_steps"] = "warmup_ratio is given"
+            imported.not_carried["warmup_steps"] = f"found {short(warmup)}; {refused}"
+        elif ratio == 0 and "warmup_ratio" in keys:
+            imported.not_carried["warmup_steps"] = "warmup_ratio is given"
         else:
-            if left.pop("warmup_ratio", None) is not None:
-                found.not_carried["warmup_ratio"] = "warmup_steps is given, and wins in TRL"
-            found.change("warmup_steps", "training.warmup_ratio", ratio, f"{short(warmup)} as a share of the steps")
-    if "warmup_ratio" in left:
-        found.carry("warmup_ratio", "training.warmup_ratio", left.pop("warmup_ratio"))
-    if "warmup_ratio" not in found.data["training"]:
-        found.assume("training.warmup_ratio", 0.0, "TRL's default")
+            if keys.pop("warmup_ratio", None) is not None:
+                imported.not_carried["warmup_ratio"] = "warmup_steps is given, and wins in TRL"
+            imported.change("warmup_steps", "training.warmup_ratio", ratio, f"{short(warmup)} as a share of the steps")
+    if "warmup_ratio" in keys:
+        imported.carry("warmup_ratio", "training.warmup_ratio", keys.pop("warmup_ratio"))
+    if "warmup_ratio" not in imported.data["training"]:
+        imported.assume("training.warmup_ratio", 0.0, "TRL's default")
 
 
 def _warmup(steps: float | None, num_steps: int | None) -> tuple[float | None, str]:
-    """The share of the steps, or why there is none. Under 1 it is one already, as transformers has it."""
+    """(share of the steps, ""), or (None, why). transformers reads a value under 1 as a share, so it stays one."""
     if steps is None or steps < 0:
         return None, "it is a number of at least 0"
     if steps < 1:
@@ -255,99 +262,104 @@ def _warmup(steps: float | None, num_steps: int | None) -> tuple[float | None, s
 
 
 def _ratio(warmup_steps: float, num_steps: int) -> float:
-    """The share of which training makes these steps again: it rounds up, so no rounding error may be above."""
+    """The share from which training computes these steps again. It rounds up: an error upwards would add a step."""
     ratio = min(1.0, warmup_steps / num_steps)
     while math.ceil(ratio * num_steps) > warmup_steps:
         ratio = math.nextafter(ratio, 0.0)
     return ratio
 
 
-def _lora(found: Imported, left: dict[str, Any]) -> None:
-    given = "use_peft" in left
-    is_on = switch(left.pop("use_peft", None))
+def _lora(imported: Imported) -> None:
+    keys = imported.unread
+    given = "use_peft" in keys
+    is_on = switch(keys.pop("use_peft", None))
     names = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
     names |= {"lora_target_modules": "target_modules"}
     names |= {key: key for key in ("use_dora", "use_rslora", "load_in_4bit")}
     if not is_on:
-        for key in [key for key in left if key.startswith("lora_") or key in names]:
-            found.not_carried[key] = "use_peft is not true"
-            del left[key]
+        for key in [key for key in keys if key.startswith("lora_") or key in names]:
+            imported.not_carried[key] = "use_peft is not true"
+            del keys[key]
     else:
-        found.put("training.lora", {})
-        modules = left.get("lora_target_modules")
+        imported.put("training.lora", {})
+        modules = keys.get("lora_target_modules")
         if isinstance(modules, list) and len(modules) == 1:
-            left["lora_target_modules"] = modules[0]
-        for key in [key for key in names if key in left]:
-            found.carry(key, f"training.lora.{names[key]}", left.pop(key))
-        lora = found.data["training"]["lora"]
+            keys["lora_target_modules"] = modules[0]
+        for key in [key for key in names if key in keys]:
+            imported.carry(key, f"training.lora.{names[key]}", keys.pop(key))
+        lora = imported.data["training"]["lora"]
         if "lora_dropout" not in lora:
-            found.assume("training.lora.lora_dropout", 0.05, "TRL's default")
+            imported.assume("training.lora.lora_dropout", 0.05, "TRL's default")
         if "target_modules" not in lora:
-            told = "TRL leaves it to PEFT, which knows some architectures (often q_proj and v_proj)"
-            found.assume("training.lora.target_modules", "all-linear", told)
-        for key in [key for key in left if key.startswith("lora_")]:
-            found.not_carried[key] = "training.lora has no such key"
-            del left[key]
-    _quantization(found, left)
+            explanation = "TRL leaves it to PEFT, which knows some architectures (often q_proj and v_proj)"
+            imported.assume("training.lora.target_modules", "all-linear", explanation)
+        for key in [key for key in keys if key.startswith("lora_")]:
+            imported.not_carried[key] = "training.lora has no such key"
+            del keys[key]
+    _quantization(imported)
     if given:
-        found.changed["use_peft"] = ("training.lora", "given" if is_on else "left out")
+        imported.changed["use_peft"] = ("training.lora", "given" if is_on else "left out")
 
 
-def _quantization(found: Imported, left: dict[str, Any]) -> None:
-    """Ours quantizes in one way, that of the QLoRA paper: NF4, its constants too, computing in bfloat16."""
-    in_4bit = found.get("training.lora.load_in_4bit") is True
+def _quantization(imported: Imported) -> None:
+    """Takes the keys of quantization. Ours is the QLoRA paper's: NF4 with double quantization, in bfloat16."""
+    keys = imported.unread
+    in_4bit = imported.get("training.lora.load_in_4bit") is True
     as_here = {"bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
-    if in_4bit and not switch(left.get("use_bnb_nested_quant")):
-        found.assumed["training.lora.load_in_4bit"] = "the constants are quantized too, which TRL leaves off"
-    keys = (*as_here, "bnb_4bit_quant_storage", "load_in_8bit")
-    for key in [key for key in keys if key in left]:
-        value = left.pop(key)
+    if in_4bit and not switch(keys.get("use_bnb_nested_quant")):
+        imported.assumed["training.lora.load_in_4bit"] = "the constants are quantized too, which TRL leaves off"
+    settings = (*as_here, "bnb_4bit_quant_storage", "load_in_8bit")
+    for key in [key for key in settings if key in keys]:
+        value = keys.pop(key)
         if in_4bit and key in as_here and as_here[key] in (value, switch(value)):
-            found.changed[key] = ("training.lora.load_in_4bit", f"{short(as_here[key])}: always so")
+            imported.changed[key] = ("training.lora.load_in_4bit", f"{short(as_here[key])}: always so")
         elif in_4bit:
-            found.not_carried[key] = "training.lora.load_in_4bit is NF4, its constants quantized too, in bfloat16"
+            imported.not_carried[key] = "training.lora.load_in_4bit is NF4 with double quantization, in bfloat16"
         else:
-            found.not_carried[key] = "weights are quantized under training.lora.load_in_4bit alone"
+            imported.not_carried[key] = "weights are quantized under training.lora.load_in_4bit alone"
 
 
-def _runtime(found: Imported, left: dict[str, Any]) -> None:
-    report_to = left.pop("report_to", None)
+def _runtime(imported: Imported) -> None:
+    keys = imported.unread
+    report_to = keys.pop("report_to", None)
     trackers = [report_to] if isinstance(report_to, str) else report_to
     if trackers in (["none"], []):
-        found.changed["report_to"] = ("runtime.report_to", "none")
+        imported.changed["report_to"] = ("runtime.report_to", "none")
     elif trackers == ["all"]:
-        found.not_carried["report_to"] = "name the trackers in runtime.report_to"
+        imported.not_carried["report_to"] = "name the trackers in runtime.report_to"
     elif trackers is not None:
-        found.carry("report_to", "runtime.report_to", trackers)
-    if (name := left.pop("run_name", None)) is not None:
+        imported.carry("report_to", "runtime.report_to", trackers)
+    if (name := keys.pop("run_name", None)) is not None:
         if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9._-]+", name):
-            found.put("name", name)
-            found.carried["run_name"] = "name"
+            imported.put("name", name)
+            imported.carried["run_name"] = "name"
         else:
-            found.not_carried["run_name"] = "a recipe's name holds letters, digits and ._- only"
+            imported.not_carried["run_name"] = "a recipe's name holds letters, digits and ._- only"
 
 
-def _simple(found: Imported, left: dict[str, Any]) -> None:
+def _simple(imported: Imported) -> None:
+    keys = imported.unread
     given: dict[str, str] = {}
     for key, ours in _SAME.items():
-        if key in left and ours in given:
-            found.not_carried[key] = f"{given[ours]} is given"
-            del left[key]
-        elif key in left and found.carry(key, ours, left.pop(key)):
+        if key in keys and ours in given:
+            imported.not_carried[key] = f"{given[ours]} is given"
+            del keys[key]
+        elif key in keys and imported.carry(key, ours, keys.pop(key)):
             given[ours] = key
 
 
-def _rest(found: Imported, left: dict[str, Any]) -> None:
-    """Everything else: known to have no place here, or any other field of TRL's SFTConfig, or nothing we know."""
-    for key, value in left.items():
+def _rest(imported: Imported) -> None:
+    """Takes all other keys: some have a known reason not to be carried, SFTConfig's fields go to training.extra."""
+    keys = imported.unread
+    for key, value in keys.items():
         refused = ""
         prefix = next((why for start, why in _NOT_CARRIED_PREFIXES.items() if key.startswith(start)), None)
         if why := _NOT_CARRIED.get(key, prefix):
-            found.not_carried[key] = why
+            imported.not_carried[key] = why
             continue
         name = _NEWER.get(key, key)
-        if name != key and name in left:
-            found.not_carried[key] = f"{name} is given"
+        if name != key and name in keys:
+            imported.not_carried[key] = f"{name} is given"
             continue
         for reading in readings(value):
             try:
@@ -356,11 +368,12 @@ def _rest(found: Imported, left: dict[str, Any]) -> None:
             except ValueError as error:
                 refused = refused or str(error).removeprefix(f"training.extra.{name}: ")
                 continue
-            found.put(f"training.extra.{name}", reading)
-            found.carried[key] = f"training.extra.{name}"
+            imported.put(f"training.extra.{name}", reading)
+            imported.carried[key] = f"training.extra.{name}"
             break
         else:
-            found.not_carried[key] = refused
+            imported.not_carried[key] = refused
+    keys.clear()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -373,9 +386,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def write_imported(path: Path, output: Path, num_processes: int | None, accelerate: Path | None = None) -> Imported:
-    """Reads the other recipe and writes ours, with its template beside it where that stood inline.
+    """Reads the other recipe and writes ours, and an inline chat template into a file beside it.
 
-    num_processes: by default those of accelerate's config, or 1. Raises ValueError for what cannot be one of ours,
+    num_processes: None takes accelerate's, or 1. Raises ValueError for a recipe that cannot be one of ours, and
     FileExistsError rather than replace a file.
     """
     from sft_core.data.rendering.templates import compile_template
@@ -386,13 +399,13 @@ def write_imported(path: Path, output: Path, num_processes: int | None, accelera
         if file.exists():
             raise FileExistsError(f"{file} exists; name another with --output")
     ranks = num_processes or max(1, int(number(launched.get("num_processes")) or 1))
-    found = import_recipe(source, output=output, num_processes=ranks, accelerate=launched)
-    # Before it is written: a faulty file would stand in the way of the next try.
-    parse_recipe(found.data)
-    text = recipe_text(found, f"From {path.name} by `sft import`. `sft plan {output}` says what a run will do.")
-    assert read_yaml(text) == found.data, "the text says what was imported"
-    if found.template is not None:
-        compile_template(found.template)
-        template.write_text(found.template, encoding="utf-8")
+    imported = import_recipe(source, output=output, num_processes=ranks, accelerate=launched)
+    # Parse before writing: a faulty file would block the next import, which replaces no file.
+    parse_recipe(imported.data)
+    text = recipe_text(imported, f"From {path.name} by `sft import`. `sft plan {output}` says what a run will do.")
+    assert read_yaml(text) == imported.data, "the text holds the imported data"
+    if imported.template is not None:
+        compile_template(imported.template)
+        template.write_text(imported.template, encoding="utf-8")
     output.write_text(text, encoding="utf-8")
-    return found
+    return imported

@@ -1,4 +1,4 @@
-"""The way in which an imported recipe shares its model over ranks: from its own keys, or from its accelerate config."""
+"""How an imported recipe shares its model over ranks, by its own keys or its accelerate config."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ _OF_DEEPSPEED = alternatives(name for name, strategy in STRATEGIES.items() if an
 SETTINGS = "a strategy's settings are those of configs/accelerate (runtime.distributed)"
 
 
-def read_strategy(imported: Imported, keys: dict[str, Any], accelerate: dict[str, Any]) -> None:
-    """Takes deepspeed and fsdp out of `keys`; the keys of accelerate's config are accounted for by its name."""
+def read_strategy(imported: Imported, accelerate: dict[str, Any]) -> None:
+    """Takes the keys deepspeed and fsdp, and accounts for every key of the accelerate config under its name."""
+    keys = imported.unread
     if "deepspeed" in keys:
         _put(imported, "deepspeed", *_from_deepspeed(keys.pop("deepspeed")))
     if "fsdp" in keys:
@@ -40,7 +41,7 @@ def read_strategy(imported: Imported, keys: dict[str, Any], accelerate: dict[str
 
 
 def _put(imported: Imported, key: str, strategy: RankStrategy | None, reason: str) -> None:
-    """Takes the first strategy that a key gives. strategy: None where the key means none of ours."""
+    """Keeps the first strategy that a key gives. strategy: None for a key that means none of ours."""
     if strategy is None:
         imported.not_carried[key] = reason
     elif (other := imported.get(_OURS)) not in (None, strategy.name):
@@ -49,7 +50,7 @@ def _put(imported: Imported, key: str, strategy: RankStrategy | None, reason: st
         imported.change(key, _OURS, strategy.name, reason)
 
 
-# Each gives (strategy, reason): None and the reason where the value means none of ours.
+# Each returns (strategy, reason), or (None, reason) for a value that means none of ours.
 
 
 def _from_type(kind: str, accelerate: dict[str, Any]) -> tuple[RankStrategy | None, str]:
@@ -65,7 +66,7 @@ def _from_type(kind: str, accelerate: dict[str, Any]) -> tuple[RankStrategy | No
 
 
 def _from_deepspeed(value: Any) -> tuple[RankStrategy | None, str]:
-    """value: DeepSpeed's settings, or the path of their file, which need not exist on this machine."""
+    """value: DeepSpeed's settings, or the path of their file. Without the file, its name decides."""
     if isinstance(value, str) and Path(value).is_file():
         try:
             value = json.loads(Path(value).read_text(encoding="utf-8"))

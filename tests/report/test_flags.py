@@ -2,21 +2,27 @@ from typing import Any
 
 import pytest
 
-from sft_core.report.flags import red_flags
+from sft_core.report.flags import Answers, red_flags
+from sft_core.report.rows import ScoreRow
 from sft_core.report.tables import score_rows
 from tests.report.columns import HEADER
 
 
-def score(**changes: Any) -> dict[str, Any]:
-    return {"task": "copy", "metric": "exact_match", "base": 0.2, "tuned": 0.4, "low": 0.1, "high": 0.3, **changes}
+def score(base: float = 0.2, tuned: float = 0.4, **changes: Any) -> ScoreRow:
+    values = {"task": "copy", "metric": "exact_match", "n": 9, "stderr": 0.1, "low": 0.1, "high": 0.3, **changes}
+    return ScoreRow(by_model={"base": base, "tuned": tuned}, difference=tuned - base, **values)
 
 
-def answers(**changes: int) -> dict[str, Any]:
+def counts(**changes: int) -> dict[str, int]:
     return {"answers": 100, "empty": 0, "cut_off": 0, **changes}
 
 
+def answers(**changes: int) -> Answers:
+    return Answers.from_json(counts(**changes))
+
+
 @pytest.mark.parametrize(
-    ("row", "counts", "flags"),
+    ("row", "of_tuned", "flags"),
     [
         (score(), answers(), []),
         (score(), None, []),
@@ -36,15 +42,13 @@ def answers(**changes: int) -> dict[str, Any]:
         (score(), answers(answers=0), []),
     ],
 )
-def test_red_flags_are_said_in_words(row: dict[str, Any], counts: dict[str, Any] | None, flags: list[str]) -> None:
-    assert red_flags(row, ["base", "tuned"], counts and {"tuned": counts, "base": answers()}) == flags
+def test_red_flags_are_said_in_words(row: ScoreRow, of_tuned: Answers | None, flags: list[str]) -> None:
+    assert red_flags(row, of_tuned and {"tuned": of_tuned, "base": answers()}) == flags
 
 
 def test_base_whose_answers_are_cut_off_is_told() -> None:
-    assert red_flags(score(), ["base", "tuned"], {"tuned": answers(), "base": answers(cut_off=6)}) == [
-        "answers of base cut off"
-    ]
-    assert red_flags(score(), ["base", "tuned"], {"tuned": answers(), "base": answers(cut_off=5, empty=9)}) == []
+    assert red_flags(score(), {"tuned": answers(), "base": answers(cut_off=6)}) == ["answers of base cut off"]
+    assert red_flags(score(), {"tuned": answers(), "base": answers(cut_off=5, empty=9)}) == []
 
 
 def test_score_rows_have_differences_and_flags_of_the_answers_metric_alone() -> None:
@@ -52,11 +56,14 @@ def test_score_rows_have_differences_and_flags_of_the_answers_metric_alone() -> 
         values = {"loss": loss, "exact_match": match}
         return [{"metric": name, "value": value, "stderr": None, "n": 9} for name, value in values.items()]
 
-    found = {"a": {"base": scores(2, 0.5), "tuned": scores(1, 0.0)}, "b": {"base": scores(2, 1), "tuned": scores(1, 1)}}
+    by_task = {
+        "a": {"base": scores(2, 0.5), "tuned": scores(1, 0.0)},
+        "b": {"base": scores(2, 1), "tuned": scores(1, 1)},
+    }
     compared = {"a": {"exact_match": {"value": -0.5, "low": -0.8, "high": -0.2}}}
-    of_tuned = {"metric": "exact_match", **answers(cut_off=30)}
-    counts = {"a": {"tuned": of_tuned, "base": {**of_tuned, **answers()}}}
-    rows = score_rows(found, compared, counts)
+    of_tuned = {"metric": "exact_match", **counts(cut_off=30)}
+    by_model = {"a": {"tuned": of_tuned, "base": {**of_tuned, **counts()}}}
+    rows = [row.to_json() for row in score_rows(by_task, compared, by_model)]
     assert all(tuple(row) == HEADER for row in rows)
     flags = {(row["task"], row["metric"]): row["flags"] for row in rows}
     assert flags.pop(("a", "exact_match")) == "tuned is exactly 0; worse than base; 30% cut off"

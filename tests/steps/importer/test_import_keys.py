@@ -127,7 +127,7 @@ def test_key_is_carried_with_a_change_that_is_told(keys: dict[str, Any], ours: s
         ({"load_in_4bit": True}, "use_peft is not true"),
         ({"use_peft": True, "lora_target_parameters": ["a"]}, "training.lora has no such key"),
         ({"use_peft": True, "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "is NF4"),
-        ({"use_peft": True, "load_in_4bit": True, "use_bnb_nested_quant": False}, "constants quantized too"),
+        ({"use_peft": True, "load_in_4bit": True, "use_bnb_nested_quant": False}, "double quantization"),
         ({"use_peft": True, "load_in_8bit": True}, "under training.lora.load_in_4bit alone"),
         ({"activation_checkpointing": True, "gradient_checkpointing": False}, "activation_checkpointing is given"),
         ({"chat_template_path": "org/another"}, "a tokenizer, not a template file"),
