@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sft_core.recipe.recipe import override, parse_recipe
+from sft_core.recipe.parse import override, parse_recipe
 from steps.runs.older import options, steps_of
 from steps.runs.recorded import Beginning
 from tests.flows.conftest import RECIPE, ROOT, Project, names

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.rounds import ONLY
 from sft_core.search.journal import Cost, Journal, write_journal
 from sft_core.store.stage import Build

@@ -29,7 +29,7 @@ from sft_core.evaluate.generate import generate_answers
 from sft_core.evaluate.loading import load_scored
 from sft_core.evaluate.tasks import row_losses
 from sft_core.pins.pinned import PinnedRecipe, pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from sft_core.train.checkpoints import numbered, step_of
 from sft_core.train.collate import collate, to_device
