@@ -196,21 +196,23 @@ def test_each_side_trains_the_same_packs(tmp_path: Path) -> None:
     )
 
 
-def test_a_strategy_is_told_beside_ddp(tmp_path: Path) -> None:
+def test_a_strategy_runs_and_is_told_beside_ddp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.gpu_parts import strategies
 
+    monkeypatch.setattr(strategies, "names_of", lambda context: ["ddp"])  # each imports for ten seconds
     processes: dict[str, Ahead] = {}
     context = context_of(tmp_path, seconds=120)
     try:
-        rows = list(cases(context, strategies.listed(context, processes)[:2]))
+        rows = list(cases(context, strategies.listed(context, processes)))
     finally:
         for process in processes.values():
             process.end()
-    shown = "\n".join(row.line() for row in rows)
-    assert [row.passed for row in rows if row.passed is not None] == [True], shown
-    assert {f"{name}.{number}" for name in ("ddp", "zero2") for number in ("tokens_per_s", "peak_gib")} == {
-        row.key for row in rows if row.key is not None
-    }, shown
+    numbers = {row.key: row.number for row in rows}
+    assert numbers["ddp.tokens_per_s"] and numbers["ddp.peak_gib"], "\n".join(row.line() for row in rows)
+    losses = {"losses": [10.0, 9.0], "step_s": 1.0}
+    for changed, passed in ([10.0, 9.01], True), ([10.0, 9.3], False):
+        row = strategies.beside_row(context, "zero2", {"losses": changed, "step_s": 0.5}, losses)
+        assert row.passed is passed and "2.00 x ddp's speed" in row.note
 
 
 def test_tests_for_a_gpu_are_collected_and_skipped_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
