@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import PARTS, SECONDS
+from benchmarks.gpu import PARTS, SECONDS, Clock
 from benchmarks.gpu_parts.gpu_tests import FILES
 from benchmarks.gpu_parts.process import Ahead, alone_of_its_group
 from benchmarks.gpu_parts.rows import GOALS, Case, Context, Row, cases, goal_rows, headline
@@ -248,6 +248,16 @@ def test_table_of_goals_in_the_documents_is_that_of_the_benchmark() -> None:
     wanted = [f"{direction} {bound:,g} {unit}".strip() for _, direction, bound, unit in GOALS]
     assert [(key.strip("`"), goal) for key, _, goal, _ in told] == list(zip([g[0] for g in GOALS], wanted, strict=True))
     assert {measured for *_, measured in told} == {"not measured"}
+
+
+def test_time_of_all_parts_runs_from_when_the_first_one_is_ready() -> None:
+    clock = Clock(10)
+    time.sleep(0.05)
+    assert clock.left() == 10, "imports from a cold disk take a part's share"
+    for _ in range(2):
+        clock.begin()
+        time.sleep(0.05)
+    assert 5 < clock.left() <= 9.9
 
 
 START_S = 2.0  # of a part's time, before its first case
