@@ -34,7 +34,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +90,12 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together (default: %(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        help="for all parts together, once the first one is ready (default: %(default)s)",
+    )
     parser.add_argument("--parts", type=_parts, default=list(PARTS), help="as a,b,c; default: all", metavar="NAMES")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "gpu.json", help="default: %(default)s")
@@ -126,9 +131,24 @@ class Report:
 # The parts, one after another
 
 
+class Clock:
+    """The time of all parts together. It runs from when the first one is ready: what imports take, a cold disk
+    decides."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._begun: float | None = None
+
+    def begin(self) -> None:
+        self._begun = time.monotonic() if self._begun is None else self._begun
+
+    def left(self) -> float:
+        return self._seconds - (0.0 if self._begun is None else time.monotonic() - self._begun)
+
+
 def drive(options: argparse.Namespace, report: Report) -> None:
     shares = {name: PARTS[name].share if options.device == "cuda" else PARTS[name].dry_share for name in options.parts}
-    deadline, log = time.monotonic() + options.seconds, options.out.with_suffix(".log")
+    clock, log = Clock(options.seconds), options.out.with_suffix(".log")
     log.write_text("")
     waiting: dict[str, Ahead] = {}
     names = [*options.parts]
@@ -138,40 +158,36 @@ def drive(options: argparse.Namespace, report: Report) -> None:
             for ahead in names[place : place + 2]:
                 if ahead not in waiting:
                     waiting[ahead] = Ahead(["--part", ahead, "--device", options.device], log=log, own_group=True)
-            later = sum(shares[other] for other in names[place:])
-            _run(
-                name,
-                waiting[name],
-                lambda share=shares[name] / later: share * (deadline - time.monotonic()),
-                report,
-                log,
-            )
+            share = shares[name] / sum(shares[other] for other in names[place:])
+            for row in rows_of(name, waiting[name], clock, share, report.rows, log):
+                report.add(row)
     finally:
         for process in waiting.values():
             process.end()
 
 
-def _run(name: str, process: Ahead, share: Callable[[], float], report: Report, log: Path) -> None:
-    """share: the part's seconds, of what is left by now."""
-    begun, seconds, note = time.monotonic(), share(), ""
-    if seconds < LEAST_S:
-        report.add(Row(name, PARTS[name].module, note="left out: no time is left"))
-        return
-    facts = {row.key: row.number for row in report.rows if row.key is not None and row.number is not None}
+def rows_of(name: str, process: Ahead, clock: Clock, share: float, so_far: list[Row], log: Path) -> Iterator[Row]:
+    """share: the part's, of the seconds that are left when it is ready."""
+    begun, seconds, note, module = time.monotonic(), 0.0, "", PARTS[name].module
+    facts = {row.key: row.number for row in so_far if row.key is not None and row.number is not None}
     with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as folder:
         try:
-            process.wait_until_ready(READY_S)
-            seconds = share()
-            order = {"seconds": seconds, "folder": folder, "facts": facts}
-            for line in process.go(order, seconds + KILL_AFTER_S):
-                report.add(Row(**line))
+            if clock.left() >= LEAST_S:
+                process.wait_until_ready(READY_S)
+                clock.begin()
+            begun, seconds = time.monotonic(), share * clock.left()
+            if seconds < LEAST_S:
+                yield Row(name, module, note="left out: no time is left")
+                return
+            for line in process.go({"seconds": seconds, "folder": folder, "facts": facts}, seconds + KILL_AFTER_S):
+                yield Row(**line)
         except TimeoutError:
             note = "; ended, for its time was over"
         except RuntimeError as error:
             last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-            report.add(Row(name, PARTS[name].module, note=f"{error}: {' '.join(last)[:200]}", passed=False))
+            yield Row(name, module, note=f"{error}: {' '.join(last)[:200]}", passed=False)
     took = time.monotonic() - begun
-    report.add(Row(name, f"part {name} ({PARTS[name].module})", took, "s", f"of {seconds:.0f} s{note}"))
+    yield Row(name, f"part {name} ({module})", took, "s", f"of {seconds:.0f} s{note}")
 
 
 # In a process of its own

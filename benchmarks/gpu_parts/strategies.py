@@ -97,15 +97,13 @@ def strategy_rows(context: Context, name: str, process: Ahead, found: dict[str, 
         f"estimated {work.estimated_gib():.1f} GiB",
         key=f"{name}.peak_gib",
     )
-    if name == DEFAULT or DEFAULT not in found:
-        return
-    expected = found[DEFAULT]
+    if name != DEFAULT and DEFAULT in found:
+        yield beside_row(context, name, told, found[DEFAULT])
+
+
+def beside_row(context: Context, name: str, told: dict[str, Any], expected: dict[str, Any]) -> Row:
+    """expected: what the default strategy told."""
     differs = max(abs(one / other - 1) for one, other in zip(told["losses"], expected["losses"], strict=True))
     speed = expected["step_s"] / told["step_s"]
-    yield context.row(
-        f"{name}: losses beside {DEFAULT}'s",
-        differs,
-        "",
-        f"over {len(told['losses'])} steps; {speed:.2f} x {DEFAULT}'s speed",
-        passed=differs < ALIKE,
-    )
+    note = f"over {len(told['losses'])} steps; {speed:.2f} x {DEFAULT}'s speed"
+    return context.row(f"{name}: losses beside {DEFAULT}'s", differs, "", note, passed=differs < ALIKE)
