@@ -25,17 +25,7 @@ from steps.start import prepare
 from tests.browser import Browser
 from tests.train.test_objective import costs_of, documents_of
 from tests.train.test_strategies import trained
-from tests.train.tiny import LLAMA, Run, phase_recipe, tiny_recipe
-
-OPT = {
-    **{name: LLAMA[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
-    "model_type": "opt",
-    "ffn_dim": 64,
-    "word_embed_proj_dim": 32,
-    "dropout": 0.0,
-    "init_std": 0.3,
-    "max_position_embeddings": 512,
-}
+from tests.train.tiny import LLAMA, OPT, Run, phase_recipe, tiny_recipe
 
 
 def opt_recipe(**changes: Any) -> dict[str, Any]:
