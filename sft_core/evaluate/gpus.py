@@ -42,7 +42,9 @@ def gpus_by_themselves(gpus: Sequence[str]) -> Iterator[None]:
     """These GPUs for one process of the user at a time, whatever its run: two models may not fit. Waits, and says so.
 
     Enter it before any lock of the store: who holds one waits for no GPU, so nobody waits in a circle.
+    A lock is of a name: an index and a UUID for the same GPU are two locks, so runs of one machine name GPUs one way.
     """
+    # Training takes no lock: in a flow it is over before scoring begins. Two runs on one machine can still meet.
     with contextlib.ExitStack() as stack:
         for gpu in sorted(gpus):  # all in the same order, or two that want the same pair wait for each other
             name = f"sft-flow-gpu-{os.getuid()}-{gpu.strip()}.lock"

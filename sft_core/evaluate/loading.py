@@ -83,6 +83,7 @@ class ScoredModel:
     def __init__(self, model: ModelToScore):
         self.model = model
         self.losses: dict[tuple[str, bytes], tuple[np.ndarray, np.ndarray]] = {}  # measured ahead of answers by vLLM
+        self.documents_alone = False  # whether rows that share a forward would see each other; known with the losses
         self._loader, self._tokenizer = model.loaders
         self._network: Any = None
         self._facts: Facts | None = None

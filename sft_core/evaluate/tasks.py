@@ -146,6 +146,8 @@ def build_evaluated(build: Build, **section: Any) -> dict[str, Any]:
     task_scores = [dataclasses.asdict(score) for score in scores(table, metric.name)]
     (build.out / "scores.json").write_text(json.dumps(task_scores, indent=1) + "\n")
     counts = {"rows": len(rows.index), "over_long": rows.num_over_long, **answer_counts(table)}
+    if loaded.documents_alone:
+        counts["documents"] = "alone"  # for the card; of other models the manifest stays as it was
     return {
         **counts,
         "timeouts": num_timeouts,
@@ -171,7 +173,10 @@ def measure_ahead(runtime: Runtime, inputs: Mapping[str, Path], task: ScoredTask
 def measured_losses(loaded: ScoredModel, rows: ReportRows) -> tuple[np.ndarray, np.ndarray]:
     """As row_losses. For rows that were measured ahead, it does not load the network."""
     if rows.key not in loaded.losses:
+        from sft_core.train.probe import forward_of
+
         loaded.losses[rows.key] = row_losses(loaded.network, rows.tokens)
+        loaded.documents_alone = forward_of(loaded.network).alone  # which row_losses tried
     return loaded.losses[rows.key]
 
 

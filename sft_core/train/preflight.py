@@ -11,8 +11,8 @@ from sft_core.train.accelerator import has_gpu, unmet_demands
 from sft_core.train.models.attention import KNOWS_DOCUMENTS, VARLEN, allows_varlen, choose_attention
 from sft_core.train.models.model import read_config
 from sft_core.train.models.router import router_loss
-from sft_core.train.models.small import small_model
-from sft_core.train.probe import class_isolation
+from sft_core.train.models.small import one_thread, small_model
+from sft_core.train.probe import Isolation, check_router, class_isolation
 
 if TYPE_CHECKING:
     from sft_core.recipe.recipe import PhaseRecipe
@@ -50,17 +50,48 @@ def try_class(recipe: PhaseRecipe, loader: dict[str, Any], *, here: bool = True)
                 f"documents of a pack see each other in this model ({kind}, {found.attention}), so each is trained and "
                 "scored in a forward of its own: right, and slower"
             )
+        if found is not None:
+            _check_router(config, chosen, found, recipe.training.router_aux_loss_coef, trust)
         attention = chosen or (found.attention if found is not None else "sdpa")
-    length = recipe.packing.max_length
-    if attention not in (*KNOWS_DOCUMENTS, "flex_attention") and length > LONG:
-        size = length**2 * (2 if half else 4)
-        layers = config.get_text_config().num_hidden_layers
-        told.append(
-            f"packing.max_length {length}: {attention} attention builds a mask of {length} x {length}, "
-            f"{size / 2**30:.1f} GiB, and each of {layers} layers keeps one for the backward pass. On a GPU "
-            "training.bf16: true lets attention know the documents instead (varlen)"
-        )
+    if attention not in (*KNOWS_DOCUMENTS, "flex_attention") and recipe.packing.max_length > LONG:
+        told += _of_long_mask(recipe, config, attention, half=half, trust=trust, here=here)
     return told
+
+
+def _check_router(
+    config: Any, attention: str | None, isolation: Isolation, coefficient: float | None, trust: bool
+) -> None:
+    """Raises ValueError where the router's loss of a small model of the class is not what the model computes of it."""
+    model = small_model(config, attention=attention, trust_remote_code=trust)
+    router = None if model is None else router_loss(model.config, coefficient)  # it has fewer experts a token
+    if router is not None:
+        with one_thread():
+            check_router(model, router, isolation.forward, device="cpu")
+
+
+def _of_long_mask(
+    recipe: PhaseRecipe, config: Any, attention: str, *, half: bool, trust: bool, here: bool
+) -> list[str]:
+    """What a mask of all pairs of tokens takes, and what does without it; nothing where the GPU to come has none."""
+    is_auto, length = recipe.model.attn_implementation == "auto", recipe.packing.max_length
+    if not allows_varlen(config, trust):
+        advice = "attention that knows the documents (varlen) does not compute this model"
+    elif is_auto and half:
+        if not here:
+            return []
+        advice = "On a GPU attention knows the documents instead (varlen)"
+    else:
+        keys = [
+            *([] if is_auto else ["model.attn_implementation: auto"]),
+            *([] if half else ["training.bf16: true"]),
+        ]
+        lets = "lets" if len(keys) == 1 else "let"
+        advice = f"On a GPU {' and '.join(keys)} {lets} attention know the documents instead (varlen)"
+    size, layers = length**2 * (2 if half else 4), config.get_text_config().num_hidden_layers
+    return [
+        f"packing.max_length {length}: {attention} attention builds a mask of {length} x {length}, "
+        f"{size / 2**30:.1f} GiB, and each of {layers} layers keeps one for the backward pass. {advice}"
+    ]
 
 
 def _check_attention(asked: str, config: Any, kind: str, trust: bool) -> None:

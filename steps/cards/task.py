@@ -34,6 +34,8 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     counts = {model: read_answers(folder) for model, folder in folders.items()}
     rows = score_rows({task: scores}, {task: compared}, {task: counts})
     shown: dict[str, object] = {"rows": released["rows"]}
+    if released.get("documents") == "alone":
+        shown["documents of a forward"] = "one: packed, they see each other in this model"
     for of_models in zip(*scores.values(), strict=True):
         metric = of_models[-1]["metric"]
         shown[f"{metric}: {arrow}"] = with_difference(of_models, compared.get(metric))

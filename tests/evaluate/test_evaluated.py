@@ -20,9 +20,10 @@ from sft_core.store.stage import Build
 from sft_core.store.store import Store
 from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.models.model import load_model, save_checkpoint
+from steps.cards.task import card
 from steps.evaluate import EVALUATED
 from steps.tokenize import TOKENS
-from tests.train.tiny import tiny_recipe
+from tests.train.tiny import LLAMA, OPT, tiny_recipe
 
 TASK = "checksum_think"
 
@@ -172,6 +173,21 @@ def test_evaluated_checkpoint_of_the_start_model_scores_as_the_start_model(
     save_checkpoint(model, tokenizer, pinned.template_text, tmp_path / "trained" / "model")
     rows = evaluate_checkpoint(pinned, tokens, tmp_path / "trained", tmp_path / "out")
     assert rows.equals(read_rows(scored))
+
+
+def test_evaluated_model_in_which_packed_rows_see_each_other_says_so(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    cards = []
+    for config in (LLAMA, OPT):
+        recipe = tiny_recipe(model={"config": config}, evaluation={"max_rows": 3, "max_new_tokens": 1})
+        caplog.clear()
+        ref = store.ensure(EVALUATED, pin(parse_recipe(recipe)), model="base", task=TASK)
+        alone = config is OPT
+        assert ("documents=alone: packed, rows see each other" in caplog.text) is alone
+        assert store.manifest(ref)["counts"].get("documents") == ("alone" if alone else None)
+        cards.append(json.dumps([component.render() for component in card(store, {"base": ref, "tuned": ref})]))
+    assert ["they see each other in this model" in shown for shown in cards] == [False, True]
 
 
 def test_evaluated_whole_rows_trained_have_a_loss_and_no_answer(store: Store) -> None:

@@ -35,6 +35,12 @@ def test_readme_has_at_most_150_lines() -> None:
     assert len(README.read_text().splitlines()) <= MAX_README_LINES
 
 
+def test_first_screen_of_the_readme_says_what_ran_on_a_gpu_and_the_command_that_proves_it() -> None:
+    screen = " ".join(README.read_text().splitlines()[:30])
+    assert "`make gpu`" in screen and "(docs/results.md#hardware)" in screen
+    assert re.search(r"\b(has run|have run|ran|runs?) on (a|an|one|no)\b[^.]*\b(GPU|H100|H200|A100)\b", screen)
+
+
 def test_recipe_in_the_readme_is_valid() -> None:
     from sft_core.recipe.parse import parse_recipe, read_yaml
 

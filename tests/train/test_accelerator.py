@@ -110,3 +110,15 @@ def test_prepare_bfloat16_without_masters_warns(small_recipe: dict, caplog: pyte
     small_recipe["model"]["dtype"] = "bfloat16"
     prepare(parse_recipe(small_recipe))
     assert "model.dtype bfloat16 keeps no fp32 master weights" in caplog.text
+
+
+def test_prepare_fp32_on_a_gpu_warns(
+    small_recipe: dict, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accelerator, "has_gpu", lambda: True)
+    small_recipe["training"]["bf16"] = True
+    prepare(parse_recipe(small_recipe))
+    assert not caplog.text
+    small_recipe["training"]["bf16"] = False
+    prepare(parse_recipe(small_recipe))
+    assert "training.bf16 is false: a GPU multiplies matrices in TF32" in caplog.text

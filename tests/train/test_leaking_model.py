@@ -15,6 +15,7 @@ from sft_core.data.shards.token_shards import TokenShards
 from sft_core.pins.pinned import PinnedRecipe
 from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
+from sft_core.train import preflight
 from sft_core.train.job import TrainJob
 from sft_core.train.models.model import load_model
 from sft_core.train.preflight import LONG, try_class
@@ -25,17 +26,7 @@ from steps.start import prepare
 from tests.browser import Browser
 from tests.train.test_objective import costs_of, documents_of
 from tests.train.test_strategies import trained
-from tests.train.tiny import LLAMA, Run, phase_recipe, tiny_recipe
-
-OPT = {
-    **{name: LLAMA[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
-    "model_type": "opt",
-    "ffn_dim": 64,
-    "word_embed_proj_dim": 32,
-    "dropout": 0.0,
-    "init_std": 0.3,
-    "max_position_embeddings": 512,
-}
+from tests.train.tiny import LLAMA, OPT, Run, phase_recipe, tiny_recipe
 
 
 def opt_recipe(**changes: Any) -> dict[str, Any]:
@@ -118,3 +109,45 @@ def test_mask_of_a_long_pack_is_told_with_its_size() -> None:
     assert try_class(phase_recipe(recipe), {**LOADER, "config": config}) == []
     recipe["packing"]["max_length"], recipe["model"]["attn_implementation"] = 32_768, "varlen"
     assert try_class(phase_recipe(recipe), {**LOADER, "config": config}) == []
+
+
+@pytest.mark.parametrize(
+    ("attention", "bf16", "advice"),
+    [
+        ("auto", False, "On a GPU training.bf16: true lets attention know the documents"),
+        ("auto", True, None),
+        ("sdpa", True, "On a GPU model.attn_implementation: auto lets attention know the documents"),
+        ("sdpa", False, "On a GPU model.attn_implementation: auto and training.bf16: true let attention know"),
+    ],
+)
+def test_mask_of_a_long_pack_is_told_with_what_the_recipe_does_not_say_yet(
+    attention: str, bf16: bool, advice: str | None
+) -> None:
+    """On a cluster `start` has no GPU, and training has one: by auto and bf16 it builds no mask."""
+    model, training = {"attn_implementation": attention}, {"bf16": bf16}
+    recipe = phase_recipe(tiny_recipe(model=model, training=training, packing={"max_length": 32_768}))
+    told = try_class(recipe, {**LOADER, "config": LLAMA}, here=False)
+    assert len(told) == (advice is not None) and all(str(advice) in line for line in told)
+    (on_cpu,) = try_class(recipe, {**LOADER, "config": LLAMA})
+    assert (advice or "On a GPU attention knows the documents instead") in on_cpu
+
+
+def test_mask_of_a_class_without_varlen_is_told_without_such_advice() -> None:
+    config = {**LLAMA, "model_type": "gemma2"}
+    recipe = phase_recipe(
+        tiny_recipe(model={"config": config}, training={"bf16": True}, packing={"max_length": 32_768})
+    )
+    (told,) = try_class(recipe, {**LOADER, "config": config}, here=False)
+    assert "varlen) does not compute this model" in told and "training.bf16" not in told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees this machine's GPU")
+def test_gpu_that_torch_does_not_see_is_told_and_no_gpu_to_train_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "has_gpu", lambda: True)  # by nvidia-smi
+    loader = {**LOADER, "config": LLAMA}
+    (told,) = try_class(phase_recipe(tiny_recipe()), loader)
+    assert "this machine has a GPU, and torch" in told and "sees none" in told
+    sharded = phase_recipe(tiny_recipe(runtime={"distributed": "fsdp2"}))
+    with pytest.raises(ValueError, match=r"runtime\.distributed: fsdp2: needs a GPU"):
+        try_class(sharded, loader)
+    assert try_class(sharded, loader, here=False) == [], "another machine trains"

@@ -17,6 +17,22 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 ROOT = Path(__file__).resolve().parents[2]
+# All names in sft_core that a library calls private, by the library.
+PRIVATE = {
+    "torch": {
+        *("_buffers", "_parameters", "_non_persistent_buffers_set"),  # of modules
+        "_cdata",  # of storages: which of them are one
+        *("aten._grouped_mm", "aten._to_copy"),
+        *("torch._subclasses.fake_tensor", "torch.utils._python_dispatch", "torch.utils._pytree"),
+    },
+    "transformers": {
+        *("_attn_implementation", "_can_set_attn_implementation", "_supports_flash_attn", "_supports_sdpa"),
+        *("_load_best_model", "_save_checkpoint", "_tr_loss"),
+    },
+    "fsspec": {"_strip_protocol"},
+    "jinja2": {"_Namespace__attrs"},
+    "lm_eval": {"_encode_pair", "_loglikelihood_tokens"},
+}
 # Of transformers.Trainer: what PackTrainer overrides, calls or sets.
 TRAINER = {
     "_get_num_items_in_batch",
@@ -48,6 +64,49 @@ def private_names(source: str) -> set[str]:
     attributes = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
     defined = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
     return {name for name in attributes | defined if name.startswith("_") and not name.startswith("__")}
+
+
+def foreign_names(source: str) -> set[str]:
+    """The private attributes that the source takes of what it does not define, and the private modules it imports."""
+    nodes = [*ast.walk(ast.parse(source))]
+    defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    defined |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names, imports = set(), set()
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            defined.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            modules = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            imports |= {module for module in modules if has_private_part(module)}
+        elif isinstance(node, ast.Import):
+            imports |= {alias.name for alias in node.names if has_private_part(alias.name)}
+    for node in nodes:
+        if not isinstance(node, ast.Attribute) or not has_private_part(node.attr) or node.attr in OF_NAMED_TUPLES:
+            continue
+        owner = ast.unparse(node.value)
+        if owner.startswith("super(") or node.attr not in defined:
+            names.add(f"aten.{node.attr}" if owner == "torch.ops.aten" else node.attr)
+    outermost = {name for name in imports if not any(name.startswith(f"{other}.") for other in imports)}
+    return names | outermost
+
+
+OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}  # public, says their documentation
+
+
+def has_private_part(dotted: str) -> bool:
+    return any(part.startswith("_") and not part.startswith("__") for part in dotted.split("."))
+
+
+def test_private_names_of_libraries_that_are_used_are_these() -> None:
+    sources = [path.read_text() for path in sorted((ROOT / "sft_core").rglob("*.py"))]
+    assert len(sources) > 100
+    assert set().union(*map(foreign_names, sources)) == set().union(*PRIVATE.values())
+
+
+def test_scan_of_private_names_sees_each_kind() -> None:
+    source = "from a._b import c\nimport d._e\nfrom f import _g\nx._h\nclass K:\n  def _own(self):\n"
+    source += "    self._mine = self._own()\n    super()._own()\n    torch.ops.aten._op(self._theirs)\n"
+    assert foreign_names(source) == {"a._b", "d._e", "f._g", "_h", "_own", "aten._op", "_theirs"}
 
 
 def test_trainers_private_names_that_are_used_are_these() -> None:

@@ -1,5 +1,6 @@
 """Whether documents see each other is found out on the model at hand, and the loss is right either way."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,6 +113,65 @@ def test_rounding_of_grouped_kernels_counts_where_nothing_but_it_gets_through(
 ) -> None:
     trial = Trial("bounds", exchanged=4e-3, alone=5e-3, planted=1.2, gradient=gradient)
     assert trial.isolates(exact=False, class_does=class_does) is isolates
+
+
+@pytest.mark.parametrize("gradient", [None, 0.0])
+def test_what_is_more_than_rounding_is_a_leak_however_much_a_planted_one_stands_out(gradient: float | None) -> None:
+    trial = Trial("bounds", exchanged=5e-2, alone=5e-3, planted=1.2, gradient=gradient)
+    assert not trial.isolates(exact=False, class_does=True)
+    in_bfloat16 = dataclasses.replace(trial, exchanged=4e-3, alone=1.5e-2)
+    assert in_bfloat16.isolates(exact=False, class_does=True), "lengths round otherwise, too"
+
+
+def knows_documents_by(name: str, error: Exception | None = None) -> Any:
+    """A llama that tells documents apart where it is given `name`, and else takes a pack for one document.
+
+    error: it raises that where `name` is given.
+    """
+    model = tiny_model("llama")
+
+    def inputs(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        is_told = kwargs.pop(name, None) is not None
+        if is_told and error is not None:
+            raise error
+        if not is_told:
+            kwargs["position_ids"] = torch.arange(kwargs["input_ids"].shape[1])[None]
+        return args, kwargs
+
+    model.register_forward_pre_hook(inputs, with_kwargs=True)
+    return model
+
+
+def test_model_that_isolates_by_the_number_of_each_tokens_document_is_told_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = knows_documents_by("seq_idx")
+    forward, isolation = settle(
+        model, None, attention="sdpa", device="cpu", exact=True, may_fuse_head=False, router=None
+    )
+    assert isolation.told_by == forward.told_by == "sequences" and not forward.alone
+    documents = documents_of(model, 40, 9, 1, 71)
+    with torch.no_grad():
+        expected = nll_of_each(tiny_model("llama"), documents)
+        torch.testing.assert_close(
+            trained_token_nll(model, collate(documents), forward), expected, atol=1e-4, rtol=1e-4
+        )
+        assert (trained_token_nll(model, collate(documents)) - expected).abs().max() > 1e-2
+    monkeypatch.setattr(probe, "small_model", lambda *args, **kwargs: model)
+    of_class = class_isolation(config_of("llama", {"vocab_size": 96}), attention=None, trust_remote_code=False)
+    assert of_class is not None and of_class.told_by == "sequences"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no kernel\nfor this"), AttributeError("no kernel"), KeyError()])
+def test_kernel_that_fails_in_the_trial_is_no_way_to_tell_documents_apart(error: Exception) -> None:
+    isolation = model_isolation(knows_documents_by("seq_idx", error), None, attention="sdpa", device="cpu", exact=True)
+    assert isolation.told_by is None
+    reason = str(error).splitlines()[0] if str(error) else "KeyError()"
+    assert isolation.evidence.endswith(f"told by sequences: {type(error).__name__}: {reason}")
+
+
+def test_trial_without_memory_says_nothing_of_the_model() -> None:
+    model = knows_documents_by("seq_idx", torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        model_isolation(model, None, attention="sdpa", device="cpu", exact=True)
 
 
 def test_experts_in_half_precision_keep_documents_apart() -> None:

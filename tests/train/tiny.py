@@ -25,6 +25,16 @@ LLAMA = {
     "initializer_range": 0.1,
     "tie_word_embeddings": True,
 }
+# A model in which packed documents see each other.
+OPT = {
+    **{name: LLAMA[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
+    "model_type": "opt",
+    "ffn_dim": 64,
+    "word_embed_proj_dim": 32,
+    "dropout": 0.0,
+    "init_std": 0.3,
+    "max_position_embeddings": 512,
+}
 # 7 packs, 4 a step: the second step of each epoch has an empty slot. The gradient is clipped at most steps.
 RECIPE: dict[str, Any] = {
     "name": "tiny",

@@ -1,5 +1,6 @@
 """The tiled head that a GPU takes, forced here on a CPU: the plain one's numbers, or the plain one."""
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
+from trl.kernels import ChunkedLogProbFunction
 
 from sft_core.train import tried_forward
 from sft_core.train.loss import Forward
@@ -65,6 +67,25 @@ def test_lora_without_added_tokens_takes_the_fused_head(train_here: Callable[...
     run = train_here(tiny_recipe(model={"config": {**LLAMA, "tie_word_embeddings": False}}, **lora))
     assert how_it_ran(run)["fused_head"]
     assert run.events[-1]["loss"] < run.events[0]["loss"]
+
+
+def test_head_asks_its_kernel_for_likelihoods_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it computes the entropy and the likeliest token of each tile, which nobody reads."""
+    asked: list[tuple[object, ...]] = []
+    apply = ChunkedLogProbFunction.apply
+
+    def noted(*args: Any) -> Any:
+        bound = inspect.signature(ChunkedLogProbFunction.forward).bind(None, *args)
+        bound.apply_defaults()
+        asked.append(bound.arguments["outputs"])
+        return apply(*args)
+
+    monkeypatch.setattr(ChunkedLogProbFunction, "apply", noted)
+    with one_thread():
+        model = small_model(AutoConfig.for_model("llama"), attention=None, trust_remote_code=False)
+        add_fused_head(model)
+        assert check_head(model, Forward(), device="cpu", exact=True)
+    assert asked == [()]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "cohere", "smollm3", "olmoe"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.olmoe import modeling_olmoe
 
 from sft_core.data.packing.plan import PackPlan
 from sft_core.data.shards.token_shards import TokenRow, TokenShards
@@ -155,3 +156,16 @@ def test_router_loss_asked_of_a_dense_model_is_refused_before_any_work() -> None
     loader = {"path": None, "revision": None, "config": data["model"]["config"], "trust_remote_code": False}
     with pytest.raises(ValueError, match="remove it"):
         try_class(phase_recipe(data), loader)
+
+
+def test_router_loss_that_a_class_computes_otherwise_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loader = {"path": None, "revision": None, "config": moe("olmoe"), "trust_remote_code": False}
+    asked, without = (phase_recipe(recipe(training={"router_aux_loss_coef": value})) for value in (COEFFICIENT, 0.0))
+    assert try_class(asked, loader) == []
+    own = modeling_olmoe.load_balancing_loss_func
+    monkeypatch.setattr(modeling_olmoe, "load_balancing_loss_func", lambda *args, **kwargs: 2 * own(*args, **kwargs))
+    with pytest.raises(ValueError, match="router's loss of a olmoe model is computed otherwise"):
+        try_class(asked, loader)
+    assert try_class(without, loader) == []
