@@ -73,5 +73,5 @@ def measure_ahead(store: Store, pinned: PinnedRecipe, part: Part) -> None:
         name: store.path(store.ensure(stage, pinned, **needed))
         for name, (stage, needed) in _needs(pinned, part).items()
     }
-    task = tasks.ScoredTask.from_section(_section(pinned, part) | EVALUATED.places(pinned, part))
+    task = tasks.ScoredTask.from_section({**_section(pinned, part), **EVALUATED.places(pinned, part)})
     tasks.measure_ahead(pinned.recipe.runtime, inputs, task)
