@@ -15,7 +15,7 @@ import numpy as np
 
 from sft_core.data.packing.plan import PackPlan
 from sft_core.die_with_parent import die_with_parent
-from sft_core.evaluate.selection_answers import AnswerScores
+from sft_core.evaluate.selection_answers import AnswerScores, AnswerSettings
 from sft_core.search.job import RolloutJob
 from sft_core.search.journal import CURVES, Cost, Drawn, Journal, read_journal, write_journal
 from sft_core.search.registry import make_sampler, make_search
@@ -100,7 +100,7 @@ def answers_of(job: RolloutJob, plan: PackPlan, *, tokenizer: Any, flops_a_token
         plan,
         job.train.spec.sources,
         job.train.tokens,
-        job.rollout.answers,
+        {task: AnswerSettings(**settings) for task, settings in job.rollout.answers.items()},
         job.conversations,
         tokenizer,
         batch_size=job.train.runtime.eval_batch_size,
