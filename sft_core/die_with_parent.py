@@ -1,4 +1,4 @@
-"""No orphans: a process of ours ends with the one that started it."""
+"""No orphans: a child process ends with the process that started it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import signal
 import sys
 from pathlib import Path
 
-STARTED_BY = "SFT_STARTED_BY"  # the variable by which a process tells those below it who started them
+STARTED_BY = "SFT_STARTED_BY"  # the environment variable with the id of the process that started the ones below it
 _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(started_by: int | None = None) -> None:
     """Ask the kernel to kill this process when its parent ends, however that ends (Linux; elsewhere no effect).
 
-    started_by: the id of a process above this one, by default that of multiprocessing or of STARTED_BY. A process that
-    is not below it any more has lost its parent before the call and gets no signal from the kernel: it ends here.
+    started_by: the id of a process above this one; default: multiprocessing's parent, or STARTED_BY. A process that is
+    not below it any more lost its parent before the call and would get no signal from the kernel: it ends here.
     """
     if sys.platform != "linux":
         return
@@ -26,19 +26,19 @@ def die_with_parent(started_by: int | None = None) -> None:
     if started_by is None:
         forker = multiprocessing.parent_process()
         started_by = forker.pid if forker is not None else int(os.environ.get(STARTED_BY, parent))
-    # After the call: a parent that ends from here on is the kernel's.
+    # Check after the call: from there on the kernel watches the parent.
     if os.getppid() != parent or (started_by is not None and started_by not in _upwards(os.getpid())):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _upwards(process: int) -> list[int]:
-    """A process, its parent and so on, as far up as this user sees."""
-    found = [process]
+    """The ids of a process, its parent and so on, as far up as this user may read."""
+    ids = [process]
     try:
         while process > 0:
             status = Path(f"/proc/{process}/stat").read_text()
-            process = int(status.rpartition(")")[2].split()[1])  # behind the name, which may hold anything
-            found.append(process)
+            process = int(status.rpartition(")")[2].split()[1])  # after the name, which may hold any character
+            ids.append(process)
     except OSError:
-        pass  # it ended, and with it what is below; or it is another user's
-    return found
+        pass  # the process ended, or is another user's
+    return ids

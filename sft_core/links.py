@@ -1,4 +1,4 @@
-"""Hard links: an output that holds files of another output without using disk space for them.
+"""Hard links: an output holds files of another output without a second copy on the disk.
 
 This module is not in the store package: builders import it, so all code that it imports is in their keys.
 """
@@ -11,10 +11,9 @@ from pathlib import Path
 
 
 def link_files(source: Path, target: Path, *, without: str | None = None) -> tuple[int, int]:
-    """Links the files below `source` below `target`, or copies them where links fail: (number of links, of files).
+    """Links the files below `source` into `target`; where a link fails, copies the file. Returns (links, files).
 
-    Nothing may write to either folder's files afterwards. Files called `without`, which the new output writes itself,
-    are left out.
+    Do not write to the files of either folder afterwards. Files called `without` are left out.
     """
     files = sorted(path for path in source.rglob("*") if path.is_file() and path.name != without)
     num_linked = 0

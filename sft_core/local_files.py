@@ -1,4 +1,4 @@
-"""Files and folders of this machine: whether a name means them, and a digest of what they hold."""
+"""Files and folders of this machine: whether a name means one, and digests of their contents."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _SUFFIXES = (".jsonl", ".json", ".parquet", ".gz", ".zst")
 
 
 def is_local(name: str) -> bool:
-    """Whether the name is an existing file or folder, or can only be meant as one. A hub id is `owner/name`."""
+    """Whether the name is an existing file or folder, or cannot be a hub id, `owner/name`."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def looks_like_files(name: str) -> bool:
-    """Whether the name has the form of data files, which need not exist: a glob, a known suffix, or no hub id."""
+    """Whether the name has the form of data files, existing or not: a glob, a known suffix, or no hub id."""
     return "*" in name or name.count("/") != 1 or name.endswith(_SUFFIXES)
 
 

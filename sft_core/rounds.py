@@ -1,7 +1,7 @@
-"""Rounds of training: what a search decided, as plain values that every layer reads.
+"""Rounds of training: the decisions of a search, as plain values that every layer reads.
 
-A phase without a search has one round over everything. A search makes as many as it proposes; sft_core/search decides
-them and steps/search.py reads them off the store.
+A phase without a search has one round, over all its rows. A search has a round for each roll-out that it proposes:
+sft_core/search decides them, and steps/search.py reads them off the store.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
-BASE = "base"  # the start model, where the models that are scored are named
-ONLY = "tuned"  # the phase of a recipe without `phases`, by the name that its scores have
+BASE = "base"  # the start model's name in scores
+ONLY = "tuned"  # the name of the phase of a recipe without `phases`, which is also its model's name in scores
 
 
 class Point(NamedTuple):
-    """Weights that a roll-out went through: those of its evaluation number `evaluation`, 0 being its start."""
+    """The weights of a roll-out at its evaluation number `evaluation`; 0 is the roll-out's start."""
 
     round: int
     evaluation: int
@@ -23,7 +23,7 @@ class Point(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """What to train next, with a new optimizer, from the weights at `start` (None: the phase's own)."""
+    """A training of some tasks, with a new optimizer, from the weights at `start`; None: the phase's start weights."""
 
     round: int
     start: Point | None
@@ -34,10 +34,10 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class Rounds:
-    """The rounds of a phase that a search makes: those that are done, and the next one.
+    """The rounds of a phase with a search: the finished ones and the next one.
 
     best: the weights that the phase ends with; None while the search goes on. sizes: rows of each task in an epoch of
-    the whole mixture; empty while the mixture is not there.
+    the whole mixture; empty before the mixture is built.
     """
 
     rollouts: tuple[Rollout, ...] = ()

@@ -1,11 +1,11 @@
-"""What rows ask a model, and what it answers: for the scores of the report split, and of a search's selection rows."""
+"""Questions to a model and its answers, for the scores of report rows and of a search's selection rows."""
 
 from __future__ import annotations
 
 import json
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,9 @@ from sft_core.data.shards.token_shards import TokenRow
 from sft_core.evaluate.engine import Engine, Request
 from sft_core.evaluate.metrics.metric import Asked, Metric, Question
 from sft_core.evaluate.scores import strip_thinking
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +31,11 @@ def asked_of(
     tokenizer: Any,
     conversations: Path | None,
 ) -> dict[int, Asked]:
-    """What those rows want that the metric asks and that have a prompt, by their place in `index` and `rows`.
+    """The right answers to the rows that are asked, by the rows' places in `index` and `rows`.
 
-    conversations: the folder of the canonical conversations; None where the metric does not ask for them. Raises
-    ValueError for an answer that the metric cannot read, and where it finds nothing to ask.
+    A row is asked where the metric says so and its prompt is known. conversations: the folder of the canonical
+    conversations; None for a metric that does not read them. Raises ValueError for an answer that the metric cannot
+    read, and where it finds nothing to ask.
     """
     by_id = _conversations(conversations, index["row_id"]) if conversations else {}
     asked_rows: dict[int, Asked] = {}
@@ -58,8 +62,8 @@ def asked_of(
     return asked_rows
 
 
-def _conversations(folder: Path, row_ids: pa.ChunkedArray) -> dict[str, dict[str, Any]]:
-    """The canonical conversations of rows, which are JSON, by row id."""
+def _conversations(folder: Path, row_ids: pa.ChunkedArray) -> dict[str, dict[str, JsonValue]]:
+    """The canonical conversations of rows, by row id."""
     table = pq.read_table(folder / "conversations.parquet", columns=["row_id", "conversation"])
     table = table.filter(pc.is_in(table["row_id"], value_set=row_ids.combine_chunks()))
     pairs = zip(table["row_id"].to_pylist(), table["conversation"].to_pylist(), strict=True)
@@ -68,12 +72,12 @@ def _conversations(folder: Path, row_ids: pa.ChunkedArray) -> dict[str, dict[str
 
 class Output(NamedTuple):
     text: str  # without the stop token
-    num_tokens: int  # the stop token with them
-    cut_off: bool  # it ended at the limit of new tokens
+    num_tokens: int  # with the stop token
+    cut_off: bool  # the limit of new tokens ended it
 
 
 def generate_outputs(engine: Engine, tokenizer: Any, request: Request) -> list[list[Output]]:
-    """The answers to each prompt, one a sample."""
+    """The answers to each prompt, one for each sample."""
     outputs: list[Output] = []
     for ids in engine.write(request):
         kept = without_stop(ids, request.stop_ids)
@@ -92,7 +96,7 @@ def without_stop(ids: np.ndarray, stops: list[int]) -> np.ndarray:
 
 
 def trained_turn(row: TokenRow) -> np.ndarray:
-    """The ids of the last trained turn, its stop token with them. int32, shape (tokens,)."""
+    """The ids of the last trained turn, with its stop token. int32, shape (tokens,)."""
     start = len(served_prompt(row))
     ids, trained = row.input_ids[start:], row.trained[start:]
     ends = np.flatnonzero(trained == 0)
@@ -100,9 +104,9 @@ def trained_turn(row: TokenRow) -> np.ndarray:
 
 
 def served_prompt(row: TokenRow) -> np.ndarray:
-    """The ids before the last trained turn: what a server would be sent. int32, shape (tokens,).
+    """The ids before the last trained turn, as a server would get them. int32, shape (tokens,).
 
-    Empty when the whole row is trained: where its prompt ends is unknown then.
+    Empty for a row that is trained from its first token: the end of its prompt is unknown.
     """
     starts = np.flatnonzero(np.diff(row.trained.astype(np.int8), prepend=0) == 1)
     assert len(starts), "a report row has trained tokens"

@@ -11,8 +11,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any, Literal, Self
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from jinja2 import TemplateError
@@ -22,11 +22,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from sft_core.data.rendering.thinking import OPEN_AT_END, THINKING_KEY
 
-SWITCHES = ("enable_thinking", "thinking")  # the variables by which templates take whether to think
-_FLAG = re.compile(r"(?<!\S)/(?:no_)?think(?!\S)")  # in a system message; some templates let it win over the variable
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+SWITCHES = ("enable_thinking", "thinking")  # template variables that switch thinking on and off
+_FLAG = re.compile(r"(?<!\S)/(?:no_)?think(?!\S)")  # in a system message; in some templates it wins over the variable
 _THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*(.*)\Z", re.DOTALL)
-_INCOMPLETE = "\ufffd"  # what bytes decode to that are not a character yet
-_PROBE = "\ufdef"  # a noncharacter: nobody says it
+_INCOMPLETE = "\ufffd"  # bytes that are no whole character yet decode to it
+_PROBE = "\ufdef"  # a noncharacter, which no conversation holds
 Message = dict[str, str]
 
 
@@ -36,7 +39,7 @@ class TooLong(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """None: as the checkpoint's generation config has it. temperature 0: greedy."""
+    """How answers are drawn. None: as in the checkpoint's generation config. temperature 0: greedy."""
 
     max_new_tokens: int
     temperature: float | None = None
@@ -52,28 +55,28 @@ class Answer:
 
 
 class TextStream(BaseStreamer):
-    """Tokens as text, as soon as they are whole characters.
+    """Streams tokens as text, as soon as they are whole characters.
 
-    A character may take several tokens, so what is held back is decoded together with the tokens before it.
+    A character may take several tokens, so held-back tokens are decoded together with the tokens before them.
     """
 
     def __init__(self, tokenizer: Any, stop_ids: list[int], on_text: Callable[[str], None]):
         self.ids: list[int] = []
         self._tokenizer, self._stop_ids, self._on_text = tokenizer, stop_ids, on_text
         self._is_prompt = True
-        self._start = self._read = 0  # ids before _read are told; from _start on they are decoded again
+        self._start = self._end = 0  # the text of ids before _end is streamed; those from _start on are decoded again
 
     def put(self, value: torch.Tensor) -> None:
-        if self._is_prompt:  # generate hands it over first
+        if self._is_prompt:  # generate passes the prompt first
             self._is_prompt = False
             return
         for token in value.flatten().tolist():
             self.ids.append(token)
             if token not in self._stop_ids:
-                self._tell(whole=False)
+                self._stream_text(at_end=False)
 
     def end(self) -> None:
-        self._tell(whole=True)
+        self._stream_text(at_end=True)
 
     @property
     def has_stopped(self) -> bool:
@@ -83,11 +86,11 @@ class TextStream(BaseStreamer):
     def text(self) -> str:
         return self._decoded(0, None)
 
-    def _tell(self, *, whole: bool) -> None:
-        told, text = self._decoded(self._start, self._read), self._decoded(self._start, None)
-        if len(text) > len(told) and (whole or not text.endswith(_INCOMPLETE)):
-            self._on_text(text[len(told) :])
-            self._start, self._read = self._read, len(self.ids)
+    def _stream_text(self, *, at_end: bool) -> None:
+        streamed, text = self._decoded(self._start, self._end), self._decoded(self._start, None)
+        if len(text) > len(streamed) and (at_end or not text.endswith(_INCOMPLETE)):
+            self._on_text(text[len(streamed) :])
+            self._start, self._end = self._end, len(self.ids)
 
     def _decoded(self, start: int, end: int | None) -> str:
         ids = [token for token in self.ids[start:end] if token not in self._stop_ids]
@@ -95,14 +98,13 @@ class TextStream(BaseStreamer):
 
 
 class Checkpoint:
-    """A model that generates and the template that it is asked by. kwargs: the template's, as it was trained with."""
+    """A model and its chat template. kwargs: the template's variables, as in training."""
 
-    def __init__(self, model: Any, tokenizer: Any, kwargs: dict[str, Any]):
+    def __init__(self, model: Any, tokenizer: Any, kwargs: Mapping[str, JsonValue]):
         self.model, self.tokenizer, self.kwargs = model, tokenizer, kwargs
         if not tokenizer.chat_template:
             raise ValueError(
-                f"{tokenizer.name_or_path}: has no chat template, so it does not know turns; name a checkpoint that "
-                "was trained on conversations"
+                f"{tokenizer.name_or_path}: has no chat template; name a checkpoint that was trained on conversations"
             )
         stops = model.generation_config.eos_token_id
         stops = tokenizer.eos_token_id if stops is None else stops
@@ -115,8 +117,10 @@ class Checkpoint:
         )
 
     @classmethod
-    def load(cls, path: str, *, revision: str | None, kwargs: dict[str, Any], trust_remote_code: bool) -> Checkpoint:
-        """path: a folder or a hub id. Raises OSError or ValueError for what cannot be loaded."""
+    def load(
+        cls, path: str, *, revision: str | None, kwargs: Mapping[str, JsonValue], trust_remote_code: bool
+    ) -> Checkpoint:
+        """path: a folder or a hub id. Raises OSError or ValueError for a checkpoint that cannot be loaded."""
         if not sys.stderr.isatty():
             disable_progress_bar()
         places = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -125,7 +129,7 @@ class Checkpoint:
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer, kwargs)
 
     def prompt(self, messages: list[Message], thinking: bool | None = None) -> str:
-        """What the next answer follows. thinking: None leaves it to the template. Raises ValueError."""
+        """The text before the next answer. thinking: None leaves it to the template. Raises ValueError."""
         switched = {} if thinking is None or self.switch is None else {self.switch: thinking}
         try:
             return self._text(messages, **switched)
@@ -136,7 +140,7 @@ class Checkpoint:
         return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
     def said(self, prompt: str, text: str) -> Message:
-        """An answer as the turn that the template is given later, which decides whether its thoughts are kept."""
+        """An answer as an assistant turn. Its thoughts have a key of their own, so that the template can drop them."""
         is_open = OPEN_AT_END.search(prompt) is not None
         if self._shows_thoughts and (match := _THOUGHTS.match(f"<think>{text}" if is_open else text)):
             return {"role": "assistant", "content": match[2], THINKING_KEY: match[1].strip()}
@@ -167,7 +171,7 @@ class Chat:
             self.think(thinking)
 
     def think(self, thinking: bool) -> None:
-        """Raises ValueError for a template without a switch."""
+        """Switches thinking on or off. Raises ValueError for a template without a switch."""
         if self._checkpoint.switch is None:
             raise ValueError(f"this checkpoint's chat template has no switch for thinking ({' or '.join(SWITCHES)})")
         self.thinking = thinking
@@ -181,9 +185,9 @@ class Chat:
         return self._checkpoint.prompt([*first, *self.turns, {"role": "user", "content": text}], self.thinking)
 
     def ask(self, text: str, on_text: Callable[[str], None]) -> Answer:
-        """Generates the answer, handing its text on as it comes. Ctrl-C ends it where it is, and it is kept.
+        """Generates the answer and streams its text to `on_text`. Ctrl-C ends the answer; the text so far is kept.
 
-        Raises TooLong, or ValueError where the template refuses the turn; the conversation is as before then.
+        Raises TooLong, or ValueError where the template refuses the turn; both leave the conversation unchanged.
         """
         prompt = self.prompt(text)
         ids = self._checkpoint.ids(prompt)
@@ -227,9 +231,9 @@ class Chat:
 
 
 class CtrlC(StoppingCriteria):
-    """Ctrl-C as something to ask for at each token: an exception may come where Python drops it, as in a finalizer.
+    """Whether Ctrl-C was pressed, checked at each token. Python may drop an exception that comes inside a finalizer.
 
-    A second one is the exception. In a thread that gets no signals nothing is changed.
+    A second Ctrl-C raises KeyboardInterrupt. Only the main thread gets signals; in others nothing changes.
     """
 
     def __init__(self) -> None:
@@ -254,7 +258,7 @@ class CtrlC(StoppingCriteria):
 
 
 def _set_sampling(model: Any, sampling: Sampling) -> None:
-    """Raises ValueError for a value that would have no effect, or that cannot be."""
+    """Raises ValueError for a value out of range, and for one without effect."""
     settings = model.generation_config
     if sampling.temperature is not None:
         if sampling.temperature < 0:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from sft_core.evaluate.rows import ScoredRow
+
 NUM_RESAMPLES = 10_000
 SEED = 0
 
-
-Pair = tuple[dict[str, Any], dict[str, Any]]  # a row of ROWS of each side
+Pair = tuple[ScoredRow, ScoredRow]  # the same row scored by the base and by the tuned model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +28,15 @@ class Difference:
 
 
 def differences(base: pa.Table, tuned: pa.Table, metric: str) -> dict[str, Difference]:
-    """Of loss, perplexity, token accuracy, and of the metric where rows were asked; of what no two rows have, nothing.
+    """The differences of loss, perplexity and token accuracy, and of the metric where rows were asked.
 
-    Rows are the same where the prompt is, and what was wanted: the answer, or for losses the whole conversation in as
-    many trained tokens.
+    A score that no row has on both sides is left out. Two rows are the same row if they have the same prompt and the
+    same answer; for losses, the same conversation and number of trained tokens.
     """
 
     def columns(pairs: list[Pair], *names: str) -> tuple[np.ndarray, ...]:
-        return tuple(np.array([pair[side][name] for pair in pairs], float) for side in (0, 1) for name in names)
+        sides: tuple[list[Mapping[str, Any]], ...] = ([base for base, _ in pairs], [tuned for _, tuned in pairs])
+        return tuple(np.array([row[name] for row in rows], float) for rows in sides for name in names)
 
     def ratio(*sums: np.ndarray) -> np.ndarray:
         return sums[2] / sums[3] - sums[0] / sums[1]
@@ -43,29 +45,29 @@ def differences(base: pa.Table, tuned: pa.Table, metric: str) -> dict[str, Diffe
         with np.errstate(over="ignore"):
             return np.exp(sums[2] / sums[3]) - np.exp(sums[0] / sums[1])
 
-    found = {}
+    by_metric = {}
     if trained := paired(base, tuned, "row_id", "num_trained"):
         losses = columns(trained, "nll", "num_trained")
-        found = {
+        by_metric = {
             "loss": bootstrapped(losses, ratio),
             "perplexity": bootstrapped(losses, exponential),
             "token_accuracy": bootstrapped(columns(trained, "num_correct", "num_trained"), ratio),
         }
     if asked := _asked(base, tuned):
-        found[metric] = mean_difference(*columns(asked, "score"))
-    return found
+        by_metric[metric] = mean_difference(*columns(asked, "score"))
+    return by_metric
 
 
 def mean_difference(before: np.ndarray, after: np.ndarray) -> Difference:
-    """Of the means over the same rows, shape (rows,) each."""
+    """The difference of two means over the same rows. before, after: shape (rows,)."""
     return bootstrapped((before, after), lambda *sums: (sums[1] - sums[0]) / len(before))
 
 
 def bootstrapped(columns: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray]) -> Difference:
-    """A statistic of the columns' sums, and its percentile interval (Efron 1979): whole rows are drawn again.
+    """A statistic of the columns' sums, with its percentile interval by a bootstrap over rows (Efron 1979).
 
-    columns: float64, shape (rows,) each. statistic: takes the sums of each column, of any one shape. The draws are
-    the same for the same number of rows.
+    columns: float64, shape (rows,) each. statistic: a function of the columns' sums, which may be arrays. The draws
+    depend on the number of rows alone.
     """
     from scipy.stats import bootstrap
 
@@ -90,9 +92,9 @@ def bootstrapped(columns: tuple[np.ndarray, ...], statistic: Callable[..., np.nd
 
 
 def paired(base: pa.Table, tuned: pa.Table, *same: str) -> list[Pair]:
-    """The rows of both that have the same prompt and are the same in these columns, in the order of the base's."""
+    """The rows of both tables with the same prompt and equal values in the columns `same`, in the base's order."""
 
-    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in ("prompt_hash", *same))
 
     after = {key(row): row for row in tuned.to_pylist()}
@@ -105,10 +107,18 @@ def _asked(base: pa.Table, tuned: pa.Table) -> list[Pair]:
 
 
 def by_change(base: pa.Table, tuned: pa.Table) -> tuple[list[Pair], list[Pair], list[Pair]]:
-    """The pairs that were won (the tuned model scores higher), that were lost, each the largest change first, and those
-    in which both score alike, the lowest score first."""
-    asked = sorted(_asked(base, tuned), key=lambda pair: -abs(pair[1]["score"] - pair[0]["score"]))
-    won = [pair for pair in asked if pair[1]["score"] > pair[0]["score"]]
-    lost = [pair for pair in asked if pair[1]["score"] < pair[0]["score"]]
-    same = [pair for pair in asked if pair[1]["score"] == pair[0]["score"]]
-    return won, lost, sorted(same, key=lambda pair: pair[1]["score"])
+    """(won, lost, same): the pairs in which the tuned model scores higher, lower, and the same as the base model.
+
+    Won and lost begin with the largest change, the same with the lowest score.
+    """
+    asked = sorted(_asked(base, tuned), key=lambda pair: -abs(_gain(pair)))
+    won = [pair for pair in asked if _gain(pair) > 0]
+    lost = [pair for pair in asked if _gain(pair) < 0]
+    same = [pair for pair in asked if _gain(pair) == 0]
+    return won, lost, sorted(same, key=lambda pair: pair[1]["score"] or 0.0)
+
+
+def _gain(pair: Pair) -> float:
+    before, after = (row["score"] for row in pair)
+    assert before is not None and after is not None, "only asked rows are compared"
+    return after - before

@@ -1,4 +1,4 @@
-"""What answers prompts, transformers (generate.py) or vLLM (with_vllm.py), and how it is asked."""
+"""The interface of engines, which answer prompts: transformers (generate.py) or vLLM (with_vllm.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Request:
     stop_ids: list[int]  # an answer ends at the first of them
     max_new_tokens: int
     sampling: Sampling | None = None  # None: the likeliest token each time
-    draw_keys: list[int] = dataclasses.field(default_factory=list)  # a prompt's draws follow from the seed and its key
+    draw_keys: list[int] = dataclasses.field(default_factory=list)  # a prompt's draws depend on the seed and its key
 
     @property
     def num_samples(self) -> int:
@@ -28,7 +28,7 @@ class Request:
 class Engine(Protocol):
     @property
     def name(self) -> str:
-        """With its version, once it has answered."""
+        """The engine and its version."""
 
     def write(self, request: Request) -> list[np.ndarray]:
-        """New tokens, int64, up to and with the stop token: of each prompt's samples, prompt after prompt."""
+        """The new tokens of each prompt's samples, prompt after prompt: int64, up to and with the stop token."""

@@ -25,7 +25,7 @@ from sft_core.evaluate.engine import Request
 
 log = logging.getLogger(__name__)
 TOKENS_ON_A_CPU = 16_384
-SHARE_OF_MEMORY = 0.4  # of what is free; a cache that grows by a token at a time leaves gaps
+SHARE_OF_MEMORY = 0.4  # of the free memory: a cache that grows by a token at a time leaves gaps
 BYTES_A_LOGIT = 24  # the likeliest token is searched in float32, a token is drawn in float64
 # B is the rows of a batch, T their tokens, V the vocabulary.
 
@@ -95,7 +95,7 @@ def generate_answers(
                     )
                 room = size // 2 * tokens_a_row
                 torch.cuda.empty_cache()
-                log.warning("out_of_memory=%d prompts at once; goes on with %d", size, size // 2)
+                log.warning("out_of_memory=%d prompts at once; now %d at once", size, size // 2)
                 continue
             for index, ids in zip(indices, generated, strict=True):
                 answers[index] = _until_stop(ids, stop_ids)
@@ -112,7 +112,7 @@ def _generated(
     drawn: Drawn | None,
     numbers: list[int],
 ) -> np.ndarray | None:
-    """New tokens of a batch, the longest prompt first: int64, shape (prompts, tokens). None: memory is too small."""
+    """New tokens of a batch, the longest prompt first: int64, shape (prompts, tokens). None: out of memory."""
     length = len(prompts[0])
     ids_BT = torch.full((len(prompts), length), pad_id, dtype=torch.int64)
     mask_BT = torch.zeros_like(ids_BT)
@@ -127,16 +127,16 @@ def _generated(
             logits_processor=drawn.processors(numbers, length) if drawn else None,
         )
     except torch.cuda.OutOfMemoryError:
-        return None  # the error refers to the tensors that fill the memory: let it go before the next try
+        return None  # drop the error before the next try: it refers to the tensors that fill the memory
     return generated_BT[:, length:].cpu().numpy()
 
 
 @contextlib.contextmanager
 def as_served(model: Any) -> Iterator[None]:
-    """The model with attention that reads a cache, whatever it is trained with; afterwards it is as it was before.
+    """The model with attention that reads a cache. At the end its own attention and generation config are restored.
 
-    Its generation config is restored, too: change it inside. `generate` fills what a given config leaves open from the
-    model's (transformers 5.23), and a repetition penalty there would make a copied word a wrong answer.
+    Replace the generation config inside: `generate` fills what a given config leaves open from the model's
+    (transformers 5.23), and a repetition penalty there would make a copied word a wrong answer.
     """
     settings, attention = model.generation_config, model.config._attn_implementation
     served = "sdpa" if model._supports_sdpa else "eager"
@@ -152,7 +152,10 @@ def as_served(model: Any) -> Iterator[None]:
 
 
 def room_for(model: Any) -> tuple[int, int]:
-    """The tokens of prompts and answers for which the device has room at once, and those that a row's logits take."""
+    """(room, tokens of a row's logits): how many tokens of prompts and answers fit the device at once.
+
+    The second number says how many tokens' memory the logits of a row take.
+    """
     if model.device.type != "cuda":
         return TOKENS_ON_A_CPU, 0
     free, _ = torch.cuda.mem_get_info(model.device)
@@ -163,7 +166,7 @@ def room_for(model: Any) -> tuple[int, int]:
 
 
 def bytes_of_a_token(model: Any) -> int:
-    """Bytes that a token takes in the cache of all layers, and in the activations of a layer."""
+    """Bytes of a token in the cache of all layers and in the activations of a layer."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -178,10 +181,10 @@ def _until_stop(ids: np.ndarray, stop_ids: list[int]) -> np.ndarray:
 
 
 class Drawn:
-    """Draws tokens from the model's distribution by numbers that are fixed beforehand, other numbers for each prompt.
+    """Draws tokens from the model's distribution with random numbers that are fixed beforehand for each prompt.
 
-    transformers draws a batch's tokens with one generator, so that a row's tokens depend on the rows beside it. Here
-    they depend on the row's numbers and its logits alone, which are the same in any batch, up to rounding.
+    transformers draws a batch's tokens with one generator, so a row's tokens depend on the rows beside it. Here they
+    depend on the row's numbers and its logits alone; logits are the same in any batch, up to rounding.
     """
 
     def __init__(self, uniforms: np.ndarray, *, temperature: float, top_p: float, top_k: int | None):
@@ -192,12 +195,12 @@ class Drawn:
         self._shape += [TopPLogitsWarper(top_p)] if top_p < 1 else []
 
     def processors(self, prompts: list[int], length: int) -> LogitsProcessorList:
-        """For a batch of prompts, by their numbers, each padded to `length` tokens."""
+        """The processors for a batch. prompts: their numbers; each is padded to `length` tokens."""
         return LogitsProcessorList([*self._shape, _Pick(self._uniforms[prompts], length)])
 
 
 class _Pick(LogitsProcessor):
-    """Leaves one token, by inversion: the first at which the cumulative probability is over the row's number."""
+    """Picks a token by inversion: the first at which the cumulative probability exceeds the row's number."""
 
     def __init__(self, uniforms_BT: np.ndarray, length: int):
         self._uniforms_BT = torch.from_numpy(uniforms_BT)
@@ -206,17 +209,17 @@ class _Pick(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         cumulative_BV = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
         drawn_B = self._uniforms_BT[:, input_ids.shape[1] - self._length].to(scores.device)
-        # Times the last sum, which rounding leaves a little off 1: no number is past the end.
+        # Scale by the last sum, which rounding leaves a little off 1: otherwise a number could be past the end.
         target_B1 = (drawn_B * cumulative_BV[:, -1])[:, None]
         picked_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, picked_B1, 0.0)  # type: ignore[return-value]
 
 
 def uniforms(seed: int, row_keys: list[int], num_samples: int, num_tokens: int) -> np.ndarray:
-    """Numbers to draw by: float64 in [0, 1), shape (rows * samples, tokens), a row's samples one after another.
+    """Random numbers to draw with: float64 in [0, 1), shape (rows * samples, tokens), a row's samples in sequence.
 
-    A sample's numbers follow from the seed, the row's key and the sample's place, whatever the other rows are and
-    however many samples there are.
+    A sample's numbers depend on the seed, the row's key and the sample's place, not on other rows or the number of
+    samples.
     """
     streams = [np.random.default_rng([seed, key, sample]) for key in row_keys for sample in range(num_samples)]
     return np.array([stream.random(num_tokens) for stream in streams]).reshape(len(streams), num_tokens)

@@ -1,4 +1,4 @@
-"""The GPUs that scoring may use, each by one process of this machine at a time. torch is not imported here."""
+"""The GPUs for scoring. One process of this machine uses a GPU at a time. torch is not imported here."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ COUNT = "import torch; print(torch.cuda.device_count())"
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls the GPUs of this process. Empty where torch finds none."""
+    """The GPUs of this process by their names in CUDA_VISIBLE_DEVICES. Empty where torch finds none."""
     if not has_gpu():
         return []
-    # torch counts: a machine may have GPUs that its build, or a wrong index in the variable, leaves out.
-    counted = subprocess.run([sys.executable, "-P", "-c", COUNT], capture_output=True, text=True, check=True)
-    num_gpus = int(counted.stdout)
-    named = os.environ.get(VISIBLE)
-    return [str(number) for number in range(num_gpus)] if named is None else named.split(",")[:num_gpus]
+    # Let torch count: its build, or a wrong index in the variable, may leave out GPUs of the machine.
+    count = subprocess.run([sys.executable, "-P", "-c", COUNT], capture_output=True, text=True, check=True)
+    num_gpus = int(count.stdout)
+    names = os.environ.get(VISIBLE)
+    return [str(number) for number in range(num_gpus)] if names is None else names.split(",")[:num_gpus]
 
 
 def gpus_of_share(gpus: Sequence[str], share: int, size: int) -> list[str]:
-    """The `size` GPUs that a share of the tasks is scored on: share after share the next ones, then from the first."""
+    """The `size` GPUs on which a share of the tasks is scored. Shares take GPUs in turn, then again from the first."""
     groups = [list(gpus[start : start + size]) for start in range(0, len(gpus) - size + 1, size)]
     return groups[share % len(groups)] if groups else list(gpus)
 
 
 @contextlib.contextmanager
 def gpus_by_themselves(gpus: Sequence[str]) -> Iterator[None]:
-    """These GPUs for one process of the user at a time, whatever its run: two models may not fit. Waits, and says so.
+    """Holds the GPUs for this process; two models may not fit. Waits, with a log line, for the user's other processes.
 
-    Enter it before any lock of the store: who holds one waits for no GPU, so nobody waits in a circle.
+    Enter it before any lock of the store, or two processes may wait for each other.
     A lock is of a name: an index and a UUID for the same GPU are two locks, so runs of one machine name GPUs one way.
     """
     # Training takes no lock: in a flow it is over before scoring begins. Two runs on one machine can still meet.

@@ -1,6 +1,6 @@
-"""The model that is scored: loaded when a task needs it, and kept between tasks where a process says so.
+"""The model that is scored: it is loaded when a task needs it, and `keeping_a_model` keeps it between tasks.
 
-Invariant: a model's network and its vLLM engine are never on the device together, and no model is while another is.
+Invariant: the device holds one model at a time, as a network or as a vLLM engine.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from sft_core.recipe.sections import Runtime, VllmSettings
 
 log = logging.getLogger(__name__)
-TASKS_AT_A_TIME = 2  # as many share a machine's cores where the flow runs locally
+TASKS_AT_A_TIME = 2  # a local run of the flow scores so many at once, which share the machine's cores
 
 
 def use_threads(runtime: Runtime) -> None:
-    """This process's share of the cores, for torch."""
+    """Gives torch this process's share of the cores."""
     import torch
 
     torch.set_num_threads(runtime.num_threads or max(1, (os.cpu_count() or 1) // TASKS_AT_A_TIME))
@@ -38,7 +38,7 @@ def use_threads(runtime: Runtime) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ModelToScore:
-    """The start model, or without it (None) the checkpoint in the output `trained`."""
+    """The start model; where `start` is None, the checkpoint in the output `trained`."""
 
     start: ModelLoader | None
     tokenizer: TokenizerLoader  # the start model's
@@ -57,14 +57,14 @@ class ModelToScore:
             return self.start, self.tokenizer
         assert self.checkpoint is not None
         path, trusts = str(self.checkpoint), self.tokenizer.trust_remote_code
-        # Its stop tokens are in its generation config, its added tokens in its tokenizer.
+        # A checkpoint has its stop tokens in its generation config, its added tokens in its tokenizer.
         model = ModelLoader(path, None, None, "auto", self.attn_implementation, [], trusts)
         return model, dataclasses.replace(self.tokenizer, path=path, revision=None, add_special_tokens=[])
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a task needs to know of a model besides its network."""
+    """A model's tokenizer, and facts about its network that stay known when the network is unloaded."""
 
     vocabulary: Any  # the tokenizer
     stops: list[int]  # the ids at which answers end
@@ -92,7 +92,7 @@ class ScoredModel:
 
     @property
     def network(self) -> Any:
-        """On its device, in evaluation mode. Whoever changes it restores it."""
+        """The network on its device, in evaluation mode. A caller that changes it restores it."""
         if self._network is None:
             self._end_engine()
             self._network, vocabulary = load_scored(self._loader, self._tokenizer, self.model.bf16, self.model.seed)
@@ -101,16 +101,16 @@ class ScoredModel:
 
     @property
     def facts(self) -> Facts:
-        """They stay known when the network is let go. Loads it where it never was."""
+        """The facts. The network is loaded for them at most once."""
         if self._facts is None:
             _ = self.network
         assert self._facts is not None
         return self._facts
 
     def engine(self, settings: VllmSettings, scratch: Path) -> WithVllm:
-        """vLLM with the same weights; the network's memory is given back.
+        """vLLM with the same weights. The network is unloaded.
 
-        scratch: a folder with room for the start model, which is written there for as long as vLLM reads it.
+        scratch: a folder with room for the start model, which is written there while vLLM reads it.
         """
         if self._engine is not None and self.is_engine_running:
             return self._engine
@@ -160,9 +160,9 @@ class ScoredModel:
 
 
 def load_scored(model: ModelLoader, tokenizer: TokenizerLoader, bf16: bool, seed: int) -> tuple[Any, Any]:
-    """The network on its device, in the dtype in which it is scored, and its tokenizer.
+    """The network on its device, in the dtype for scoring, and its tokenizer.
 
-    bf16: in bfloat16 throughout, as it is served; autocast would convert every weight again for each new token.
+    bf16: all weights in bfloat16, as in serving; autocast would convert every weight again for each new token.
     """
     import torch
 
@@ -199,8 +199,11 @@ def _grows(model: ModelLoader, tokenizer: TokenizerLoader) -> bool:
 
 
 def _cast(network: Any, dtype: Any) -> None:
-    """Casts what a checkpoint holds. Buffers that are computed from the config stay in float32, as from_pretrained
-    leaves them: with rounded frequencies, rotary embeddings turn far positions by other angles."""
+    """Casts parameters and the buffers that a checkpoint holds.
+
+    Buffers that are computed from the config stay in float32, as from_pretrained leaves them: with rounded frequencies,
+    rotary embeddings turn far positions by other angles.
+    """
     computed = [
         (module, name, getattr(module, name))
         for module in network.modules()
@@ -227,14 +230,14 @@ def is_device_sound() -> bool:
     return True
 
 
-# The model of the last task is kept inside `keeping_a_model`.
+# The model of the last task, inside `keeping_a_model`.
 _keeps = False
 _kept: ScoredModel | None = None
 
 
 @contextlib.contextmanager
 def keeping_a_model() -> Iterator[None]:
-    """Inside it a task's model stays loaded for the next task that scores it, and is freed before another loads."""
+    """Inside it a model stays loaded for the next task, and is freed before another model loads."""
     global _keeps
     _keeps = True
     try:
@@ -246,7 +249,7 @@ def keeping_a_model() -> Iterator[None]:
 
 @contextlib.contextmanager
 def scored_model(model: ModelToScore) -> Iterator[ScoredModel]:
-    """The model, which is loaded when its network is first used, and freed at the end unless it is kept."""
+    """The model, which is loaded at its network's first use and freed at the end, unless `keeping_a_model` keeps it."""
     global _kept
     if _kept is None or _kept.model != model:
         _forget()

@@ -1,4 +1,4 @@
-"""A process of ours with a pipe to it, for messages both ways; it ends with this one."""
+"""A child process with a pipe for messages both ways. It ends when this process ends."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
-LOOK_S = 1.0  # between looks whether it is alive: what it forked may hold the pipe open when it is not
+LOOK_S = 1.0  # between checks that it is alive: its own children may hold the pipe open after it died
 END_S = 30.0  # to free a GPU
 
 
 class ProcessEnded(RuntimeError):
-    """status: as subprocess has it, negative for the signal that killed it."""
+    """The child process ended. status: as subprocess has it, negative for the signal that killed it."""
 
     def __init__(self, status: int):
         super().__init__(f"ended with exit status {status}")
@@ -25,9 +25,9 @@ class ProcessEnded(RuntimeError):
 
 
 class PipedProcess:
-    """Started with two arguments more: the file descriptor of its end of the pipe, and the id of this process.
+    """A command with two more arguments: the file descriptor of its end of the pipe, and the id of this process.
 
-    It reads until the pipe is closed, and then ends. Start it in the main thread: the kernel ends it with the thread.
+    It ends once the pipe is closed. Start it in the main thread: the kernel ends it with the thread that started it.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
@@ -56,7 +56,7 @@ class PipedProcess:
             raise ProcessEnded(self._wait()) from None
 
     def receive(self) -> bytes:
-        """Raises ProcessEnded, however long it takes to end."""
+        """The next message, however long it takes. Raises ProcessEnded when the process ends first."""
         try:
             while not self._pipe.poll(LOOK_S):
                 if not self.is_running and not self._pipe.poll():
@@ -66,7 +66,7 @@ class PipedProcess:
             raise ProcessEnded(self._wait()) from None
 
     def close(self) -> None:
-        """It ends by itself, and is killed where it does not."""
+        """Closes the pipe and waits for the process to end. A process that does not end is killed."""
         self._pipe.close()
         self._wait()
 

@@ -1,9 +1,9 @@
-"""The scored rows of a task: what each wanted, what the model wrote, and the scores that follow from them."""
+"""The scored rows of a task: the right answer, the model's answers and their scores, and the scores over all rows."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from sft_core.evaluate.scores import Score, mean_score, perplexity, strip_thinking, token_accuracy, token_loss
 
-# A row that was not asked has nulls from `outputs` on. Lists have an entry a sample.
+# A row that was not asked has nulls from `outputs` on. Lists have an entry for each sample.
 ROWS = pa.schema(
     [
         ("row_id", pa.string()),
@@ -19,10 +19,10 @@ ROWS = pa.schema(
         ("nll", pa.float64()),
         ("num_trained", pa.int32()),
         ("num_correct", pa.int32()),  # of the trained tokens, those that are the likeliest
-        ("prompt", pa.string()),  # what a server would be sent; null where the row is trained from its first token
-        ("answer", pa.string()),  # what the row wanted
+        ("prompt", pa.string()),  # as a server would get it; null where the row is trained from its first token
+        ("answer", pa.string()),  # the right one
         ("outputs", pa.list_(pa.string())),
-        ("num_generated", pa.list_(pa.int32())),  # tokens, the stop token with them
+        ("num_generated", pa.list_(pa.int32())),  # tokens, with the stop token
         ("cut_off", pa.list_(pa.bool_())),
         ("scores", pa.list_(pa.float64())),
         ("score", pa.float64()),  # their mean
@@ -30,8 +30,25 @@ ROWS = pa.schema(
 )
 
 
+class ScoredRow(TypedDict):
+    """A row of ROWS."""
+
+    row_id: str
+    prompt_hash: int
+    nll: float
+    num_trained: int
+    num_correct: int
+    prompt: str | None
+    answer: str | None
+    outputs: list[str] | None
+    num_generated: list[int] | None
+    cut_off: list[bool] | None
+    scores: list[float] | None
+    score: float | None
+
+
 def scores(table: pa.Table, metric: str) -> list[Score]:
-    """Loss, perplexity and token accuracy over all rows, and the metric's score over those that were asked."""
+    """Loss, perplexity and token accuracy over all rows, and the metric's score over the asked rows."""
     nll, num_trained, num_correct = (table[name].to_numpy() for name in ("nll", "num_trained", "num_correct"))
     loss = token_loss(nll, num_trained)
     task_scores = [loss, perplexity(loss), token_accuracy(num_correct, num_trained)]
@@ -46,8 +63,8 @@ def of_samples(table: pa.Table, column: str) -> list[Any]:
     return pc.list_flatten(table[column]).to_pylist()
 
 
-def answer_counts(table: pa.Table) -> dict[str, Any]:
-    """Counts over all samples: of answers, of those empty without their thinking, of those cut off; and mean tokens."""
+def answer_counts(table: pa.Table) -> dict[str, int | float | None]:
+    """How many answers there are over all samples, how many are empty without thinking or cut off; and mean tokens."""
     lengths = of_samples(table, "num_generated")
     return {
         "answers": len(lengths),

@@ -1,11 +1,12 @@
-"""Selection rows scored by their answers: those that a forward pass settles at once, the others generated."""
+"""Selection rows scored by their answers. Where a forward pass already shows the answer, nothing is generated."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,15 +21,25 @@ from sft_core.evaluate.metrics.registry import load_metric
 from sft_core.evaluate.scores import strip_thinking
 from sft_core.train.row_losses import RowLosses
 
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerSettings:
+    """How a task's answers are generated and scored."""
+
+    metric: Mapping[str, JsonValue]  # registry.metric_identity
+    max_new_tokens: int
+
 
 class AnswerScores:
-    """Greedy answers to the selection rows that have one to score, by their task's metric, 0 to 1.
+    """Scores the greedy answers to the selection rows by their task's metric, 0 to 1.
 
-    Where all trained tokens of a row are the likeliest, its answer is its own turn: greedy decoding would write these
-    tokens. Only for the other rows an answer is generated, which may be right in other words.
+    Where all trained tokens of a row are the likeliest, greedy decoding would write exactly its trained turn, so the
+    turn is the answer. Other rows get a generated answer, which may be right in other words.
 
-    plan: the selection rows. tokens: each source's folders. asked_by_task: of each task the identity of its metric, and
-    max_new_tokens; both are JSON. conversations: of the tasks whose metric asks for them.
+    plan: the selection rows. tokens: each source's folders. conversations: of the tasks whose metric asks for them.
     """
 
     def __init__(
@@ -36,7 +47,7 @@ class AnswerScores:
         plan: PackPlan,
         sources: list[str],
         tokens: list[list[Path]],
-        asked_by_task: Mapping[str, Mapping[str, Any]],
+        settings: Mapping[str, AnswerSettings],
         conversations: Mapping[str, Path],
         tokenizer: Any,
         *,
@@ -44,19 +55,20 @@ class AnswerScores:
         flops_a_token: float,
     ):
         self._plan, self._sources, self._folders = plan, sources, tokens
-        self._by_task, self._conversations = asked_by_task, conversations
+        self._settings, self._conversations = settings, conversations
         self._tokenizer, self._batch_size, self._flops_a_token = tokenizer, batch_size, flops_a_token
         self._metrics: dict[str, Metric] = {}
-        self._rows: dict[int, TokenRow] = {}  # by their number in the plan, those that are asked
+        # The asked rows, by their number in the plan.
+        self._rows: dict[int, TokenRow] = {}
         self._asked: dict[int, Asked] = {}
-        self._turn_scores: dict[int, float] = {}  # what the turn that the row trains scores
+        self._turn_scores: dict[int, float] = {}  # the score of the row's trained turn
 
     @contextlib.contextmanager
     def ready(self, model: Any) -> Iterator[None]:
-        """Inside it `score` can be called: the rows are read. Raises ValueError for a task without a row to ask."""
+        """Reads the rows; inside it `score` can be called. Raises ValueError for a task without a row to ask."""
         with contextlib.ExitStack() as stack:
-            for task, asked in self._by_task.items():
-                self._metrics[task] = stack.enter_context(load_metric(asked["metric"]))
+            for task, settings in self._settings.items():
+                self._metrics[task] = stack.enter_context(load_metric(settings.metric))
                 self._read(task, model)
             yield
 
@@ -71,7 +83,7 @@ class AnswerScores:
     ) -> tuple[np.ndarray, float]:
         """The score of each selection row, shape (rows,), NaN where it is not asked; and the FLOPs of generating.
 
-        losses: those of the same weights, with num_correct. The ranks share the rows; all get the result.
+        losses: by the same weights, with num_correct. The ranks share the rows; all get the result.
         """
         assert losses.num_correct is not None
         # The last entry counts tokens.
@@ -81,11 +93,11 @@ class AnswerScores:
         for place, number in enumerate(self._asked):
             if self._is_within(number) and settled[number] and place % num_ranks == rank:
                 sums[number] = self._turn_scores[number]
-        for task in self._by_task:
+        for task, settings in self._settings.items():
             unsettled = [number for number in self._of(task) if not (settled[number] and self._is_within(number))]
             numbers = unsettled[rank::num_ranks]
             prompts = [served_prompt(self._rows[number]) for number in numbers]
-            request = Request(prompts, stops, self._by_task[task]["max_new_tokens"])
+            request = Request(prompts, stops, settings.max_new_tokens)
             outputs = generate_outputs(engine, self._tokenizer, request)
             for number, prompt, (output,) in zip(numbers, prompts, outputs, strict=True):
                 text = strip_thinking(output.text)
@@ -105,8 +117,8 @@ class AnswerScores:
         asked = asked_of(self._metrics[task], index, rows, stops, self._tokenizer, self._conversations.get(task))
         if not asked:
             raise ValueError(
-                f"search.score: found 'answers', and none of the {len(rows)} selection rows of {task} asks for one by "
-                f"the metric {self._metrics[task].name}; score it by loss, or leave the task out"
+                f"search.score: found 'answers', and none of the {len(rows)} selection rows of {task} has an answer "
+                f"for the metric {self._metrics[task].name}; score it by loss, or leave the task out"
             )
         for place, asked_row in asked.items():
             row, number = rows[place], int(numbers[place])
@@ -119,6 +131,6 @@ class AnswerScores:
         return [number for number in self._asked if self._plan.source[number] == source]
 
     def _is_within(self, number: int) -> bool:
-        """Whether the turn that the row trains is no longer than an answer may be."""
+        """Whether the row's trained turn is not longer than an answer may be."""
         task = self._sources[self._plan.source[number]]
-        return len(trained_turn(self._rows[number])) <= self._by_task[task]["max_new_tokens"]
+        return len(trained_turn(self._rows[number])) <= self._settings[task].max_new_tokens

@@ -1,9 +1,9 @@
-"""Our model behind lm-eval's interface: asked as it is served, its thinking left out of its answers.
+"""A model behind lm-eval's interface. Prompts are as in serving, and answers come without their thinking.
 
-What differs from lm-eval's own wrapper: a prompt is rendered with the recipe's date and kwargs, gets no second BOS, and
-is cut into the tokens that it is served in; a stop string inside a thought ends nothing; log-softmax is in fp32; of the
-checkpoint's generation settings only the stop tokens count; prompts that are cut to the context are counted; the hub
-is not asked about the model.
+Differences to lm-eval's own wrapper: a prompt is rendered with the recipe's date and kwargs, gets no second BOS, and
+has the tokens that it has in serving; a stop string inside a thought ends nothing; log-softmax is in fp32; of the
+checkpoint's generation settings only the stop tokens count; prompts that are cut to the context are counted; no request
+about the model goes to the hub.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from sft_core.data.rendering.templates import ChatTemplate
 from sft_core.evaluate.scores import strip_thinking
 
 OPEN, CLOSE = "<think>", "</think>"
-_TAIL_TOKENS = 32  # of a prompt: the think tag that its template ends with, if any, is among them
+_TAIL_TOKENS = 32  # the end of a prompt, in which a template may open the thinking
 
 
 class ServedLM(HFLM):
     def __init__(self, model: Any, tokenizer: Any, template: ChatTemplate | None, batch_size: int):
-        """template: what renders a prompt; None for prompts in plain text, to which the tokenizer may add a BOS."""
+        """template: renders prompts; None for prompts in plain text, to which the tokenizer may add a BOS."""
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
@@ -42,17 +42,17 @@ class ServedLM(HFLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The prompt's text. Without a generation prompt the last message is the beginning of the answer."""
-        assert self.template is not None, "asked for with apply_chat_template alone"
+        assert self.template is not None, "lm-eval calls this only with apply_chat_template"
         if add_generation_prompt:
             return self.template.render(chat_history, add_generation_prompt=True)
         *history, begun = chat_history
         return self.template.render(history, add_generation_prompt=True) + begun["content"]
 
-    def get_model_info(self) -> dict[str, Any]:
-        return {}  # lm-eval's would ask the hub for the commit of a model that is loaded already
+    def get_model_info(self) -> dict[str, str]:
+        return {}  # lm-eval's own asks the hub for the commit of the model
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
-        """An answer's text. Think tags show even where they are special tokens, so that the thought can be left out."""
+        """An answer's text without its thought. Think tags are kept until then, even where they are special tokens."""
         if not skip_special_tokens:
             return super().tok_decode(tokens, skip_special_tokens=False)
         text = self.tokenizer.decode([token for token in tokens if token not in self._hidden])
@@ -66,10 +66,10 @@ class ServedLM(HFLM):
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The ids of the prompt as it is served, and of what is written after it.
+        """The ids of the prompt, as in serving, and of the continuation.
 
-        lm-eval's own moves white space at the prompt's end into the answer, which at the end of a rendered prompt cuts
-        it into other tokens than it is served in.
+        lm-eval's own method moves white space at the prompt's end into the answer. At the end of a rendered prompt this
+        gives other tokens than serving does.
         """
         if self.template is None:
             return super()._encode_pair(context, continuation)
@@ -108,7 +108,7 @@ class StopInAnswer(StoppingCriteria):
     def __init__(self, tokenizer: Any, stops: list[str], prompts_BT: Any):
         self._tokenizer, self._stops, self._start = tokenizer, [stop for stop in stops if stop], prompts_BT.shape[1]
         longest = max(len(tokenizer.encode(text, add_special_tokens=False)) for text in (*self._stops, CLOSE))
-        # A tokenizer may cut a string otherwise than when it stands alone.
+        # Inside a text a string may take more tokens than alone.
         self._num_tail = longest + 2
         self._thinking = [text.rfind(OPEN) > text.rfind(CLOSE) for text in self._decoded(prompts_BT[:, -_TAIL_TOKENS:])]
         self._has_thought = [*self._thinking]
@@ -125,7 +125,7 @@ class StopInAnswer(StoppingCriteria):
                 self._has_thought[row] = True
                 tail = tail.rpartition(CLOSE)[2]
             if self._has_thought[row]:
-                tail = tail.lstrip()  # the empty line between a thought and its answer ends nothing
+                tail = tail.lstrip()  # an empty line between thought and answer is no stop string
             if not self._thinking[row] and any(stop in tail for stop in self._stops):
                 self._done[row] = True
         return self._done

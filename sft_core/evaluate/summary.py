@@ -1,24 +1,25 @@
-"""The scores of all tasks in one place: the table, and what thinking gains where both modes have the same prompts."""
+"""The report over all tasks: the score table, what each phase changes, and what thinking gains."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from sft_core.evaluate.comparison import differences, mean_difference
 from sft_core.evaluate.documents import SAMPLES, document_differences
-from sft_core.evaluate.rows import ROWS, answer_counts, of_samples, read_rows
+from sft_core.evaluate.rows import ROWS, ScoredRow, answer_counts, of_samples, read_rows
 from sft_core.recipe.evaluation import LM_EVAL
 from sft_core.report.tables import LOSSES, markdown_table, score_rows
 
 if TYPE_CHECKING:
-    from sft_core.store.stage import Build
+    from sft_core.store.stage import Build, Json
 
 THINK, NO_THINK = "_think", "_no_think"
 GAIN_HEADER = (
@@ -27,8 +28,8 @@ GAIN_HEADER = (
 )
 
 
-def build_report(build: Build, *, recipe: str, tasks: list[str], models: list[str]) -> dict[str, Any]:
-    """Writes scores.json and report.md, and gives the same rows as counts.
+def build_report(build: Build, *, recipe: str, tasks: list[str], models: list[str]) -> dict[str, Json]:
+    """Writes scores.json and report.md, and returns their rows as counts.
 
     models: the start model first, then the checkpoint of each phase; the last one is released.
     """
@@ -37,12 +38,12 @@ def build_report(build: Build, *, recipe: str, tasks: list[str], models: list[st
         task: {model: json.loads((folder / "scores.json").read_text()) for model, folder in of_task.items()}
         for task, of_task in folders.items()
     }
-    own = [task for task in tasks if not task.startswith(LM_EVAL)]
+    sources = [task for task in tasks if not task.startswith(LM_EVAL)]
     first, last = models[0], models[-1]
     compared = {task: compare(of_task[first], of_task[last]) for task, of_task in folders.items()}
-    counts = {task: {model: read_answers(folder) for model, folder in folders[task].items()} for task in own}
+    counts = {task: {model: read_answers(folder) for model, folder in folders[task].items()} for task in sources}
     scores = [row.to_json() for row in score_rows(by_model, compared, counts)]
-    gains = thinking_gains({task: folders[task][last] for task in own})
+    gains = thinking_gains({task: folders[task][last] for task in sources})
     phases = phase_changes(folders, models) if len(models) > 2 else []
     (build.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     sections = [f"# {recipe}", *_table(scores)]
@@ -52,16 +53,16 @@ def build_report(build: Build, *, recipe: str, tasks: list[str], models: list[st
     return {"scores": scores, "thinking": gains, **({"phases": phases} if phases else {})}
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
+def _table(rows: Sequence[Mapping[str, object]]) -> list[str]:
     return [markdown_table(tuple(rows[0]), [tuple(row.values()) for row in rows])] if rows else []
 
 
-def phase_changes(folders: dict[str, dict[str, Path]], models: list[str]) -> list[dict[str, Any]]:
+def phase_changes(folders: dict[str, dict[str, Path]], models: list[str]) -> list[dict[str, str | float | None]]:
     """How each model differs from the one before it: a row for each task, metric and phase.
 
     folders: {task: {model: an evaluation's folder}}.
     """
-    rows = []
+    rows: list[dict[str, str | float | None]] = []
     for task, of_task in folders.items():
         for before, model in itertools.pairwise(models):
             for metric, difference in compare(of_task[before], of_task[model]).items():
@@ -74,26 +75,31 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
 
 
-def compare(before: Path, after: Path) -> dict[str, dict[str, Any]]:
+def compare(before: Path, after: Path) -> dict[str, dict[str, float | None]]:
     """{metric: {n, value, low, high}} of two evaluations of a task: after - before, with its 95 % interval."""
     if (after / SAMPLES).is_file():
-        by_metric = document_differences(before, after)  # of the harness, which keeps rows of its own
+        by_metric = document_differences(before, after)  # a task of the harness, which writes samples in place of rows
     else:
-        by_metric = differences(read_rows(before), read_rows(after), read_answers(after)["metric"])
+        by_metric = differences(read_rows(before), read_rows(after), _metric_of_answers(after) or "")
     return {metric: dataclasses.asdict(difference) for metric, difference in by_metric.items()}
 
 
-def read_answers(folder: Path) -> dict[str, Any]:
-    """The counts of an evaluation's answers, and the metric by which they are scored; None where none are."""
+def read_answers(folder: Path) -> dict[str, int | float | str | None]:
+    """The counts of an evaluation's answers, and their metric; None where no row was asked."""
+    return {**answer_counts(read_rows(folder)), "metric": _metric_of_answers(folder)}
+
+
+def _metric_of_answers(folder: Path) -> str | None:
     metrics = [score["metric"] for score in json.loads((folder / "scores.json").read_text())]
-    answered = [metric for metric in metrics if metric not in LOSSES]
-    return {**answer_counts(read_rows(folder)), "metric": answered[0] if answered else None}
+    return next((metric for metric in metrics if metric not in LOSSES), None)
 
 
-def thinking_gains(folders: dict[str, Path]) -> list[dict[str, Any]]:
-    """The score with and without thinking, for tasks NAME_think and NAME_no_think, paired by prompt, and beside it what
-    the answers to these prompts cost: generated tokens as a mean, and the share that was cut off."""
-    gains = []
+def thinking_gains(folders: dict[str, Path]) -> list[dict[str, str | float]]:
+    """The scores with and without thinking of tasks NAME_think and NAME_no_think, paired by prompt.
+
+    A row also has the cost of these answers: the mean of generated tokens, and the share of answers cut off.
+    """
+    gains: list[dict[str, str | float]] = []
     for task, folder in folders.items():
         twin = task.removesuffix(NO_THINK) + THINK
         if not task.endswith(NO_THINK) or twin not in folders:
@@ -114,5 +120,6 @@ def thinking_gains(folders: dict[str, Path]) -> list[dict[str, Any]]:
     return gains
 
 
-def _asked(rows: pa.Table) -> dict[int, dict[str, Any]]:
+def _asked(rows: pa.Table) -> dict[int, ScoredRow]:
+    """The asked rows by the hash of their prompt."""
     return {row["prompt_hash"]: row for row in rows.to_pylist() if row["score"] is not None}

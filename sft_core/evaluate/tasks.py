@@ -1,4 +1,4 @@
-"""A task is a source's report split: loss on its trained tokens, and where the metric asks for them, scored answers."""
+"""A task is a source's report split: the loss of its trained tokens, and scored answers where the metric asks."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ from sft_core.recipe.evaluation import Sampling
 from sft_core.train.job import ModelLoader, TokenizerLoader
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from sft_core.recipe.sections import Runtime
-    from sft_core.store.stage import Build
+    from sft_core.store.stage import Build, Json
 
 log = logging.getLogger(__name__)
 TOKENS_A_FORWARD = 2048
@@ -54,14 +56,14 @@ class ScoredTask:
     max_rows: int
     max_length: int  # tokens; longer rows are left out and counted, as in training
     smoke: bool  # a task without report rows is scored on the rows that it has
-    metric: dict[str, Any]  # JSON: registry.metric_identity
+    metric: dict[str, JsonValue]  # registry.metric_identity
     max_new_tokens: int
     sampling: Sampling | None  # None: greedy answers
-    engine: str = "transformers"  # what answers; losses are always transformers'
+    engine: str = "transformers"  # of the answers; transformers measures losses in any case
 
     @classmethod
     def from_section(cls, section: Mapping[str, Any]) -> ScoredTask:
-        """The section is JSON, with the stage's places in it. Raises TypeError for a key that is not known."""
+        """section: JSON, with the stage's places in it. Raises TypeError for an unknown key."""
         model, sampling = section["model"], section["sampling"]
         typed = {
             "model": None if model is None else ModelLoader(**model),
@@ -109,7 +111,7 @@ class ReportRows:
 
 
 class AnsweredRow(NamedTuple):
-    """The columns of ROWS that follow from a row's answers; lists have an entry a sample."""
+    """The columns of ROWS about a row's answers; lists have an entry for each sample."""
 
     outputs: list[str]
     num_generated: list[int]
@@ -118,11 +120,11 @@ class AnsweredRow(NamedTuple):
     score: float
 
 
-def build_evaluated(build: Build, **section: Any) -> dict[str, Any]:
+def build_evaluated(build: Build, **section: Any) -> dict[str, Json]:
     """Writes scores.json, and rows.parquet with each row's loss, generated answers and their scores.
 
     section: see ScoredTask. Raises ValueError for a task without rows, for an answer that the metric cannot read, and
-    where vLLM is missing.
+    for a missing vLLM.
     """
     task = ScoredTask.from_section(section)
     use_threads(build.runtime)
@@ -158,10 +160,10 @@ def build_evaluated(build: Build, **section: Any) -> dict[str, Any]:
 
 
 def measure_ahead(runtime: Runtime, inputs: Mapping[str, Path], task: ScoredTask) -> None:
-    """Measures the losses of a task that vLLM will answer, and notes the room that its answers need.
+    """Measures the losses of a task that vLLM will answer, and reserves the room that its answers need.
 
-    Call it for all tasks of a kept model before the first is built: then the model's network is loaded once, and its
-    engine is started once.
+    Call it for all tasks of a kept model before the first is built: then the network is loaded once, and the engine is
+    started once.
     """
     use_threads(runtime)
     rows = ReportRows.read(inputs["tokens"], task)
@@ -171,7 +173,7 @@ def measure_ahead(runtime: Runtime, inputs: Mapping[str, Path], task: ScoredTask
 
 
 def measured_losses(loaded: ScoredModel, rows: ReportRows) -> tuple[np.ndarray, np.ndarray]:
-    """As row_losses. For rows that were measured ahead, it does not load the network."""
+    """The result of row_losses. For rows that `measure_ahead` measured, the network is not loaded."""
     if rows.key not in loaded.losses:
         from sft_core.train.probe import forward_of
 
@@ -189,7 +191,7 @@ def _engine(name: str, loaded: ScoredModel, build: Build) -> Engine:
 
 
 def _request(task: ScoredTask, rows: ReportRows, asked: Mapping[int, Asked], stops: list[int]) -> Request:
-    """The prompts of the rows that are asked, in their order; the hash of a row's prompt is what its draws follow."""
+    """The prompts of the asked rows, in their order. A row's draws depend on the hash of its prompt."""
     return Request(
         [served_prompt(rows.tokens[place]) for place in asked],
         stops,
@@ -221,7 +223,7 @@ def _table(
     answered: Mapping[int, AnsweredRow],
     tokenizer: Any,
 ) -> pa.Table:
-    """The rows as ROWS has them."""
+    """The table of ROWS."""
     prompts = [served_prompt(row) for row in rows.tokens]
     answers = rows.index["answer"].to_pylist()
     columns = {
@@ -239,7 +241,7 @@ def _table(
 
 
 def row_losses(model: Any, rows: list[TokenRow]) -> tuple[np.ndarray, np.ndarray]:
-    """The summed negative log-likelihood of each row's trained tokens, and how many of them are the likeliest.
+    """Each row's summed negative log-likelihood of its trained tokens, and how many of them are the likeliest.
 
     float64 and int64, shape (rows,). Rows share a forward where the model keeps them apart.
     """
@@ -260,10 +262,10 @@ def row_losses(model: Any, rows: list[TokenRow]) -> tuple[np.ndarray, np.ndarray
             if number + 1 == len(rows) or len(rows[number + 1].input_ids) > room:
                 batch = to_device(collate([(rows[member], member) for member in group]), model.device)
                 logits_NV = trained_token_logits(model, batch, forward)
-                wanted_N, row_N = batch["target_ids"], batch["source"].cpu().numpy()
-                nll_N = F.cross_entropy(logits_NV, wanted_N, reduction="none")
+                target_N, row_N = batch["target_ids"], batch["source"].cpu().numpy()
+                nll_N = F.cross_entropy(logits_NV, target_N, reduction="none")
                 np.add.at(sums, row_N, nll_N.double().cpu().numpy())
-                np.add.at(num_correct, row_N, (logits_NV.argmax(dim=-1) == wanted_N).cpu().numpy())
+                np.add.at(num_correct, row_N, (logits_NV.argmax(dim=-1) == target_N).cpu().numpy())
                 group = []
     return sums, num_correct
 

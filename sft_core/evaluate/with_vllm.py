@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ HAS_VLLM = "import importlib.util as u, sys; sys.exit(sys.version_info < (3, 11)
 
 
 def unmet_vllm(settings: VllmSettings) -> str | None:
-    """Why no vLLM can be started here, and what to do."""
+    """The reason why vLLM cannot start here, and what to do; None where it can."""
     python = interpreter(settings)
     if shutil.which(python) is None:
         return f"runtime.vllm.python: found {python!r}; there is no such program"
@@ -42,7 +43,7 @@ def interpreter(settings: VllmSettings) -> str:
 
 
 class WithVllm:
-    """The engine (engine.py) that answers by vLLM and the model in a folder; it stays up until it is closed."""
+    """The engine (engine.py) that answers with vLLM and the model in a folder. It runs until it is closed."""
 
     def __init__(self, model: Path, settings: VllmSettings, *, dtype: str, trust_remote_code: bool, max_model_len: int):
         """Starts vLLM and returns once it has read the folder. Raises RuntimeError where it does not start.
@@ -73,21 +74,29 @@ class WithVllm:
         self._process.close()
 
     def write(self, request: Request) -> list[np.ndarray]:
-        """Raises RuntimeError where vLLM fails; it is not running then."""
+        """Raises RuntimeError where vLLM fails; the process has ended then."""
         if not request.prompts:
             return []
-        shared = {"max_tokens": request.max_new_tokens, "stop_token_ids": request.stop_ids, "detokenize": False}
-        params: list[dict[str, Any]] = [{"temperature": 0.0, **shared}] * len(request.prompts)
+        shared: dict[str, object] = {
+            "max_tokens": request.max_new_tokens,
+            "stop_token_ids": request.stop_ids,
+            "detokenize": False,
+        }
+        params: list[dict[str, object]] = [{"temperature": 0.0, **shared}] * len(request.prompts)
         if (sampling := request.sampling) is not None:
-            shape = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
+            shape: dict[str, object] = {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k or 0,
+            }
             samples = range(sampling.num_samples)
             seeds = [draw_seed(sampling.seed, key, sample) for key in request.draw_keys for sample in samples]
             params = [{"seed": seed, **shape, **shared} for seed in seeds]
         prompts = [prompt.tolist() for prompt in request.prompts for _ in range(request.num_samples)]
         return [np.array(ids, np.int64) for ids in self._reply({"prompts": prompts, "sampling": params})["answers"]]
 
-    def _reply(self, message: dict[str, Any]) -> dict[str, Any]:
-        """What the process answers to a message; both are JSON."""
+    def _reply(self, message: Mapping[str, object]) -> Any:
+        """The process's reply to a message; both are JSON objects."""
         try:
             self._process.send(json.dumps(message).encode())
             return json.loads(self._process.receive())
@@ -96,7 +105,7 @@ class WithVllm:
                 raise RuntimeError("vLLM was killed; was there memory enough?") from None
             raise RuntimeError(f"vLLM ended with exit status {ended.status}; see its error above") from None
         except BaseException:
-            self._process.kill()  # or its late answer would be read as the answer to the next message
+            self._process.kill()  # or its late reply would pass for the reply to the next message
             raise
 
 
@@ -106,11 +115,11 @@ def draw_seed(seed: int, key: int, sample: int) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """The environment of the other interpreter. Our search path is left out: it would bring our libraries along."""
+    """The other interpreter's environment, without our search path: our libraries would win over its own."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     defaults = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, which ends with this one
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",  # it warns, for pages, that it has no tokenizer
+        "VLLM_LOGGING_LEVEL": "ERROR",  # at WARNING it prints pages about the missing tokenizer
     }
     return {**defaults, **inherited}

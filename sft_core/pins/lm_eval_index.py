@@ -1,8 +1,8 @@
-"""lm-eval's index of tasks, groups and tags, and the folders of lm-eval that a name leads to.
+"""lm-eval's index of tasks, groups and tags, and the folders of lm-eval that a name needs.
 
-lm-eval reads 14,000 YAML files into its index, so a step that scores one task reads that task's folders only. Which
-folders those are is known from the whole index alone: members of groups and tasks of tags stand in any file. The whole
-index is made once for each state of lm-eval's files, and its names and folders are cached.
+lm-eval reads 14,000 YAML files into its index, so a step that scores one task reads only that task's folders. Only the
+whole index tells these folders, for any file may hold members of a group or tasks of a tag. The whole index is built
+once for each state of lm-eval's files, and its names and folders are cached.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from sft_core.store.folders import cache_folder
 
@@ -30,6 +30,14 @@ class Known(NamedTuple):
     members: list[str]  # names in a group, tasks of a tag
 
 
+class Entry(Protocol):
+    """An entry of lm-eval's index. A tag has no cfg and no yaml_path; its tags are its tasks."""
+
+    cfg: Mapping[str, Any] | None
+    tags: set[str]
+    yaml_path: Path | None
+
+
 def built_in() -> Path:
     """The folder of lm-eval's own tasks."""
     import lm_eval.tasks
@@ -42,7 +50,7 @@ def task_manager(include_path: str | None, folders: Sequence[str] | None) -> Any
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     from lm_eval.tasks import TaskManager
 
-    # lm-eval takes a name that stands in two of these paths from the later one, and of its own from the first by path.
+    # Of equal names in these paths lm-eval takes the later one, but among its own folders the first by path.
     paths = [str(built_in() / folder) for folder in sorted(folders or (), reverse=True)]
     paths += [checked(include_path)] if include_path else []
     return TaskManager(include_path=paths, include_defaults=folders is None)
@@ -57,7 +65,7 @@ def checked(include_path: str) -> str:
 
 
 def reached(name: str, members_of: Callable[[str], Iterable[str]]) -> set[str]:
-    """The name, and all names that it leads to by groups and tags."""
+    """The name, and all names below it by groups and tags."""
     names, waiting = set(), [name]
     while waiting:
         if (name := waiting.pop()) not in names:
@@ -66,8 +74,8 @@ def reached(name: str, members_of: Callable[[str], Iterable[str]]) -> set[str]:
     return names
 
 
-def members_in(index: Mapping[str, Any]) -> Callable[[str], Iterable[str]]:
-    """The members of a name by one of lm-eval's indexes; none for a name that is not in it."""
+def members_in(index: Mapping[str, Entry]) -> Callable[[str], Iterable[str]]:
+    """A function that gives a name's members by an index of lm-eval; none for a name that is not in it."""
 
     def members_of(name: str) -> Iterable[str]:
         if (entry := index.get(name)) is None:
@@ -77,59 +85,66 @@ def members_in(index: Mapping[str, Any]) -> Callable[[str], Iterable[str]]:
     return members_of
 
 
-def members(config: Mapping[str, Any]) -> list[tuple[str | None, dict[str, Any]]]:
-    """(name, config) of each member of a group. A group that is written out inside another has no name."""
-    found: list[tuple[str | None, dict[str, Any]]] = []
+class Member(NamedTuple):
+    """A member of a group."""
+
+    name: str | None  # None for a group that is written out inside another
+    config: Mapping[str, Any]  # as the group's YAML writes it; empty where it only names the member
+
+
+def members(config: Mapping[str, Any]) -> list[Member]:
+    """The members of a group. config: the group's."""
     stated = config.get("task")
-    for member in stated if isinstance(stated, list) else []:
-        if isinstance(member, str):
-            found.append((member, {}))
-        else:
-            found.append((member["group"] if "group" in member else member.get("task"), member))
-    return found
+    return [
+        Member(member, {})
+        if isinstance(member, str)
+        else Member(member["group"] if "group" in member else member.get("task"), member)
+        for member in (stated if isinstance(stated, list) else [])
+    ]
 
 
 def _named_in(config: Mapping[str, Any]) -> Iterator[str]:
+    """All names in a group's config, at any depth."""
     for name, inner in members(config):
         if isinstance(name, str):
             yield name
         yield from _named_in(inner)
 
 
-def folders_of(name: str, own: Mapping[str, Any], known: Mapping[str, Known]) -> list[str]:
-    """The folders of lm-eval to read for a name, none of them inside another one.
+def folders_of(name: str, users: Mapping[str, Entry], known: Mapping[str, Known]) -> list[str]:
+    """The folders of lm-eval to read for a name, none of them inside another.
 
-    own: the index of the user's folder, whose tasks replace lm-eval's of the same names.
+    users: the index of the user's folder. Its tasks replace lm-eval's of the same names.
     """
-    own_members, folders = members_in(own), set()
+    users_members, folders = members_in(users), set()
 
     def members_of(name: str) -> Iterable[str]:
-        return own_members(name) if name in own else known[name].members if name in known else ()
+        return users_members(name) if name in users else known[name].members if name in known else ()
 
-    for one in reached(name, members_of):
-        if one in own or one not in known:
+    for below in reached(name, members_of):
+        if below in users or below not in known:
             continue
-        if (folder := known[one].folder) is not None:
+        if (folder := known[below].folder) is not None:
             folders.add(Path(folder))
         else:
-            # One folder around all of a tag's tasks: lm-eval knows only those of the last folder that has the tag.
-            folders.add(Path(os.path.commonpath([known[task].folder or "." for task in known[one].members])))
+            # One folder around all tasks of the tag: of several folders with a tag lm-eval knows the last one's tasks.
+            folders.add(Path(os.path.commonpath([known[task].folder or "." for task in known[below].members])))
     return sorted(str(folder) for folder in folders if not folders.intersection(folder.parents))
 
 
 def known_names() -> dict[str, Known]:
     """All tasks, groups and tags of lm-eval.
 
-    To make the index takes 10 s of CPU (23 to 32 s on a busy machine), to read the cached one 0.4 s, most of it to see
-    that the files are the same (14,000 YAMLs, lm-eval 0.4.13). Without a cache a search for names in the files' text
-    finds most folders in 1.7 s, but has to make the whole index each time for a name that leads to a tag, as mmlu.
+    Building the index takes 10 s of CPU (23 to 32 s on a busy machine). Reading the cached one takes 0.4 s, mostly for
+    the check that the files are the same (14,000 YAMLs, lm-eval 0.4.13). Searching the files' text without a cache
+    takes 1.7 s for most names, but names with a tag below them, such as mmlu, need the whole index each time.
     """
     path = cache_folder() / f"lm_eval-{importlib.metadata.version('lm_eval')}-{_state(built_in())}.json"
     try:
-        return {name: Known(*known) for name, known in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # not there yet, or damaged
+        return {name: Known(*fields) for name, fields in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError):  # missing or damaged
         pass
-    log.info("lm-eval's tasks are indexed: half a minute, once for each version of lm-eval")
+    log.info("indexing lm-eval's tasks: half a minute, once for each version of lm-eval")
     index = task_manager(None, None).task_index
     members_of = members_in(index)
     names = {name: Known(_folder(entry.yaml_path), [*members_of(name)]) for name, entry in index.items()}

@@ -1,7 +1,7 @@
 """Pins of lm-eval tasks: digests of their configs, of the code beside them, and of the local data that they read.
 
-Nothing is downloaded and torch is not imported. The version stands for lm-eval's own code. For a dataset of the hub
-stands what the config says of it: its name and, where it is stated, its revision.
+Nothing is downloaded and torch is not imported. lm-eval's version pins its own code. A dataset of the hub is pinned as
+far as the config states its name and revision.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from sft_core.local_files import digest_files
 from sft_core.pins.lm_eval_index import (
     KEY,
+    Entry,
     built_in,
     checked,
     folders_of,
@@ -29,24 +30,34 @@ from sft_core.pins.lm_eval_index import (
 from sft_core.recipe.wording import nearest
 from sft_core.store.manifest import sha256_of
 
-_FILE_READERS = ("arrow", "csv", "json", "parquet", "text")  # dataset_path where the data are files, not the hub's
+_FILE_READERS = ("arrow", "csv", "json", "parquet", "text")  # a dataset_path that means files, not the hub
 
 
-def pin_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int | None) -> dict[str, Any]:
-    """{version, tasks: {name: {digest, folders}}}: plain data. folders: those of lm-eval that have to be read for it.
+class TaskPin(TypedDict):
+    digest: str
+    folders: list[str]  # of lm-eval, to read for the task
 
-    Raises ValueError for a name that lm-eval does not know, for a task that cannot be run as the recipe asks, and
-    when lm-eval is not installed; FileNotFoundError for a missing folder or data file.
+
+class LmEvalPins(TypedDict):
+    version: str
+    tasks: dict[str, TaskPin]
+
+
+def pin_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int | None) -> LmEvalPins:
+    """The pins of the tasks, which are plain data.
+
+    Raises ValueError for an unknown name, for a task that cannot run as the recipe asks, and for a missing lm-eval;
+    FileNotFoundError for a missing folder or data file.
     """
     version = installed_version()
-    own = task_manager(include_path, []).task_index
-    leads_out = any(one not in own for name in names for one in reached(name, members_in(own)))
-    known = known_names() if leads_out else {}
-    tasks = {}
+    users = task_manager(include_path, []).task_index
+    needs_lm_eval = any(below not in users for name in names for below in reached(name, members_in(users)))
+    known = known_names() if needs_lm_eval else {}
+    tasks: dict[str, TaskPin] = {}
     for name in names:
-        _check_known(name, {*own, *known})
-        folders = folders_of(name, own, known)
-        index = task_manager(include_path, folders).task_index if folders else own
+        _check_known(name, {*users, *known})
+        folders = folders_of(name, users, known)
+        index = task_manager(include_path, folders).task_index if folders else users
         entries = _entries(name, index)
         _check_runs(name, entries, num_fewshot)
         tasks[name] = {"digest": _digest(entries, include_path), "folders": folders}
@@ -75,15 +86,15 @@ def _check_known(name: str, known: Collection[str]) -> None:
         raise ValueError(f"{KEY}.tasks: found {name!r}; lm-eval knows no such task{hint}")
 
 
-def _entries(name: str, index: Mapping[str, Any]) -> dict[str, Any]:
-    """The index's entries of the name and of all names that it leads to, by name.
+def _entries(name: str, index: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The index's entries of the name and of all names below it.
 
-    A task that is written out inside its group is in no index: the group's config holds it as a whole.
+    A task that is written out inside its group is in no index: the group's config holds all of it.
     """
-    return {one: index[one] for one in sorted(reached(name, members_in(index))) if one in index}
+    return {below: index[below] for below in sorted(reached(name, members_in(index))) if below in index}
 
 
-def _check_runs(name: str, entries: Mapping[str, Any], num_fewshot: int | None) -> None:
+def _check_runs(name: str, entries: Mapping[str, Entry], num_fewshot: int | None) -> None:
     for task, entry in entries.items():
         config = entry.cfg or {}
         if config.get("unsafe_code"):
@@ -97,17 +108,17 @@ def _check_runs(name: str, entries: Mapping[str, Any], num_fewshot: int | None) 
             )
 
 
-def _digest(entries: Mapping[str, Any], include_path: str | None) -> str:
+def _digest(entries: Mapping[str, Entry], include_path: str | None) -> str:
     roots = [str(built_in()), *([checked(include_path)] if include_path else [])]
     configs = {name: entry.cfg or sorted(entry.tags) for name, entry in entries.items()}
     text = json.dumps({"configs": configs, "code": _code(entries, include_path), "data": _data(entries)}, default=str)
     for root in roots:
-        text = text.replace(root, "")  # configs name functions, and may name data, by path: a moved folder is the same
+        text = text.replace(root, "")  # configs hold paths of functions and data: moving a folder changes no digest
     return sha256_of(json.loads(text))
 
 
-def _code(entries: Mapping[str, Any], include_path: str | None) -> str | None:
-    """The digest of all Python files below `include_path` where a task is from there. Imports are not followed."""
+def _code(entries: Mapping[str, Entry], include_path: str | None) -> str | None:
+    """The digest of all Python files below `include_path`, if a task is from there. Imports are not followed."""
     if include_path is None:
         return None
     folder = Path(checked(include_path))
@@ -115,7 +126,7 @@ def _code(entries: Mapping[str, Any], include_path: str | None) -> str | None:
     return digest_files(sorted(folder.rglob("*.py"))) if is_users else None
 
 
-def _data(entries: Mapping[str, Any]) -> dict[str, str]:
+def _data(entries: Mapping[str, Entry]) -> dict[str, str]:
     """{pattern: digest} of the local files that the configs name."""
     patterns = sorted({pattern for entry in entries.values() for pattern in _data_patterns(entry.cfg or {})})
     return {pattern: digest_files(_local_files(pattern)) for pattern in patterns}
@@ -129,10 +140,10 @@ def _data_patterns(config: Mapping[str, Any]) -> Iterator[str]:
         yield path
     elif path in _FILE_READERS:
         yield from patterns
-    elif path is None:  # a group that sets its tasks' data; the tasks' configs say whether they are files
+    elif path is None:  # a group that sets its tasks' data; only the tasks' configs say whether the data are files
         yield from (pattern for pattern in patterns if glob.glob(os.path.expanduser(pattern), recursive=True))
-    for _, inner in members(config):
-        yield from _data_patterns(inner)
+    for member in members(config):
+        yield from _data_patterns(member.config)
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""Pins: what the recipe's names point to now, as commits and digests of files, resolved once a run.
+"""Pins: the commits and file digests to which the recipe's names point now. A run resolves them once.
 
-All later steps work on the pinned recipe, so that a run and its resume see one state of the world.
+All later steps use the pinned recipe, so that a run and its resume see the same models and data.
 """
 
 from __future__ import annotations
@@ -11,33 +11,44 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from sft_core.data.sources.hub_token import check_token
 from sft_core.data.sources.registry import source_of
 from sft_core.local_files import digest_files, is_local
-from sft_core.pins.lm_eval_tasks import digest_task, pin_tasks
+from sft_core.pins.lm_eval_tasks import LmEvalPins, digest_task, pin_tasks
 from sft_core.recipe.datasets.dataset import Dataset
 from sft_core.recipe.recipe import Phase, Recipe
 from sft_core.rounds import Rounds
-from sft_core.store.stage import Part, Unresolved
+from sft_core.store.stage import Json, Part, Unresolved
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "configs" / "templates"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
 
 
+class Pins(TypedDict):
+    """Commits of names on the hub, and digests of local files. None: there is no such name, or it is not resolved."""
+
+    sources: dict[str, str | None]
+    tokenizer: str | None
+    model: str | None
+    template: str | None
+    lm_eval: NotRequired[LmEvalPins]
+    licences: NotRequired[dict[str, str]]  # by `kind id`
+
+
 @dataclasses.dataclass(frozen=True)
 class PinnedRecipe:
-    """A recipe and what its names stand for. `pins` is small plain data and goes into every identity."""
+    """A recipe with its pins, which are small plain data; identities hold them in place of names."""
 
     recipe: Recipe
-    pins: dict[str, Any]
+    pins: Pins
     unresolved: tuple[str, ...] = ()  # a line for each reason why a pin is None
     rounds: Mapping[str, Rounds] = dataclasses.field(default_factory=dict)  # of each phase with a search
 
     def phase_name(self, part: Part) -> str:
-        """The phase of an output: its part names it, or a source or task of it, unless there is but one."""
+        """The phase of an output. With several phases, its part names the phase, or a source or task of the phase."""
         names = [*self.recipe.phases]
         if len(names) == 1:
             return names[0]
@@ -47,7 +58,7 @@ class PinnedRecipe:
         return self.recipe.phases[self.phase_name(part)]
 
     def part_of(self, phase: str, **rest: Any) -> Part:
-        """The part of an output of the phase, which names it only where there are several."""
+        """The part of an output of the phase. It names the phase only in a recipe with several."""
         return rest if len(self.recipe.phases) == 1 else {"phase": phase, **rest}
 
     def phase_before(self, phase: str) -> str | None:
@@ -60,10 +71,10 @@ class PinnedRecipe:
         return _known(self.pins["sources"][source], source)
 
     # Each model, tokenizer or task has an identity (digests, goes into keys) and a loader (paths, does not). A builder
-    # asks for a loader perhaps long after the run began, so the loader digests local files again.
+    # may ask for a loader long after the run began, so the loader compares local files with their pins.
 
     @property
-    def tokenizer_identity(self) -> dict[str, Any]:
+    def tokenizer_identity(self) -> dict[str, Json]:
         model = self.recipe.model
         tokens = {"add_special_tokens": list(model.add_special_tokens), "eos_token": model.eos_token}
         return {"pin": _known(self.pins["tokenizer"], model.tokenizer), **tokens}
@@ -82,7 +93,7 @@ class PinnedRecipe:
         }
 
     @property
-    def model_identity(self) -> dict[str, Any]:
+    def model_identity(self) -> dict[str, Json]:
         model = self.recipe.model
         return {
             "pin": None if model.config is not None else _known(self.pins["model"], str(model.model_name_or_path)),
@@ -109,18 +120,18 @@ class PinnedRecipe:
         }
 
     @property
-    def template_identity(self) -> dict[str, Any]:
+    def template_identity(self) -> dict[str, Json]:
         template = self.recipe.chat_template
         return {"pin": self.pins["template"], "kwargs": template.kwargs, "date": template.date.isoformat()}
 
-    def harness_identity(self, task: str) -> dict[str, Any]:
-        """The version and the digest that say what an lm-eval task asks and how it scores."""
+    def harness_identity(self, task: str) -> dict[str, Json]:
+        """The version and the digest on which an lm-eval task's prompts and scores depend."""
         pinned = self.pins["lm_eval"]
         return {"name": task, "lm_eval": pinned["version"], "digest": pinned["tasks"][task]["digest"]}
 
-    def harness_loader(self, task: str) -> dict[str, Any]:
+    def harness_loader(self, task: str) -> dict[str, Json]:
         lm_eval, pinned = self.recipe.evaluation.lm_eval, self.pins["lm_eval"]["tasks"][task]
-        assert lm_eval is not None, "what is to be scored is planned where the recipe says so"
+        assert lm_eval is not None, "a plan has lm-eval tasks only for a recipe with evaluation.lm_eval"
         digest = digest_task(task, lm_eval.include_path, pinned["folders"])
         _unchanged(f"evaluation.lm_eval.tasks: {task}", pinned["digest"], digest)
         return {"name": task, "include_path": lm_eval.include_path, "folders": pinned["folders"]}
@@ -139,7 +150,7 @@ class PinnedRecipe:
         return path.read_text(encoding="utf-8")
 
     @property
-    def template_arguments(self) -> dict[str, Any]:
+    def template_arguments(self) -> dict[str, Json]:
         template = self.recipe.chat_template
         return {"source": self.template_text, "kwargs": template.kwargs, "date": template.date.isoformat()}
 
@@ -153,12 +164,12 @@ def _known(pin: str | None, name: str) -> str:
 def pin(recipe: Recipe, *, allow_unresolved: bool = False) -> PinnedRecipe:
     """Resolves every name. Raises FileNotFoundError for a missing file and Unresolved for an unknown hub name.
 
-    allow_unresolved: the pin of a name out of reach is None, for planning without a network.
+    allow_unresolved: a name that cannot be resolved has the pin None, for planning without a network.
     """
     hub = _Hub(allow_unresolved)
     sources = {dataset.source: _pin_source(dataset, hub) for dataset in recipe.datasets}
     model, name = recipe.model, recipe.model.model_name_or_path
-    pins: dict[str, Any] = {"sources": sources, "tokenizer": None, "model": None, "template": None}
+    pins: Pins = {"sources": sources, "tokenizer": None, "model": None, "template": None}
     if name is not None:
         pins["model"] = _digest_model(recipe) if is_local(name) else hub.resolve("model", name, model.model_revision)
     pins["tokenizer"] = (
@@ -190,25 +201,25 @@ class HubUnreachable(Unresolved):
 
 
 class _Hub:
-    """Resolves each name once: the sources of a mixture are often splits of one dataset."""
+    """Resolves each name once, since the sources of a mixture are often splits of one dataset."""
 
     def __init__(self, allow_unresolved: bool):
         self._allow_unresolved = allow_unresolved
         self._known: dict[tuple[str, str, str], str | None] = {}
-        self.licences: dict[str, str] = {}  # by `kind id`, as far as the hub was asked and knows
+        self.licences: dict[str, str] = {}  # by `kind id`; only of names for which the hub states one
         self._refused: list[str] = []
         self._unasked: list[str] = []
         self._unreachable = ""
 
     def resolve(self, kind: str, id: str, revision: str) -> str | None:
-        """The commit; None where it cannot be had and that is allowed. Raises Unresolved where it is not."""
+        """The commit; None where it cannot be resolved and None is allowed. Raises Unresolved otherwise."""
         name = (kind, id, revision)
         if name not in self._known:
             self._known[name] = self._ask(*name)
         return self._known[name]
 
     def refuse(self, error: Unresolved) -> None:
-        """Notes a problem that a plan goes on with. Raises it where the recipe is to be run."""
+        """Records a problem, which a plan shows. Raises the problem where None is not allowed."""
         if not self._allow_unresolved:
             raise error
         self._refused.append(str(error))
@@ -225,7 +236,7 @@ class _Hub:
             self._unasked.append(f"{kind} {id} at {revision}")
             return None
         try:
-            # A person waits for a plan, which needs no commit: ask for a short time only.
+            # A short timeout: a person waits for the plan, and a plan needs no commit.
             return self._noted(kind, id, resolve(kind, id, revision, timeout_s=3))
         except HubUnreachable as error:
             self._unasked.append(f"{kind} {id} at {revision}")
@@ -242,7 +253,7 @@ class _Hub:
 
 class Resolved(NamedTuple):
     commit: str
-    licence: str | None  # as the card on the hub says; None where nobody asked the hub, or the card does not say
+    licence: str | None  # from the card on the hub; None for a card without one, or where the hub was not asked
 
 
 def resolve(kind: str, id: str, revision: str, *, timeout_s: float = 10) -> Resolved:
@@ -269,7 +280,7 @@ def resolve(kind: str, id: str, revision: str, *, timeout_s: float = 10) -> Reso
     except RepositoryNotFoundError:
         hint = "if it is a local folder, it does not exist" if kind == "model" else "for local files use path"
         raise Unresolved(f"{kind} {id}: the hub knows no such {kind} (private ones need HF_TOKEN); {hint}") from None
-    except (HTTPError, OSError, ValueError) as error:  # HTTPError: the hub client's library's, no OSError
+    except (HTTPError, OSError, ValueError) as error:  # HTTPError, from the hub client's HTTP library, is no OSError
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise HubUnreachable(
             f"{kind} {id} at {revision}: the hub cannot be reached ({reason}); "
@@ -299,11 +310,11 @@ def template_path(recipe: Recipe) -> Path | None:
 
 
 def _digest_model(recipe: Recipe) -> str:
-    """A digest of the files that shape what the model computes and where it stops."""
+    """A digest of the files that determine the model's outputs and its stop tokens."""
     key = "model.model_name_or_path"
     folder = _folder(str(recipe.model.model_name_or_path), key)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{key}: {folder} holds no config.json, which says what the model is")
+        raise FileNotFoundError(f"{key}: {folder} holds no config.json, so it is no model's folder")
     weights = list(folder.glob("*.safetensors"))
     if not weights:
         others = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
@@ -329,7 +340,8 @@ def _folder(name: str, key: str) -> Path:
     return folder
 
 
-def _unchanged(key: str, pinned: str, now: str) -> None:
-    """Raises ValueError where files changed after they were pinned: the output would get the key of the old files."""
+def _unchanged(key: str, pinned: str | None, now: str) -> None:
+    """Raises ValueError for files that changed after pinning: the output would get the key of the old files."""
+    assert pinned is not None, f"{key}: a local file always has a pin"
     if now != pinned:
         raise ValueError(f"{key}: changed since this run began ({pinned[:12]} then, {now[:12]} now); start a new run")

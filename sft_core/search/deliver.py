@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sft_core.links import link_files
 from sft_core.search.evaluations import evaluation_folder
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sft_core.store.stage import Build
 
 
-def build_delivered(build: Build, *, evaluation: int) -> dict[str, Any]:
+def build_delivered(build: Build, *, evaluation: int) -> dict[str, int]:
     """Writes model/: the files of an evaluation of a roll-out, linked where the file system allows."""
     link_files(evaluation_folder(build.inputs["trained"], evaluation), build.out / "model")
     return {"evaluation": evaluation}

@@ -1,4 +1,4 @@
-"""Where a roll-out keeps the weights of its evaluations."""
+"""The folders in which a roll-out keeps the weights of its evaluations."""
 
 from __future__ import annotations
 

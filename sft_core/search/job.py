@@ -1,29 +1,33 @@
-"""The job of a roll-out's ranks: a training's job, and what the search has to know to judge it."""
+"""The job of a roll-out's ranks: a training's job, and the search that judges it."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import PlainSerializer
+from pydantic import JsonValue, PlainSerializer
 
 from sft_core.recipe.search.section import Search
 from sft_core.search.rollouts import Point
 from sft_core.train.job import TrainJob, TrainSpec
 
+if TYPE_CHECKING:
+    from sft_core.store.stage import Json
 
-def _keys_that_are_set(search: Search) -> dict[str, Any]:
-    return search.model_dump(mode="json", exclude_unset=True)  # read again, an idle key is an error
+
+def _keys_that_are_set(search: Search) -> dict[str, JsonValue]:
+    return search.model_dump(mode="json", exclude_unset=True)  # parsing refuses keys of other strategies
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSpec:
-    """What a recipe asks of a roll-out beside its training.
+    """The recipe's settings of a roll-out besides its training.
 
-    tasks: all that the search knows; active: those that are trained. sizes: training rows of each task, where the
+    tasks: all tasks of the search; active: those that are trained. sizes: training rows of each task, where the
     strategy needs them. start: the evaluation whose weights it starts from; None: the start model. answers: by task,
-    its metric's identity and max_new_tokens, where answers are scored. max_length: of a pack that is packed anew.
+    AnswerSettings (sft_core/evaluate/selection_answers.py) as JSON, where answers are scored. max_length: tokens of a
+    pack, where the strategy packs rows anew.
     """
 
     search: Annotated[Search, PlainSerializer(_keys_that_are_set)]
@@ -35,9 +39,9 @@ class RolloutSpec:
     max_length: int | None
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What of it the weights depend on, as JSON."""
-        optional: dict[str, Any] = {}
+    def identity(self) -> dict[str, Json]:
+        """The settings on which the weights depend, as JSON."""
+        optional: dict[str, Json] = {}
         if self.answers is not None:
             optional["answers"] = self.answers
         if self.search.needs.repacks:
@@ -56,7 +60,7 @@ class RolloutSpec:
 
 @dataclasses.dataclass(frozen=True)
 class SearchSpec:
-    """What a recipe asks of one round of a search."""
+    """The recipe's settings of one round of a search."""
 
     train: TrainSpec
     rollout: RolloutSpec
@@ -64,8 +68,10 @@ class SearchSpec:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutJob:
-    """A roll-out on this machine. before: the outputs of the roll-outs before it. conversations: by task, the folder of
-    those whose metric reads them."""
+    """A roll-out on this machine.
+
+    before: the outputs of earlier roll-outs. conversations: their folder, for each task whose metric reads them.
+    """
 
     train: TrainJob
     rollout: RolloutSpec

@@ -1,4 +1,4 @@
-"""A roll-out's curves and what they cost, as a file: `curves.json` in its output, which a search reads back."""
+"""curves.json in a roll-out's output: its curves and their cost. A search reads it back."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ CURVES = "curves.json"
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """training_flops, evaluation_flops: by flops.training_flops of what was trained; a forward pass is a third.
+    """The cost of a roll-out.
 
-    most_kept: evaluations whose weights were on the disk at once. checkpoint_bytes: of one evaluation's weights.
+    training_flops, evaluation_flops: by flops.training_flops; a forward pass counts as a third. most_kept: evaluations
+    whose weights were on the disk at once. checkpoint_bytes: of one evaluation's weights.
     """
 
     training_flops: float
@@ -28,7 +29,7 @@ class Cost:
 
 
 class Drawn(NamedTuple):
-    """The shares of tasks that a sampler draws with, after so many epochs."""
+    """The shares of tasks with which a sampler draws after `epochs`."""
 
     epochs: float
     shares: dict[str, float]
@@ -37,7 +38,7 @@ class Drawn(NamedTuple):
 class Journal(NamedTuple):
     curves: Curves
     cost: Cost
-    drawn: list[Drawn]  # empty where the schedule stood from the start
+    drawn: list[Drawn]  # empty for a roll-out with a fixed schedule
 
 
 def write_journal(folder: Path, journal: Journal) -> None:

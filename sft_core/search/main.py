@@ -1,7 +1,7 @@
 """One rank of a roll-out: `python -m torch.distributed.run ... -m sft_core.search.main JOB.json`.
 
-Trains as sft_core.train.main does, shows the search what it measures, and writes curves.json and the weights of those
-evaluations that the search asks for.
+Trains as sft_core.train.main does, passes its measurements to the search, and writes curves.json and the weights of the
+evaluations for which the search asks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from sft_core.data.packing.plan import PackPlan
 from sft_core.die_with_parent import die_with_parent
-from sft_core.evaluate.selection_answers import AnswerScores
+from sft_core.evaluate.selection_answers import AnswerScores, AnswerSettings
 from sft_core.search.job import RolloutJob
 from sft_core.search.journal import CURVES, Cost, Drawn, Journal, read_journal, write_journal
 from sft_core.search.registry import make_sampler, make_search
@@ -36,7 +36,7 @@ def main(job_path: Path) -> None:
 
 
 def roll_out(job: RolloutJob) -> None:
-    """Trains, and writes what the search asks for."""
+    """Trains, and writes curves.json and the weights for which the search asks."""
     out, search = job.train.out, search_of(job)
     trainer = trained(
         job.train,
@@ -60,7 +60,7 @@ def roll_out(job: RolloutJob) -> None:
 
 
 def search_of(job: RolloutJob) -> Search:
-    """The search as it stands before this roll-out."""
+    """The search in its state before this roll-out."""
     rollout = job.rollout
     search = make_search(SearchInput(rollout.search, rollout.tasks, rollout.sizes))
     journal = []
@@ -73,7 +73,7 @@ def search_of(job: RolloutJob) -> Search:
 
 
 def sampler_of(job: RolloutJob, plan: PackPlan, num_steps: int) -> Sampler | None:
-    """Draws what the roll-out trains; None where its schedule stands from the start."""
+    """The sampler of the roll-out's packs; None for a fixed schedule."""
     sources, training = job.train.spec.sources, job.train.spec.training
     tasks = [source for source in sources if source in job.rollout.active]
     number = {sources.index(task): place for place, task in enumerate(tasks)}
@@ -93,14 +93,14 @@ def sampler_of(job: RolloutJob, plan: PackPlan, num_steps: int) -> Sampler | Non
 
 
 def answers_of(job: RolloutJob, plan: PackPlan, *, tokenizer: Any, flops_a_token: float) -> AnswerScores | None:
-    """Scores the answers to the selection rows; None where the rows' losses are the scores."""
+    """The scorer of answers to the selection rows; None where the rows' losses are the scores."""
     if job.rollout.answers is None:
         return None
     return AnswerScores(
         plan,
         job.train.spec.sources,
         job.train.tokens,
-        job.rollout.answers,
+        {task: AnswerSettings(**settings) for task, settings in job.rollout.answers.items()},
         job.conversations,
         tokenizer,
         batch_size=job.train.runtime.eval_batch_size,

@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Fall:
-    """How far rows fell: the mean, its standard error, and p, the probability of such a mean by chance (one-sided)."""
+    """How far rows fell: the mean, its standard error, and the one-sided p-value against no fall."""
 
     drop: float
     stderr: float
@@ -19,7 +19,7 @@ class Fall:
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """evaluation: the number of the one where the fitted curve is highest. fall: from there to the curve's end."""
+    """evaluation: the number of the evaluation at which the fitted curve is highest. fall: from it to the end."""
 
     evaluation: int
     fall: Fall
@@ -49,15 +49,15 @@ def unimodal_peak(scores: np.ndarray) -> int:
     ]
     lowest = min(errors)
     candidates = [turn for turn, error in enumerate(errors) if error <= lowest + 1e-12 * max(1.0, lowest)]
-    # The fit is level between points that are equally good: the highest of them is the peak.
+    # Between equally good points the fit is level, so take the highest of them.
     return max(candidates, key=lambda turn: (scores[turn], -turn))
 
 
 def peak_of(rows: np.ndarray) -> Peak:
     """rows: the scores of a task by row, shape (evaluations, rows).
 
-    The test compares each row with itself: its mean over the peak and the peak's neighbours with its mean over the last
-    quarter of the evaluations after them. A curve that ends with them has not fallen.
+    The test compares each row's mean over the peak and the peak's neighbours with the row's mean over the last quarter
+    of the evaluations after them. A curve without evaluations after them has not fallen.
     """
     peak = unimodal_peak(rows.mean(axis=1))
     window = slice(max(0, peak - 1), min(len(rows), peak + 2))
@@ -71,8 +71,8 @@ def peak_of(rows: np.ndarray) -> Peak:
 def fall_of(differences: np.ndarray) -> Fall:
     """The paired t-test, one-sided. differences: how far each row fell, shape (rows,).
 
-    It asks Student's distribution itself: scipy.stats.ttest_1samp gives the same p, takes 3 s to import instead of 1,
-    and warns of rows that are all equal.
+    It calls Student's distribution directly: scipy.stats.ttest_1samp gives the same p, but takes 3 s to import instead
+    of 1, and warns of rows that are all equal.
     """
     from scipy.special import stdtr
 

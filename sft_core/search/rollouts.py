@@ -1,14 +1,14 @@
-"""Roll-outs, their curves, and decisions by them: plain values, without weights, files or clocks.
+"""Roll-outs, their curves and the decisions of a search: plain values, without weights, files or clocks.
 
 A strategy proposes a roll-out, observes its curves, and proposes again until it is done. Its proposals depend on the
-observed curves alone, so a journal of curves, observed again in order, leads to the same next roll-out.
+observed curves alone, so replaying the curves in order leads to the same next roll-out.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -17,10 +17,10 @@ from sft_core.rounds import Point, Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """The selection scores of every task over a roll-out, those that were not trained too. Higher is better.
+    """The selection scores of every task over a roll-out, trained or not. Higher is better.
 
     epochs: shape (evaluations,), from 0 on. rows: each task's scores by row, shape (evaluations, rows), always of the
-    same rows; a task's score is their mean. Raises ValueError for scores that are no numbers or of another length.
+    same rows; a task's score is their mean. Raises ValueError for scores that are no numbers or do not fit epochs.
     """
 
     epochs: Sequence[float]
@@ -34,7 +34,7 @@ class Curves:
                 raise ValueError(f"{task}: a selection score is not a number; the training has diverged")
 
     def of(self, task: str) -> np.ndarray:
-        """Shape (evaluations,)."""
+        """The task's score at each evaluation: shape (evaluations,)."""
         return self.rows[task].mean(axis=1)
 
     def pooled(self) -> np.ndarray:
@@ -48,34 +48,34 @@ class Curves:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What follows from a roll-out. evidence: by task, the numbers that the decision rests on."""
+    """The decision after a roll-out. evidence: by task, the numbers on which it rests."""
 
     round: int
     dropped: tuple[str, ...]
     readmitted: tuple[str, ...]
     start: Point  # of the next roll-out
-    epochs: float  # of training up to `start`, over all roll-outs that were kept
+    epochs: float  # of kept training up to `start`, over all roll-outs
     reason: str
-    evidence: Mapping[str, Mapping[str, Any]]
+    evidence: Mapping[str, Mapping[str, float]]
 
 
 class Search(Protocol):
-    """A strategy. Its methods are called in turn: propose, observe, propose, ..."""
+    """A strategy. Call its methods in turn: propose, observe, propose, ..."""
 
     def propose(self) -> Rollout | None:
-        """What to train next; None when the search is over. The same until `observe` is called."""
+        """The next roll-out, the same until `observe` is called; None when the search is over."""
 
     def observe(self, curves: Curves) -> Decision:
-        """Takes in what the proposed roll-out measured."""
+        """Takes in the curves of the proposed roll-out, and decides."""
 
     def wanted(self, curves: Curves) -> set[int]:
-        """Evaluations of a roll-out under way whose weights can still be asked for."""
+        """Evaluations of an unfinished roll-out whose weights the search may still need."""
 
     def kept(self, curves: Curves) -> set[int]:
-        """Evaluations of a finished roll-out, not observed yet, whose weights are asked for."""
+        """Evaluations of a finished roll-out, not observed yet, whose weights the search needs."""
 
     def is_decided(self, curves: Curves) -> bool:
-        """Whether a roll-out under way can end before its last epoch."""
+        """Whether an unfinished roll-out can end before its last epoch."""
 
     @property
     def best(self) -> Point | None:
@@ -83,12 +83,12 @@ class Search(Protocol):
 
     @property
     def ended_by(self) -> str | None:
-        """The reason why the search is over, in words; None while it goes on."""
+        """The reason why the search is over, in a sentence; None while it goes on."""
 
 
 @dataclasses.dataclass
 class Best:
-    """The evaluation of the highest pooled score over all roll-outs; of equals the first."""
+    """The evaluation with the highest pooled score over all roll-outs; the first of equal ones."""
 
     point: Point | None = None
     score: float = -np.inf
@@ -105,7 +105,7 @@ class Best:
 
 
 def replay(search: Search, journal: Iterable[Curves]) -> list[Decision]:
-    """Has the search observe the curves of its roll-outs so far. Raises ValueError for more than it would have run."""
+    """Lets the search observe the curves of its roll-outs so far. Raises ValueError for more curves than roll-outs."""
     decisions: list[Decision] = []
     for curves in journal:
         if search.propose() is None:

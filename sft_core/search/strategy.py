@@ -1,4 +1,4 @@
-"""What a search strategy is made of: a search that proposes roll-outs, and perhaps a sampler that draws their rows."""
+"""The two parts of a search strategy: a search that proposes roll-outs, and for some a sampler that draws rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from sft_core.train.hooks import Sampler
 
 @dataclasses.dataclass(frozen=True)
 class SearchInput:
-    """search: the recipe's section. sizes: training rows of each task, where the strategy needs them."""
+    """The start of a search.
+
+    search: the recipe's section. sizes: training rows of each task, where the strategy needs them.
+    """
 
     search: SearchKeys
     tasks: Sequence[str]
@@ -24,9 +27,9 @@ class SearchInput:
 
 @dataclasses.dataclass(frozen=True)
 class SamplerInput:
-    """A roll-out's training, from which a sampler draws.
+    """A roll-out's training, for which a sampler draws packs.
 
-    tasks: those that the roll-out trains. task: the number of each document's task, int64, shape (documents,).
+    tasks: the trained ones. task: the number of each document's task, int64, shape (documents,).
     max_length: tokens of a pack, where the strategy packs rows anew; None: each row is a pack.
     """
 
@@ -43,7 +46,7 @@ class SamplerInput:
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """sampler: None where the schedule of a roll-out stands from its start."""
+    """The functions of a strategy. sampler: None where a roll-out has a fixed schedule."""
 
     search: Callable[[SearchInput], Search]
     sampler: Callable[[SamplerInput], Sampler] | None = None

@@ -1,9 +1,9 @@
-"""A roll-out under way: its curves, the weights that the search may still ask for, and when it may end."""
+"""Watches a roll-out: its curves, the weights that the search may still need, and when it may end."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from sft_core.train.row_losses import RowLosses
 class RolloutWatch:
     """Scores each selection row by minus its loss per trained token, or by its answer where answers are scored.
 
-    out: where the roll-out is built. tasks: those that the search knows; rows of other sources have no score.
+    out: the folder in which the roll-out is built. tasks: all tasks of the search; rows of other sources have no score.
     """
 
     def __init__(self, search: Search, tasks: list[str], sources: list[str], out: Path, steps_per_epoch: int):
@@ -26,7 +26,7 @@ class RolloutWatch:
         self._steps: list[int] = []
         self._scores: list[dict[str, list[float]]] = []
         self._kept: set[int] = set()
-        self.most_kept = 0  # evaluations whose weights were on the disk at once
+        self.most_kept = 0  # the most evaluations whose weights were on the disk at once
 
     @property
     def curves(self) -> Curves:
@@ -37,18 +37,18 @@ class RolloutWatch:
     def is_decided(self) -> bool:
         return self._search.is_decided(self.curves)
 
-    def begin(self, past: list[dict[str, Any]]) -> None:
+    def begin(self, past: Sequence[Mapping[str, Any]]) -> None:
         self._steps = [event["step"] for event in past]
         self._scores = [event["scores"] for event in past]
         self._kept = set(past[-1]["kept"]) if past else set()
         self.most_kept = max((len(event["kept"]) for event in past), default=0)
 
-    def see(self, step: int, losses: RowLosses, save: Callable[[Path], None]) -> dict[str, Any]:
+    def see(self, step: int, losses: RowLosses, save: Callable[[Path], None]) -> dict[str, object]:
         by_row = -losses.by_row if losses.answers is None else losses.answers
         is_scored = ~np.isnan(by_row)
-        of_source = {task: (losses.source == self._sources.index(task)) & is_scored for task in self._tasks}
+        rows_of = {task: (losses.source == self._sources.index(task)) & is_scored for task in self._tasks}
         self._steps.append(step)
-        self._scores.append({task: by_row[is_its].tolist() for task, is_its in of_source.items()})
+        self._scores.append({task: by_row[rows].tolist() for task, rows in rows_of.items()})
         evaluation, wanted = len(self._steps) - 1, self._search.wanted(self.curves)
         if evaluation in wanted:
             folder = evaluation_folder(self._out, evaluation)

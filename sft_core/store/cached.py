@@ -10,10 +10,10 @@ import shutil
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sft_core.store.folders import Folders
-from sft_core.store.manifest import MANIFEST, CorruptOutput, check, data_digest, digest_in, read_manifest
+from sft_core.store.manifest import MANIFEST, CorruptOutput, Manifest, check, data_digest, digest_in, read_manifest
 from sft_core.store.ref import Ref
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Cached:
         self.folders = folders
 
     def publish(self, ref: Ref) -> None:
-        """Uploads the whole output that is here. When another machine was first, its output replaces the one here."""
+        """Uploads an output of this machine. When another machine was first, its output replaces the local one."""
         folder, path, started = self.folders.output(ref), self.folders.manifest(ref), time.monotonic()
         manifest = read_manifest(path, path.stat().st_mtime_ns)
         data = data_digest(manifest)
@@ -48,7 +48,7 @@ class Cached:
                 self.remote.remove_data(ref, data)
 
     def download(self, ref: Ref) -> None:
-        """Makes a copy here and checks it. Raises CorruptOutput for damaged or missing files, and leaves none of it."""
+        """Makes a local copy. Raises CorruptOutput, and leaves no copy, where files are damaged or missing."""
         with self.folders.lock(ref):
             if self.folders.is_here(ref):
                 return
@@ -67,12 +67,12 @@ class Cached:
         log.info("stage=%s key=%s seconds=%.1f status=downloaded bytes=%d", ref.stage, ref.key, seconds, num_bytes)
 
     def verify(self, ref: Ref) -> None:
-        """Raises CorruptOutput when a file behind the URL is missing, or its digest or the manifest's own differs."""
+        """Raises CorruptOutput for a missing or altered file behind the URL, and for an altered manifest."""
         manifest = self.fetch_manifest(ref)
         check(ref, manifest, functools.partial(self.remote.digest_of, ref, data_digest(manifest)), self.remedy(ref))
 
     def fetch_kept(self, ref: Ref) -> None:
-        """Fills the scratch folder with the folders that a build on another machine has kept, unless it holds work."""
+        """Fills an empty scratch folder with the folders that an unfinished build on another machine has kept."""
         scratch = self.folders.scratch(ref)
         if scratch.is_dir() and any(scratch.iterdir()):
             return
@@ -80,7 +80,7 @@ class Cached:
         self.remote.fetch_kept(scratch.name, fetched)
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.parent.mkdir(parents=True, exist_ok=True)
-        fetched.rename(scratch)  # all at once: a build that finds some of the folders would never ask for the others
+        fetched.rename(scratch)  # all at once: a build that has some of the folders would never fetch the others
 
     def manifest_path(self, ref: Ref) -> Path:
         """A file on this machine with the manifest, which is downloaded at the first call."""
@@ -89,11 +89,11 @@ class Cached:
             self.fetch_manifest(ref)
         return path
 
-    def fetch_manifest(self, ref: Ref) -> dict[str, Any]:
+    def fetch_manifest(self, ref: Ref) -> Manifest:
         """Downloads the manifest and keeps a copy. Raises CorruptOutput when it cannot be read."""
         text, path = self.remote.read(ref), self.folders.manifest_copy(ref)
         try:
-            manifest = json.loads(text)  # before it is copied: an unreadable copy would outlive the output's removal
+            manifest = json.loads(text)  # parse before copying: an unreadable copy would outlive the output's removal
         except ValueError as error:
             raise CorruptOutput(f"{ref}: {MANIFEST} cannot be read ({error}). {self.remedy(ref)}") from None
         path.parent.mkdir(parents=True, exist_ok=True)

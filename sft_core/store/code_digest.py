@@ -1,4 +1,4 @@
-"""Code identity: a digest over the code that a builder executes, blind to comments, docstrings and formatting.
+"""Code identity: a digest of the code that a builder executes. Comments, docstrings and formatting do not count.
 
 The closure of a builder is its module and the project modules that it imports, directly or through others, at the top
 or inside a function. Imports under `if TYPE_CHECKING:` execute nothing and do not count. An import whose target the
@@ -34,7 +34,7 @@ def code_digest(module: str, libraries: tuple[str, ...] = (), *, others: tuple[s
     a closure imports dynamically.
     """
     digest = hashlib.sha256()
-    for name in sorted({name for one in (module, *others) for name in closure(one)}):
+    for name in sorted({name for root in (module, *others) for name in closure(root)}):
         digest.update(f"{name}\0{_read(name).executed}\0".encode())
     for library in sorted(libraries):
         digest.update(f"{library}=={importlib.metadata.version(library)}\0".encode())
@@ -44,8 +44,8 @@ def code_digest(module: str, libraries: tuple[str, ...] = (), *, others: tuple[s
 def user_code_digest(module: str) -> str:
     """SHA-256 (hex) of a user's module and of the modules that it imports from the same folder.
 
-    For an installed module only its own package counts. Raises ValueError when there is no such module on Python's
-    path, and as `code_digest` does.
+    Of an installed module only its package counts. Raises ValueError when Python's path has no such module, and as
+    `code_digest` does.
     """
     top = module.split(".")[0]
     spec = importlib.util.find_spec(top)

@@ -1,4 +1,4 @@
-"""Digests of files, and digests.json: written last into a folder such as a checkpoint, so that half a folder has none.
+"""Digests of files, and digests.json, which is written last into a folder: half a checkpoint has none.
 
 Training waits for a checkpoint's digests, so they are XXH3, which finds damage; digests that name an output are SHA-256
 (sft_core/store/manifest.py).
@@ -28,7 +28,7 @@ class Readable(Protocol):
 
 
 def hex_digest(file: Readable, algorithm: str) -> str:
-    """The digest of what is left to read of a file."""
+    """The digest of a file from its read position on."""
     # Read, not mapped into memory, though that is twice as fast: a disk's error would end the process by a signal.
     digest, block = _HASHES[algorithm](), memoryview(bytearray(_BLOCK_BYTES))
     while num_bytes := file.readinto(block):

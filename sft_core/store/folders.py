@@ -41,11 +41,11 @@ class Folders:
         return self.output(ref) / MANIFEST
 
     def manifest_copy(self, ref: Ref) -> Path:
-        """The manifest of an output that lies behind a URL, where it was read before."""
+        """The local copy of the manifest of an output behind a URL."""
         return self.root / ".manifests" / f"{_name(ref)}.json"
 
     def scratch(self, ref: Ref) -> Path:
-        """Where a build works. That of a resumable stage stays until its output is whole."""
+        """The folder in which a build works. For a resumable stage it stays until the output is whole."""
         return self.root / ".partial" / _name(ref)
 
     def empty_fetching(self, ref: Ref) -> Path:
@@ -61,14 +61,14 @@ class Folders:
 
     def put_in_place(self, folder: Path, ref: Ref) -> None:
         """Makes a whole folder visible as the output, by one rename."""
-        shutil.rmtree(self.output(ref), ignore_errors=True)  # files that a killed removal left would stop the rename
+        shutil.rmtree(self.output(ref), ignore_errors=True)  # files of a killed removal would stop the rename
         self.output(ref).parent.mkdir(parents=True, exist_ok=True)
         folder.rename(self.output(ref))
 
     def remove(self, ref: Ref, *, missing_ok: bool = False) -> None:
         """Removes the output and the copy of its manifest. Raises FileNotFoundError when the output is not here."""
         if not missing_ok or self.is_here(ref):
-            self.manifest(ref).unlink()  # first: what a killed removal leaves must not be an output
+            self.manifest(ref).unlink()  # first: the rest of a killed removal must not be an output
             shutil.rmtree(self.output(ref))
         self.manifest_copy(ref).unlink(missing_ok=True)
 
@@ -87,7 +87,7 @@ class Folders:
             lock.release()
 
     def abandoned(self) -> list[Path]:
-        """Work of builds and downloads that no process goes on with."""
+        """Folders of builds and downloads that no process continues."""
         folders = sorted([*self.root.glob(".partial/*"), *self.root.glob(".fetching/*")])
         return [folder for folder in folders if not self._is_locked(folder.name)]
 

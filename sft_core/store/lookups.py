@@ -1,4 +1,4 @@
-"""Lookups: what several calls of `Store.locate` for one recipe share."""
+"""Lookups: results that several calls of `Store.locate` for one recipe share."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from sft_core.store.stage import Located, Part, S, Stage
 
 
 class Lookups:
-    """Outputs that were located for one subject, and the code digests of their stages: each is worked out once.
+    """Located outputs of one subject, and the code digests of their stages: each is computed once.
 
-    A digest reads the builder's source, so it holds for the code of now: make new Lookups for each plan or step, and
-    keep none beside a process that goes on.
+    A digest is of the builder's source as it is now. Make new Lookups for each plan or step, or a code change during a
+    long process goes unnoticed.
     """
 
     def __init__(self) -> None:
@@ -27,14 +27,14 @@ class Lookups:
         self._located[_name(located.stage, located.part)] = located
 
     def code(self, stage: Stage[S], subject: S, part: Part) -> str | int:
-        """The code digest of a stage, worked out at the first call for the modules that the part names."""
+        """The code digest of a stage, computed at the first call for the modules of the part."""
         modules = stage.modules(subject, part)
         if (stage.name, modules) not in self._codes:
             self._codes[stage.name, modules] = stage.code(modules)
         return self._codes[stage.name, modules]
 
     def forget_outputs(self) -> None:
-        """Call it after a build: what depended on the new output has a key now."""
+        """Call it after a build: outputs that depend on the new one have a key now."""
         self._located.clear()
 
 

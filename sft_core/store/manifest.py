@@ -7,23 +7,56 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from sft_core.store.digests import SHA256, hex_digest
 from sft_core.store.ref import Ref
 
-FileDigest = dict[str, Any]  # {"bytes": size, "sha256": hex}
+if TYPE_CHECKING:
+    from sft_core.store.provenance import SourceCode
+
 MANIFEST = "manifest.json"
-LOGS = "logs/"  # files for people: verified, but no part of the content that readers' keys are made of
+LOGS = "logs/"  # files for people: verified, but not part of the content, so no reader's key depends on them
 KEY_HEX = 16  # 64 bits: a collision is out of reach for a store, and the manifest holds the full digest
+
+
+class FileDigest(TypedDict):
+    bytes: int
+    sha256: str  # hex
+
+
+class Identity(TypedDict):
+    """All that an output depends on; the output's key is a digest of it."""
+
+    stage: str
+    part: dict[str, Any]
+    inputs: dict[str, str | None]  # the content digest of each input; None for one that is not built
+    code: str | int
+    section: NotRequired[dict[str, Any]]  # missing while a name in it is not resolved
+
+
+class Manifest(TypedDict):
+    """manifest.json. What each stage writes into `counts`, its builder's module says."""
+
+    ref: list[str]
+    identity: Identity
+    identity_sha256: str
+    content: str  # content_digest of the files
+    files: dict[str, FileDigest]
+    counts: dict[str, Any]
+    inputs: dict[str, list[str]]  # the refs of the outputs that the builder read
+    seconds: float
+    created: str
+    python: str
+    source_code: SourceCode
 
 
 class CorruptOutput(ValueError):
     """An output whose bytes are not those that were written."""
 
 
-def check(ref: Ref, manifest: dict[str, Any], digest_of: Callable[[str], FileDigest | None], remedy: str) -> None:
-    """Raises CorruptOutput, with the remedy, when a file is missing, or its digest or the manifest's own differs."""
+def check(ref: Ref, manifest: Manifest, digest_of: Callable[[str], FileDigest | None], remedy: str) -> None:
+    """Raises CorruptOutput, with the remedy, for a missing or altered file, and for an altered manifest."""
     identity, content = sha256_of(manifest["identity"]), content_digest(manifest["files"])
     written = (manifest["identity_sha256"][:KEY_HEX], manifest["identity_sha256"], manifest["content"])
     if written != (ref.key, identity, content):
@@ -38,18 +71,18 @@ def check(ref: Ref, manifest: dict[str, Any], digest_of: Callable[[str], FileDig
 
 
 @functools.lru_cache(maxsize=4096)
-def read_manifest(path: Path, mtime_ns: int) -> dict[str, Any]:
+def read_manifest(path: Path, mtime_ns: int) -> Manifest:
     """The manifest in a file that was last written at `mtime_ns`. Raises ValueError when it is no JSON."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def content_digest(files: dict[str, FileDigest]) -> str:
-    """The digest by which readers of an output know it: of its data files, by name."""
+    """The digest of an output's data files by name. It goes into the keys of the outputs that read this one."""
     return sha256_of({name: entry["sha256"] for name, entry in files.items() if not name.startswith(LOGS)})
 
 
-def data_digest(manifest: dict[str, Any]) -> str:
-    """The digest that names the folder of an output's files behind a URL: of all its files, logs too."""
+def data_digest(manifest: Manifest) -> str:
+    """The digest of all files of an output, logs too. It names the folder of the files behind a URL."""
     return sha256_of(manifest["files"])[:KEY_HEX]
 
 

@@ -1,4 +1,4 @@
-"""Which source of this project runs: its version and git commit. Manifests and tags show it; no key depends on it."""
+"""The version and git commit of the source that runs. Manifests and tags show them; no key depends on them."""
 
 from __future__ import annotations
 

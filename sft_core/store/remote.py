@@ -4,8 +4,8 @@
     <url>/.data/<stage>-<key>/<digest>/...      the files, in a folder named by their digest
     <url>/.partial/<stage>-<key>/...            folders that an unfinished build keeps, each digests.json written last
 
-Two builders of one output write to different folders unless they write the same bytes, so the files of a manifest stay
-those that it was written for. Each object is whole or absent: object stores see to that.
+Two builders of one output write to different folders unless they write the same bytes, so no builder overwrites files
+of another's manifest. Object stores guarantee that each object is whole or absent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -34,7 +34,7 @@ from sft_core.store.manifest import MANIFEST, FileDigest
 from sft_core.store.ref import Ref
 
 log = logging.getLogger(__name__)
-NUM_TRANSFERS = 8  # files at a time; a shard's files are small, and a request costs more than their bytes
+NUM_TRANSFERS = 8  # files at a time: a shard's files are small, and a request costs more than their bytes
 SHOWN_BYTES = 4 * 2**20  # a transfer of fewer bytes shows no bar
 _USED = "used"
 _PACKAGES = {
@@ -57,8 +57,15 @@ class MissingFile(FileNotFoundError):
     """The source of a transfer is not there; the message names it."""
 
 
+class StoredObject(NamedTuple):
+    """An object in a listing."""
+
+    num_bytes: int
+    last_modified: float  # seconds since the epoch
+
+
 class Leftover(NamedTuple):
-    """Objects of a build that did not end, or of one that was second to another build of the same output."""
+    """Objects of a build that did not end, or that lost against another build of the same output."""
 
     path: str
     num_bytes: int
@@ -105,10 +112,10 @@ class Remote:
         """When each output was last used, in seconds since the epoch; listed once, until `forget`."""
         if self._last_uses is None:
             times: dict[str, dict[Ref, float]] = {MANIFEST: {}, _USED: {}}
-            for path, info in self._find("outputs").items():
+            for path, stored in self._find("outputs").items():
                 *ref, name = path.split("/")
-                if len(ref) == 2 and name in times:  # consoles leave objects that stand for folders
-                    times[name][Ref(*ref)] = _modified(info)
+                if len(ref) == 2 and name in times:  # consoles make objects that stand for folders
+                    times[name][Ref(*ref)] = stored.last_modified
             used = times[_USED]
             self._last_uses = {ref: max(written, used.get(ref, 0.0)) for ref, written in times[MANIFEST].items()}
         return self._last_uses
@@ -121,23 +128,23 @@ class Remote:
         """Bytes of the files of each `<stage>-<key>`, finished or not; listed once, until `forget`."""
         if self._sizes is None:
             self._sizes = {}
-            for path, info in self._find(".data").items():
+            for path, stored in self._find(".data").items():
                 name = path.split("/")[0]
-                self._sizes[name] = self._sizes.get(name, 0) + info["size"]
+                self._sizes[name] = self._sizes.get(name, 0) + stored.num_bytes
         return self._sizes
 
     def leftovers(self) -> list[Leftover]:
         """Data without a manifest, and folders that unfinished builds have kept."""
         whole = {f"{stage}-{key}" for stage, key in self.outputs()}
-        infos_by_path: dict[str, list[dict[str, Any]]] = {}
+        objects_by_path: dict[str, list[StoredObject]] = {}
         for top in (".data", ".partial"):
-            for path, info in self._find(top).items():
+            for path, stored in self._find(top).items():
                 name = path.split("/")[0]
                 if top == ".partial" or name not in whole:
-                    infos_by_path.setdefault(f"{top}/{name}", []).append(info)
+                    objects_by_path.setdefault(f"{top}/{name}", []).append(stored)
         return [
-            Leftover(path, sum(info["size"] for info in infos), max(map(_modified, infos)))
-            for path, infos in infos_by_path.items()
+            Leftover(path, sum(stored.num_bytes for stored in objects), max(stored.last_modified for stored in objects))
+            for path, objects in objects_by_path.items()
         ]
 
     def read(self, ref: Ref) -> str:
@@ -184,25 +191,25 @@ class Remote:
         self._fetch(f"download {ref}", transfers)
 
     def touch(self, ref: Ref) -> None:
-        """Notes a use, for gc."""
+        """Records a use of the output now, for `sft store gc`."""
         with self._reached():
             self._fs.pipe_file(f"{self._root}/outputs/{ref.stage}/{ref.key}/{_USED}", b"")
 
     def remove(self, ref: Ref) -> None:
-        # The manifest first: what a killed removal leaves must not be an output.
+        # The manifest first: the rest of a killed removal must not be an output.
         self._remove(f"outputs/{ref.stage}/{ref.key}", first=MANIFEST)
         self._remove(f".data/{ref.stage}-{ref.key}")
         self.forget()
 
     def remove_data(self, ref: Ref, digest: str) -> None:
-        """Removes the data of a build that was second to another build of the same output."""
+        """Removes the data of a build that lost against another build of the same output."""
         self._remove(f".data/{ref.stage}-{ref.key}/{digest}")
 
     def remove_leftover(self, leftover: Leftover) -> None:
         self._remove(leftover.path)
 
     def check_writable(self) -> None:
-        """Raises OSError unless an object can be written and removed; asked once."""
+        """Raises OSError unless an object can be written and removed. Tries it once."""
         if self._is_writable:
             return
         probe = f"{self._root}/.probe-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
@@ -214,9 +221,9 @@ class Remote:
     # Folders that unfinished builds keep
 
     def keep(self, name: str, out: Path, folder: Path) -> None:
-        """Uploads a finished folder below `out`, its digests.json last, and removes kept folders that `out` lost.
+        """Uploads a finished folder below `out`, its digests.json last. Removes kept folders that are gone from `out`.
 
-        A folder that is removed during its upload is not kept: a newer one follows it.
+        A folder that is removed during its upload is not kept: a newer one replaces it.
         """
         where = f".partial/{name}/{folder.resolve().relative_to(out.resolve()).as_posix()}"
         for relative in self._kept(name):
@@ -238,26 +245,30 @@ class Remote:
         log.info("kept=%s bytes=%d", folder.name, sum(transfer.num_bytes for transfer in transfers))
 
     def fetch_kept(self, name: str, out: Path) -> None:
-        """Downloads into `out` every kept folder that is whole; it leaves out damaged ones with a warning."""
-        for relative, infos in self._kept(name).items():
+        """Downloads every whole kept folder into `out`. Damaged ones are left out, with a warning."""
+        for relative, sizes in self._kept(name).items():
             base = f"{self._root}/.partial/{name}/{relative}"
-            transfers = [Transfer(f"{base}/{file}", str(out / relative / file), info["size"]) for file, info in infos]
+            transfers = [Transfer(f"{base}/{file}", str(out / relative / file), size) for file, size in sizes.items()]
             self._fetch(f"fetch {name}", transfers)
             if is_whole(out / relative):
                 log.info("kept=%s status=fetched", relative)
             else:
-                log.warning("kept=%s is damaged and passed over", relative)
+                log.warning("kept=%s is damaged and left out", relative)
                 shutil.rmtree(out / relative)
 
     def drop_kept(self, name: str) -> None:
         self._remove(f".partial/{name}", first=DIGESTS)
 
-    def _kept(self, name: str) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-        """The files of each kept folder that has its digests.json, by the folder's path below `out`."""
-        infos = self._find(f".partial/{name}")
-        folders = [path.rpartition("/")[0] for path in infos if path.rpartition("/")[2] == DIGESTS]
+    def _kept(self, name: str) -> dict[str, dict[str, int]]:
+        """{folder: {file: bytes}} of the kept folders that have their digests.json. folder: its path below `out`."""
+        objects = self._find(f".partial/{name}")
+        folders = [path.rpartition("/")[0] for path in objects if path.rpartition("/")[2] == DIGESTS]
         return {
-            folder: [(path[len(folder) + 1 :], info) for path, info in infos.items() if path.startswith(f"{folder}/")]
+            folder: {
+                path[len(folder) + 1 :]: stored.num_bytes
+                for path, stored in objects.items()
+                if path.startswith(f"{folder}/")
+            }
             for folder in folders
         }
 
@@ -269,12 +280,16 @@ class Remote:
     def _data(self, ref: Ref, digest: str) -> str:
         return f"{self._root}/.data/{ref.stage}-{ref.key}/{digest}"
 
-    def _find(self, below: str) -> dict[str, dict[str, Any]]:
-        """fsspec's info of each object below a folder, by its path from that folder."""
+    def _find(self, below: str) -> dict[str, StoredObject]:
+        """The objects below a folder, by their paths from that folder."""
         base = f"{self._root}/{below}"
         with self._reached():
             infos = self._fs.find(base, detail=True)
-        return {path[len(base) + 1 :]: info for path, info in infos.items() if path.startswith(f"{base}/")}
+        return {
+            path[len(base) + 1 :]: StoredObject(info["size"], _last_modified(info))
+            for path, info in infos.items()
+            if path.startswith(f"{base}/")
+        }
 
     def _remove(self, below: str, first: str | None = None) -> None:
         names = [f"{self._root}/{below}/{name}" for name in self._find(below)]
@@ -352,8 +367,8 @@ def _upload(file: Path, target: str) -> Transfer:
     return Transfer(str(file), target, file.stat().st_size)
 
 
-def _modified(info: dict[str, Any]) -> float:
-    """Seconds since the epoch. The protocols have several names for it."""
+def _last_modified(info: Mapping[str, Any]) -> float:
+    """Seconds since the epoch. info: fsspec's; each protocol calls the time otherwise."""
     names = ("LastModified", "mtime", "last_modified", "updated", "modified", "created")
     value = next(info[name] for name in names if info.get(name) is not None)
     return value if isinstance(value, int | float) else value.timestamp()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from sft_core.store.code_digest import code_digest
+from sft_core.store.manifest import Identity, Manifest
 from sft_core.store.ref import Ref
 
 if TYPE_CHECKING:
@@ -16,13 +17,15 @@ if TYPE_CHECKING:
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 Section: TypeAlias = Mapping[str, Json]  # what an identity holds of a recipe: the builder's keyword arguments
-Part = dict[str, Any]
+Part = dict[str, Any]  # JSON: which output of a stage it is, as {"source": "chat"} or {"round": 2}
 Needs = dict[str, tuple["Stage[Any]", Part]]  # by the name under which the builder finds the output
 
 
 class Subject(Protocol):
-    """What an output is of, such as a recipe with its pins. The store reads `recipe.runtime` and passes the subject to
-    the functions of a stage."""
+    """What outputs are made from, such as a recipe with its pins.
+
+    The store reads `recipe.runtime` and passes the subject to the functions of a stage.
+    """
 
     @property
     def recipe(self) -> Recipe: ...
@@ -32,18 +35,18 @@ S = TypeVar("S", bound=Subject)
 
 
 class Unresolved(ValueError):
-    """A name whose content is not known now: outputs that are made from it have no key yet."""
+    """A name cannot be resolved now: outputs that are made from it have no key yet."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """What a builder gets beside its slice of the recipe."""
+    """What a builder gets besides its section of the recipe."""
 
     out: Path  # an empty folder, or the folder of the last attempt when the stage is resumable
     inputs: Mapping[str, Path]  # folders of the outputs that the builder reads
     runtime: Runtime
     upload: Callable[[Path], None] | None = None  # None for a store that is a folder
-    manifests: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # of all inputs, `mentions` too
+    manifests: Mapping[str, Manifest] = dataclasses.field(default_factory=dict)  # of all inputs, `mentions` too
 
     def keep(self, folder: Path) -> None:
         """Keeps a finished folder below `out`, such as a checkpoint, so that it outlives this machine.
@@ -65,13 +68,15 @@ class Build:
 class Stage(Generic[S]):
     """One kind of output.
 
-    `section` gives the builder's keyword arguments from the recipe; they are part of the identity. `places` gives
-    paths for what `section` names only by digest; they are passed in place of the section's values of the same names
-    and are not part of the identity. `needs` names the outputs that the builder reads, `mentions` the outputs of
-    which it reads the manifest alone, so that their files are not downloaded. `version` replaces the digest of the
-    builder's code where a rename must not cost days of training. `modules` names modules that the builder reaches
-    through an object among `places`, which its imports do not show: their code counts as the builder's. The builder
-    returns counts for the manifest: plain JSON, shown on cards.
+    build: writes the output, and returns counts for the manifest: JSON, shown on cards.
+    section: the builder's keyword arguments from the recipe. They are part of the identity.
+    places: paths for what the section names only by digest. The builder gets them in place of the section's values of
+    the same names; they are not part of the identity.
+    needs: the outputs that the builder reads.
+    mentions: the outputs of which the builder reads only the manifest, so their files are not downloaded.
+    modules: modules that the builder reaches through an object among `places`. Its imports do not show them, but their
+    code counts as the builder's.
+    version: replaces the digest of the builder's code, where a rename must not cost days of training.
     """
 
     name: str
@@ -87,9 +92,9 @@ class Stage(Generic[S]):
     verify_inputs: bool = False
 
     def code(self, modules: tuple[str, ...]) -> str | int:
-        """What stands for the builder's code in an identity: the version, or a digest, which takes milliseconds.
+        """The builder's code in an identity: the version, or a digest, which takes milliseconds.
 
-        modules: what `self.modules` names for the part.
+        modules: the result of `self.modules` for the part.
         """
         if self.version is not None:
             return self.version
@@ -112,7 +117,7 @@ class Located:
     part: Part
     status: Literal["hit", "build", "depends"]
     ref: Ref | None
-    identity: dict[str, Any]
+    identity: Identity
 
     @property
     def name(self) -> str:
@@ -120,7 +125,7 @@ class Located:
 
 
 def part_name(part: Part) -> str:
-    """A part as people see it: its values, joined by commas; of the rows of a roll-out each source, and how many."""
+    """The values of a part, joined by commas; for the rows of a roll-out, each source and its number of rows."""
     return ",".join(map(_shown, part.values())) or "-"
 
 

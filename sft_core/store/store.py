@@ -28,6 +28,8 @@ from sft_core.store.manifest import (
     MANIFEST,
     CorruptOutput,
     FileDigest,
+    Identity,
+    Manifest,
     check,
     content_digest,
     data_digest,
@@ -42,7 +44,7 @@ from sft_core.store.ref import Ref
 from sft_core.store.stage import Build, Located, Part, S, Stage, Unresolved
 
 log = logging.getLogger(__name__)
-USE_NOTED_S = 86400  # seconds between two notes of a use behind a URL: each note is a request
+USE_NOTED_S = 86400  # at most one note of a use behind a URL in this time: each note is a request
 
 
 def is_url(root: str | Path) -> bool:
@@ -83,9 +85,10 @@ class Store:
         contents: dict[str, str | None] = {}
         for name, (needed, needed_part) in stage.inputs(subject, part).items():
             located = self.locate(needed, subject, needed_part, lookups)
-            is_there = located.status == "hit" and located.ref
-            contents[name] = self.manifest(is_there)["content"] if is_there else None
-        identity = {"stage": stage.name, "part": part, "inputs": contents, "code": lookups.code(stage, subject, part)}
+            built = located.ref if located.status == "hit" else None
+            contents[name] = self.manifest(built)["content"] if built else None
+        code = lookups.code(stage, subject, part)
+        identity = Identity(stage=stage.name, part=part, inputs=contents, code=code)
         try:
             identity["section"] = dict(stage.section(subject, part))
         except Unresolved:
@@ -98,7 +101,7 @@ class Store:
     # Reading
 
     def refresh(self) -> None:
-        """Forgets which outputs a URL has, so that those that other machines have made since count too."""
+        """Forgets the listing of a URL, so that outputs that other machines have built since count too."""
         if self.remote:
             self.remote.forget()
 
@@ -122,10 +125,10 @@ class Store:
         return (self._folders.output(ref) / name).open("rb")
 
     def scratch(self, ref: Ref) -> Path:
-        """Where a build works. That of a resumable stage stays until its output is whole."""
+        """The folder in which a build works. For a resumable stage it stays until the output is whole."""
         return self._folders.scratch(ref)
 
-    def manifest(self, ref: Ref) -> dict[str, Any]:
+    def manifest(self, ref: Ref) -> Manifest:
         path = self._folders.manifest(ref)
         if self._cached and not path.is_file():
             path = self._cached.manifest_path(ref)
@@ -137,7 +140,7 @@ class Store:
     # Building
 
     def ensure(self, stage: Stage[S], subject: S, lookups: Lookups | None = None, **part: Any) -> Ref:
-        """The output's address. The output is built first when it is not there, and so are the outputs that it reads.
+        """The output's address. A missing output is built first, after the outputs that it reads.
 
         Two processes that ensure the same output build it once: the second waits for the first.
         Raises what the builder raises, with the stage named, and CorruptOutput for a damaged input.
@@ -158,10 +161,10 @@ class Store:
         self.check_writable()
         with self._folders.lock(ref):
             if self.remote:
-                self.remote.forget()  # another machine may have built it meanwhile
+                self.remote.forget()  # or it misses an output that another machine has built meanwhile
             if not self.has(ref):
                 if self.is_here(ref):
-                    self.verify(ref)  # a process ended before all of it was uploaded
+                    self.verify(ref)  # an earlier process ended before the upload did
                 else:
                     self._build(located, subject, lookups)
                 if self._cached:
@@ -172,7 +175,7 @@ class Store:
         return ref
 
     def _note_use(self, ref: Ref) -> None:
-        """Notes when the output was last used, for `sft store gc`."""
+        """Records that the output is used now, for `sft store gc`."""
         if not self.remote or self.is_here(ref):
             os.utime(self._folders.output(ref))
         if self.remote and self.last_used(ref) < time.time() - USE_NOTED_S:
@@ -197,7 +200,7 @@ class Store:
         log.info("stage=%s part=%s key=%s status=build", stage.name, located.name, ref.key)
         started = time.monotonic()
         try:
-            arguments = located.identity["section"] | stage.places(subject, located.part)
+            arguments = {**located.identity["section"], **stage.places(subject, located.part)}
             upload = functools.partial(self.remote.keep, out.name, out) if self.remote and stage.resumable else None
             counts = stage.build(Build(out, inputs, subject.recipe.runtime, upload, manifests), **arguments)
             files = {str(path.relative_to(out)): file_digest(path) for path in files_of(out)}
@@ -234,7 +237,7 @@ class Store:
             journal.write(line + "\n")
 
     def check_writable(self) -> None:
-        """Raises OSError with what to do when nothing can be written here."""
+        """Raises OSError, which says what to do, when the store cannot be written."""
         try:
             (self.root / ".locks").mkdir(parents=True, exist_ok=True)
             probe = self.root / ".locks" / f".probe-{os.getpid()}"
@@ -252,7 +255,7 @@ class Store:
     # Looking after
 
     def verify(self, ref: Ref, *, remote: bool = False) -> None:
-        """Raises CorruptOutput when a file of the output is missing, or its digest or the manifest's own differs.
+        """Raises CorruptOutput for a missing or altered file of the output, and for an altered manifest.
 
         In a store behind a URL it checks the copy on this machine or, with `remote`, the files behind the URL.
         """
@@ -298,25 +301,25 @@ class Store:
         return self.remote.outputs()[ref] if self.remote else self._folders.output(ref).stat().st_mtime
 
     def remove(self, ref: Ref) -> None:
-        """Removes the output, behind the URL too. A copy on another machine stays, and is read no more."""
+        """Removes the output, behind the URL too. A copy on another machine stays, but no process reads it again."""
         with self._folders.lock(ref):
             if self.remote:
                 self.remote.remove(ref)
             self._folders.remove(ref, missing_ok=self.remote is not None)
 
     def abandoned(self) -> list[Path]:
-        """Unfinished work, of builds and downloads, that no process goes on with."""
+        """Folders of builds and downloads that no process continues."""
         return self._folders.abandoned()
 
 
 def _manifest(
     ref: Ref,
-    identity: dict[str, Any],
+    identity: Identity,
     files: dict[str, FileDigest],
     counts: dict[str, Any],
     inputs: dict[str, Ref],
     seconds: float,
-) -> dict[str, Any]:
+) -> Manifest:
     return {
         "ref": list(ref),
         "identity": identity,

@@ -35,8 +35,8 @@ def _recipe_identities(a: str, b: str) -> list[tuple[str, Any, Any]]:
 
 def _output_identities(a: str, b: str, root: str) -> list[tuple[str, Any, Any]]:
     store = existing_store(root)
-    refs = [store.find(text) for text in (a, b)]
-    return [(f"{refs[0]} and {refs[1]}", *(store.manifest(ref)["identity"] for ref in refs))]
+    before, after = (store.find(text) for text in (a, b))
+    return [(f"{before} and {after}", store.manifest(before)["identity"], store.manifest(after)["identity"])]
 
 
 def _short(value: Any) -> str:

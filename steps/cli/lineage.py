@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sft_core.data.sources.registry import origin_of
+from sft_core.store.manifest import Manifest
 from sft_core.store.provenance import source_label
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
@@ -39,7 +40,7 @@ class Lineage:
     """manifests: of the root and all it was made from, nearest first; None for an output that was removed since."""
 
     root: Ref
-    manifests: dict[Ref, dict[str, Any] | None]
+    manifests: dict[Ref, Manifest | None]
 
     def inputs(self, ref: Ref) -> dict[str, Ref]:
         manifest = self.manifests[ref]
@@ -85,7 +86,7 @@ def find(name: str, root: str) -> tuple[Store, Ref]:
 
 
 def trace(store: Store, root: Ref) -> Lineage:
-    manifests: dict[Ref, dict[str, Any] | None] = {}
+    manifests: dict[Ref, Manifest | None] = {}
     waiting = collections.deque([root])
     while waiting:
         ref = waiting.popleft()
@@ -169,7 +170,7 @@ def _told_counts(ref: Ref, counts: dict[str, Any]) -> str:
     )
 
 
-def _origins(store: Store, ref: Ref, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _origins(store: Store, ref: Ref, manifest: Manifest) -> dict[str, dict[str, Any]]:
     """What an output was made from that is no output: files or a hub revision, a start model, a template."""
     section = manifest["identity"]["section"]
     if ref.stage == "conversations":

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sft_core.evaluate import selection_answers as module
-from sft_core.evaluate.selection_answers import AnswerScores
+from sft_core.evaluate.selection_answers import AnswerScores, AnswerSettings
 from sft_core.pins.pinned import pin
 from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
@@ -63,7 +63,14 @@ class World:
     def scorer(self) -> AnswerScores:
         asked = {source: asked_of_answers(self.pinned, source) for source in SOURCES}
         return AnswerScores(
-            self.collator.plan, list(SOURCES), self.tokens, asked, {}, self.tokenizer, batch_size=8, flops_a_token=2.0
+            self.collator.plan,
+            list(SOURCES),
+            self.tokens,
+            {source: AnswerSettings(**settings) for source, settings in asked.items()},
+            {},
+            self.tokenizer,
+            batch_size=8,
+            flops_a_token=2.0,
         )
 
 

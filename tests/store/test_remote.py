@@ -380,7 +380,7 @@ def test_kept_checkpoint_that_is_torn_is_passed_over(
     with caplog.at_level(logging.INFO):
         store.ensure(STEPPED, toy())
     assert store.manifest(ref)["counts"]["found"] == ["checkpoint-1"]
-    assert "kept=checkpoints/checkpoint-2 is damaged and passed over" in caplog.text
+    assert "kept=checkpoints/checkpoint-2 is damaged and left out" in caplog.text
     assert kept(server, store) == []
 
 
@@ -395,7 +395,7 @@ def test_kept_checkpoint_with_digests_of_before_is_compared_with_them(
     store = machine("two")
     store.ensure(STEPPED, toy())
     assert store.manifest(ref)["counts"]["found"] == ["checkpoint-1"]
-    assert "kept=checkpoints/checkpoint-2 is damaged and passed over" in caplog.text
+    assert "kept=checkpoints/checkpoint-2 is damaged and left out" in caplog.text
 
 
 def test_checkpoint_that_goes_while_it_is_uploaded_is_not_kept(machine: Callable, server: ObjectServer, tmp_path: Path):

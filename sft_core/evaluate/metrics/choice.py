@@ -1,4 +1,4 @@
-"""The metric `choice`: which letter of a multiple choice a text decides for."""
+"""The metric `choice`: the letter of a multiple choice that a text states."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _BRACKETED = re.compile(r"[\(\[]([A-Z])[\)\]]")
 
 
 def choice_letter(text: str) -> str | None:
-    """The letter that an answer chooses, as a capital; None where it names no letter, or several and decides for none.
+    """The letter that an answer chooses, as a capital; None for no letter, and for several without a decision.
 
     In this order: a letter alone; the last that is boxed or stated as the answer; a letter that leads the text, as
-    "B. Paris"; a letter in brackets, where all of these are the same. A letter inside a word, or the article, is none.
+    "B. Paris"; a letter in brackets, where all of these are the same. A letter inside a word does not
+    count, and neither does the article.
     """
     if match := _ALONE.match(text):
         return match[1].upper()

@@ -1,4 +1,4 @@
-"""The metric `exact_match`, by which a task is scored where the recipe names none."""
+"""The metric `exact_match`, the default of every task."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from sft_core.evaluate.metrics.metric import Metric
 
 
 class ExactMatch(Metric):
-    """The whole output is the answer, but for white space around it."""
+    """The whole output equals the answer; white space around them does not count."""
 
     name = "exact_match"
     is_share = True
-    nothing_to_ask = None  # it is every task's default, those without answers included
+    nothing_to_ask = None  # the default of tasks without answers, too
 
     def score(self, output: str, wanted: str) -> float:
         return float(output.strip() == wanted.strip())

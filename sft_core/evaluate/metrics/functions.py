@@ -12,16 +12,17 @@ from sft_core.evaluate.metrics.metric import Asked, Metric, Question
 from sft_core.store.code_digest import user_code_digest
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from sft_core.recipe.evaluation import Evaluation
 
-Row = dict[str, Any]  # JSON: the canonical conversation, and its row_id
 _FORM = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 class Function(Metric):
-    """`package.module:function`. Every row is asked; for a row without an answer the function is given None.
+    """`package.module:function`. Every row is asked; for a row without an answer the function gets None.
 
-    row: the canonical conversation (messages, and where it has them tools, kwargs, answer) and its row_id.
+    row: JSON, the canonical conversation (messages, and where it has them tools, kwargs, answer) and its row_id.
     Raises ValueError for a function that cannot be imported, or cannot be called so.
     """
 
@@ -35,12 +36,12 @@ class Function(Metric):
         try:
             loaded = importlib.import_module(module)
         except Exception as error:
-            # A user's module may raise anything; the error goes on with the key that names the module.
+            # A user's module may raise anything. Callers add the recipe's key that names the module.
             raise ValueError(f"{module} cannot be imported ({type(error).__name__}: {error})") from error
         self._call: Any = getattr(loaded, function, None)
         if not callable(self._call):
             kind = "nothing" if self._call is None else type(self._call).__name__
-            raise ValueError(f"found {kind} as {function!r} in {module}; a function is wanted")
+            raise ValueError(f"found {kind} as {function!r} in {module}; a metric is a function")
         try:
             inspect.signature(self._call).bind("output", "answer", {})
         except TypeError as error:
@@ -51,7 +52,7 @@ class Function(Metric):
         return _FORM.fullmatch(name) is not None
 
     @classmethod
-    def settings(cls, name: str, evaluation: Evaluation, task: str) -> dict[str, Any]:
+    def settings(cls, name: str, evaluation: Evaluation, task: str) -> dict[str, JsonValue]:
         return {"code": user_code_digest(name.partition(":")[0])}
 
     @classmethod
@@ -63,7 +64,7 @@ class Function(Metric):
         row = {**question.conversation, "row_id": question.row_id}
         return Asked(question.answer, (question.answer, row))
 
-    def score(self, output: str, wanted: tuple[str | None, Row]) -> float:
+    def score(self, output: str, wanted: tuple[str | None, dict[str, JsonValue]]) -> float:
         answer, row = wanted
         value = self._call(output, answer, row)
         if not isinstance(value, int | float) or not 0 <= value <= 1:

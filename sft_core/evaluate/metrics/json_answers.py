@@ -12,7 +12,7 @@ _FENCED = re.compile(r"\s*```[A-Za-z0-9_-]*[ \t]*\n(.*?)\n?\s*```\s*\Z", re.DOTA
 
 
 def parse_json(text: str) -> Any:
-    """The JSON value of a whole text, which a code fence may surround. Raises ValueError."""
+    """The JSON value of a whole text, with or without a code fence. Raises ValueError."""
     fenced = _FENCED.match(text)
     try:
         return json.loads(fenced[1] if fenced else text, parse_constant=_refuse)
@@ -25,7 +25,7 @@ def _refuse(constant: str) -> Any:
 
 
 class Json(Metric):
-    """Valid JSON. Every row is asked, for no answer is needed."""
+    """Valid JSON. Every row is asked: the metric needs no answer."""
 
     name = "json"
     is_share = True

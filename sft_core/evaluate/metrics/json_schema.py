@@ -1,4 +1,4 @@
-"""The metric `json_schema`: whether a whole output is JSON, and as a schema of the user describes it."""
+"""The metric `json_schema`: whether a whole output is JSON that the user's schema accepts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from pydantic import JsonValue
+
 from sft_core.evaluate.metrics.json_answers import Json
 
 if TYPE_CHECKING:
     from sft_core.recipe.evaluation import Evaluation
 
-Schema = dict[str, Any]  # JSON
+Schema = dict[str, JsonValue]
 
 
 class JsonSchema(Json):
-    """Valid JSON that the schema accepts. Raises ValueError for what is no schema."""
+    """Valid JSON that the schema accepts. Raises ValueError for an invalid schema."""
 
     name = "json_schema"
     library = "jsonschema"
@@ -26,7 +28,7 @@ class JsonSchema(Json):
         self._validator = _validator(schema)
 
     @classmethod
-    def settings(cls, name: str, evaluation: Evaluation, task: str) -> dict[str, Any]:
+    def settings(cls, name: str, evaluation: Evaluation, task: str) -> dict[str, JsonValue]:
         return {"schema": read_schema(evaluation.json_schema_by_task[task])}
 
     @classmethod
@@ -38,7 +40,7 @@ class JsonSchema(Json):
 
 
 def read_schema(given: str | Schema) -> Schema:
-    """The schema itself, or that in the file of this path. Raises ValueError for a file that cannot be read."""
+    """The schema itself, or the one in the file of this path. Raises ValueError for a file that cannot be read."""
     if isinstance(given, dict):
         return given
     path = Path(given).expanduser()
@@ -54,7 +56,7 @@ def read_schema(given: str | Schema) -> Schema:
 
 
 def _validator(schema: Schema) -> Any:
-    """Raises ValueError for what is no schema, or refers to a schema that is not inside it: nothing is downloaded."""
+    """Raises ValueError for an invalid schema, and for a reference to another document: nothing is downloaded."""
     import jsonschema
     import referencing
     import referencing.jsonschema

@@ -1,7 +1,7 @@
 """The metric `numeric`: numbers and expressions, compared by math-verify in another process.
 
-math-verify's timeouts are alarms, which only a main thread can set and which do not stop code in C. A process can be
-killed from any thread, whatever it does.
+math-verify's timeouts are alarms: only a main thread can set them, and they do not stop code in C. Any thread can
+kill a process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ START_S = 120.0  # to import sympy on a machine that is busy
 
 
 class Numeric(Metric):
-    """The last number or expression that the output states, equal to the answer's in value."""
+    """The output's last number or expression equals the answer's in value."""
 
     name = "numeric"
     is_share = True
@@ -45,7 +45,7 @@ class Numeric(Metric):
     def _ask(self, wanted: str, output: str | None) -> bool:
         """Whether the two are equal; without an output, whether `wanted` can be read.
 
-        False also where the time is up or the process died of the comparison, which counts as a timeout.
+        False also where the comparison runs out of time or kills the process; both count as a timeout.
         """
         process = self._process or self._start()
         assert process.stdin is not None

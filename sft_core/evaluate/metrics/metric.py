@@ -1,6 +1,6 @@
-"""What a metric is, and what it asks of a row: the facts about a metric stand in its class and nowhere else.
+"""The base class of metrics. All facts about a metric stand in its class and nowhere else.
 
-Invariant: what a row wants is read, or refused, before an answer is generated; an output that cannot be read scores 0.
+Invariant: a row's answer is read, or refused, before the model generates; an output that cannot be read scores 0.
 Outputs come without their thinking.
 """
 
@@ -13,35 +13,37 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from sft_core.recipe.evaluation import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A row that a metric may ask the model."""
+    """A row, before the metric decides whether to ask the model for an answer."""
 
     row_id: str
     answer: str | None  # the row's own, where it has one
     target: str  # the text that the row trains as its last turn, without thinking
-    conversation: dict[str, Any] | None = None  # canonical, as JSON; for metrics that ask for it
+    conversation: dict[str, JsonValue] | None = None  # canonical; for metrics that ask for it
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What a row that is asked wants."""
+    """The right answer to a row that is asked."""
 
     shown: str | None  # for readers of the rows
-    wanted: Any  # what `score` compares outputs with
+    wanted: Any  # `score` compares outputs with it
 
 
 class Metric(abc.ABC):
-    """How answers are scored. As a context it frees what it holds, such as a process."""
+    """How answers are scored. As a context manager it ends its processes."""
 
-    name: str  # what evaluation.metric_by_task calls it
+    name: str  # in evaluation.metric_by_task
     is_share: ClassVar[bool]  # the score is a share of right answers: its interval is Wilson's, not the normal one
     library: ClassVar[str | None] = None  # the distribution that scores; its version is part of the key
     asks_for: ClassVar[tuple[Literal["conversation", "schema"], ...]] = ()  # besides the row's answer
-    # Why no row of a task can be asked, for the error; None: such a task is no error and has its losses alone.
+    # The error's reason where no row of a task can be asked; None: such a task is no error, and has losses alone.
     nothing_to_ask: ClassVar[str | None] = "none has an answer"
     num_timeouts = 0  # answers that took too long to compare
 
@@ -51,8 +53,8 @@ class Metric(abc.ABC):
         return name == cls.name
 
     @classmethod
-    def settings(cls, name: str, evaluation: Evaluation, task: str) -> dict[str, Any]:
-        """What scores depend on besides name and library, as JSON: it is part of the key, and `load` is given it.
+    def settings(cls, name: str, evaluation: Evaluation, task: str) -> dict[str, JsonValue]:
+        """The settings on which scores depend besides name and library. They are part of the key, and `load` gets them.
 
         Raises ValueError for settings that cannot be read.
         """
@@ -60,15 +62,15 @@ class Metric(abc.ABC):
 
     @classmethod
     def load(cls, identity: Mapping[str, Any]) -> Self:
-        """The metric of an identity, which is JSON: the name, and the settings. Raises ValueError."""
+        """The metric of an identity, which is JSON: the name and the settings. Raises ValueError."""
         return cls()
 
     def ask(self, question: Question) -> Asked | None:
-        """What the row wants; None where it is not asked. Raises ValueError for an answer that cannot be read."""
+        """The row's right answer; None for a row that is not asked. Raises ValueError for an unreadable answer."""
         return None if question.answer is None else Asked(question.answer, self.read(question.answer))
 
     def read(self, answer: str) -> Any:
-        """What `score` compares outputs with. Raises ValueError for an answer that cannot be read."""
+        """The value that `score` compares outputs with. Raises ValueError for an unreadable answer."""
         return answer
 
     @abc.abstractmethod

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TypedDict
 
 from sft_core.evaluate.metrics.metric import Asked, Metric, Question
 
-# Their scorers compare tuples, and JSON has none: their own answers do not score 1.
+# The scorers of these tasks compare tuples, which JSON turns into lists: a right answer would not score 1.
 _WITHOUT_JSON = ("arc_agi", "rearc")
-Item = dict[str, Any]  # JSON, as reasoning-gym writes it: question, answer, metadata
+
+
+class Metadata(TypedDict):
+    source_dataset: str  # the task; an item holds more of its own
+
+
+class Item(TypedDict):
+    """JSON as reasoning-gym writes it."""
+
+    question: str
+    answer: str | None
+    metadata: Metadata
 
 
 class ReasoningGym(Metric):
@@ -31,8 +42,8 @@ class ReasoningGym(Metric):
                 '{"question": ..., "answer": ..., "metadata": {"source_dataset": ...}}'
             ) from None
         if name not in DATASETS or name in _WITHOUT_JSON:
-            why = "its items do not survive JSON" if name in DATASETS else "reasoning-gym has no such task"
-            raise ValueError(f"metadata.source_dataset: found {name!r}; {why}")
+            reason = "its items do not survive JSON" if name in DATASETS else "reasoning-gym has no such task"
+            raise ValueError(f"metadata.source_dataset: found {name!r}; {reason}")
         return item
 
     def ask(self, question: Question) -> Asked | None:

@@ -1,4 +1,4 @@
-"""The metrics by their names: every file of this folder is imported, and the classes in it are the metrics.
+"""The metrics by their names: the classes in the files of this folder.
 
 Invariant: no list of metrics stands anywhere. A new file in this folder is enough for a recipe to name its metric.
 """
@@ -19,6 +19,8 @@ from sft_core.evaluate.metrics.metric import Metric
 from sft_core.recipe.wording import nearest, short
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from sft_core.recipe.evaluation import Evaluation
 
 _REQUIRED = ("name", "is_share")
@@ -26,9 +28,9 @@ _REQUIRED = ("name", "is_share")
 
 @functools.cache
 def metric_classes() -> dict[str, type[Metric]]:
-    """The class of each metric by its name, sorted by name; a user's function stands under the form of its name.
+    """The class of each metric, sorted by name. The class of users' functions has the form of their names as its name.
 
-    Raises TypeError for a class that lacks a fact, and for two with a name.
+    Raises TypeError for a class without a required fact, and for two classes with one name.
     """
     classes: dict[str, type[Metric]] = {}
     for module in pkgutil.iter_modules(metrics.__path__, f"{metrics.__name__}."):
@@ -60,9 +62,9 @@ def metric_class(name: str) -> type[Metric]:
 
 
 def check_names(evaluation: Evaluation) -> None:
-    """Raises ValueError for a metric that does not exist, a schema that is missing, and one that no task asks for.
+    """Raises ValueError for an unknown metric, for a missing schema, and for a schema that no metric reads.
 
-    Whoever reads a recipe calls it (steps/runs/recipes.py): the recipe itself stands below the metrics.
+    steps/runs/recipes.py calls it for each recipe: the recipe's own checks cannot import metrics, a layer above.
     """
     for task in evaluation.metric_by_task:
         _class_of(evaluation, task)
@@ -70,13 +72,13 @@ def check_names(evaluation: Evaluation) -> None:
         if "schema" not in _class_of(evaluation, task).asks_for:
             names = [name for name, kind in metric_classes().items() if "schema" in kind.asks_for]
             raise ValueError(
-                f"evaluation.json_schema_by_task.{task}: no answer is held against it; set metric_by_task.{task} to "
+                f"evaluation.json_schema_by_task.{task}: no metric reads it; set metric_by_task.{task} to "
                 f"{' or '.join(names)}, or remove it"
             )
 
 
 def _class_of(evaluation: Evaluation, task: str) -> type[Metric]:
-    """The metric of a task. Raises ValueError for one that does not exist, and for a schema that is missing."""
+    """The metric of a task. Raises ValueError for an unknown metric and a missing schema."""
     name = evaluation.metric_of(task)
     try:
         kind = metric_class(name)
@@ -89,15 +91,15 @@ def _class_of(evaluation: Evaluation, task: str) -> type[Metric]:
     return kind
 
 
-def metric_identity(evaluation: Evaluation, task: str) -> dict[str, Any]:
-    """What a task's scores depend on besides the answers, as JSON: the metric, its settings, its library's version.
+def metric_identity(evaluation: Evaluation, task: str) -> dict[str, JsonValue]:
+    """The metric, its settings and its library's version: scores depend on these and on the answers.
 
-    Raises ValueError as `check_names`, for settings that cannot be read, as a schema's file, and for a library that is
-    missing.
+    Raises ValueError as `check_names` does, for settings that cannot be read (a schema's file), and for a missing
+    library.
     """
     name, kind = evaluation.metric_of(task), _class_of(evaluation, task)
     try:
-        identity = {"name": name, **kind.settings(name, evaluation, task)}
+        identity: dict[str, JsonValue] = {"name": name, **kind.settings(name, evaluation, task)}
     except ValueError as error:
         raise ValueError(f"{_key(kind, task)}: {error}") from None
     if kind.library is not None:
@@ -111,19 +113,19 @@ def metric_identity(evaluation: Evaluation, task: str) -> dict[str, Any]:
 
 
 def load_metric(identity: Mapping[str, Any]) -> Metric:
-    """The metric of an identity. Raises ValueError for a schema that is none and a function that cannot be called."""
+    """The metric of an identity. Raises ValueError for an invalid schema and a function that cannot be called."""
     return metric_class(identity["name"]).load(identity)
 
 
 def check_metrics(evaluation: Evaluation, tasks: list[str]) -> None:
-    """Raises ValueError for a metric that would fail when the answers are there."""
+    """Raises ValueError now for a metric that would fail later, when it scores the answers."""
     check_names(evaluation)
     for task in tasks:
         identity = metric_identity(evaluation, task)
         try:
             load_metric(identity)
         except ValueError as error:
-            raise ValueError(f"{_key(metric_class(identity['name']), task)}: {error}") from error
+            raise ValueError(f"{_key(metric_class(evaluation.metric_of(task)), task)}: {error}") from error
 
 
 def _key(kind: type[Metric], task: str) -> str:

@@ -1,11 +1,11 @@
-"""The metric `tool_call`: the calls in a text, in the forms that templates have models write them."""
+"""The metric `tool_call`: the calls in a text, as JSON or Python between the tags that chat templates use."""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
-from typing import Any
+from typing import Any, TypedDict
 
 from sft_core.data.sources.formats.tools import tool_calls
 from sft_core.data.sources.rejects import Rejected
@@ -15,11 +15,16 @@ _TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)  # JSON: ours, 
 _CODE = re.compile(r"<code>(.*?)</code>", re.DOTALL)  # Python: ours, SmolLM3's
 
 
-def calls_in(text: str) -> list[str]:
-    """Each call as canonical JSON of its name and arguments, sorted; none for a text without calls.
+class Call(TypedDict):
+    name: str
+    arguments: dict[str, object]
 
-    A turn makes all its calls before any of them is answered, so their order says nothing. Raises ValueError for a
-    call that cannot be read.
+
+def calls_in(text: str) -> list[str]:
+    """Each call as canonical JSON of its name and arguments, sorted; an empty list for a text without calls.
+
+    A turn makes all its calls before it gets a result, so their order means nothing. Raises ValueError for a call that
+    cannot be read.
     """
     if "<tool_call>" in text:
         bodies = _TAGGED.findall(text)
@@ -30,7 +35,7 @@ def calls_in(text: str) -> list[str]:
 
 
 def calls_in_answer(answer: str) -> list[str]:
-    """As `calls_in`, of a row's answer, which may also be a JSON list of calls, or one call. Raises ValueError."""
+    """The calls of a row's answer, which may also be a JSON list of calls, or a single call. Raises ValueError."""
     if answer.lstrip().startswith(("[", "{")):
         value = _json(answer)
         return _canonical(value if isinstance(value, list) else [value])
@@ -44,7 +49,7 @@ def _json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _python_calls(block: str) -> list[dict[str, Any]]:
+def _python_calls(block: str) -> list[Call]:
     """The calls of a block of Python, each an expression with literals by keyword. Nothing is executed."""
     try:
         statements = ast.parse(block.strip()).body
@@ -56,7 +61,7 @@ def _python_calls(block: str) -> list[dict[str, Any]]:
         if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("a statement is no call with arguments by name")
         arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        calls.append({"name": ast.unparse(call.func), "arguments": arguments})
+        calls.append(Call(name=ast.unparse(call.func), arguments=arguments))
     return calls
 
 
@@ -78,9 +83,9 @@ def _numbers(value: Any) -> Any:
 
 
 class ToolCall(Metric):
-    """The calls of the row's answer, or where it has none, of the turn that it trains last; other text is free.
+    """The calls of the row's answer, or without one, of its last trained turn. Text around the calls does not count.
 
-    A row whose last turn calls nothing is not asked.
+    A row whose last turn has no call is not asked.
     """
 
     name = "tool_call"

@@ -61,7 +61,7 @@ class DatasetMixture(Section):
         if reserved := sorted({*names}.intersection(RESERVED)):
             raise ValueError(f"a dataset is called {reserved[0]!r}, as an output of the flow is; give it another name")
         if self.selection_share + self.report_share >= 1:
-            raise ValueError("selection_share + report_share leave nothing to train on; give a sum under 1")
+            raise ValueError("selection_share + report_share leave nothing to train on; their sum must be under 1")
         without_share = [dataset.source for dataset in self.datasets if dataset.trained_token_share is None]
         if 0 < len(without_share) < len(names):
             raise ValueError(

@@ -1,11 +1,10 @@
-"""What mSFT is compared with, each as a search: SFT, Continual SFT, SRO SFT and Soft SRO."""
+"""The baselines of mSFT, each as a search: SFT, Continual SFT, SRO SFT and Soft SRO."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from sft_core.recipe.wording import counted
 from sft_core.search.peaks import first_highest
@@ -15,7 +14,7 @@ from sft_core.search.strategy import Implementation, SearchInput
 
 @dataclasses.dataclass
 class _Planned:
-    """A search whose roll-outs are a list, to which observations may add. Delivers the best pooled evaluation."""
+    """A search with a list of roll-outs, to which observations may add. Delivers the best pooled evaluation."""
 
     tasks: Sequence[str]
     epochs_per_rollout: float
@@ -47,9 +46,9 @@ class _Planned:
         self._plan(rollout, curves, Point(rollout.round, evaluation))
         self._epochs += float(curves.epochs[evaluation])
         following = self.propose()
-        still = following.active if following is not None else rollout.active
-        dropped = tuple(task for task in rollout.active if task not in still)
-        evidence: dict[str, Mapping[str, Any]] = {
+        next_active = following.active if following is not None else rollout.active
+        dropped = tuple(task for task in rollout.active if task not in next_active)
+        evidence: dict[str, Mapping[str, float]] = {
             task: {"peak": first_highest(curves.of(task)), "last": float(curves.of(task)[-1])} for task in self.tasks
         }
         start = Point(rollout.round, evaluation)
@@ -80,7 +79,7 @@ class Sft(_Planned):
 
 
 class Continual(_Planned):
-    """One task after another, each going on from the evaluation at which the task before it scored highest."""
+    """One task after another, each from the evaluation at which the task before it scored highest."""
 
     def _first(self) -> list[Rollout]:
         return [Rollout(0, None, (self.tasks[0],), self.epochs_per_rollout)]
@@ -94,10 +93,10 @@ class Continual(_Planned):
 
 
 class Sro(_Planned):
-    """Single roll-out: a first roll-out over all tasks shows where each peaks. From the start again, each leaves there.
+    """Single roll-out: a first roll-out over all tasks shows each task's peak. A second training from the start drops
+    each task at its peak.
 
-    Between two departures the remaining tasks are a roll-out of their own. A task that peaks at the start is not
-    trained.
+    The remaining tasks between two drops are a roll-out. A task that peaks at the start is not trained.
     """
 
     def _plan(self, done: Rollout, curves: Curves, point: Point) -> None:
@@ -114,7 +113,7 @@ class Sro(_Planned):
 
 @dataclasses.dataclass
 class SoftSro(_Planned):
-    """As SRO, but nobody leaves: from the start again, a task's rows are drawn in proportion to rows times peak.
+    """As SRO, but the second training drops no task: it draws a task's rows in proportion to rows times peak.
 
     The proportion is inferred; the source does not give it. sizes: training rows of each task.
     """
@@ -128,7 +127,7 @@ class SoftSro(_Planned):
         total = sum(amounts.values())
         if total == 0:
             return  # no task has gained: the start model is the best
-        # As many rows an epoch as the mixture has.
+        # An epoch has as many rows as the mixture.
         scale = sum(self.sizes.values()) / total
         rows = {task: max(1, round(amount * scale)) for task, amount in amounts.items() if amount}
         self._planned.append(Rollout(1, None, tuple(rows), self.epochs_per_rollout, rows))

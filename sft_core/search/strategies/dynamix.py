@@ -15,7 +15,7 @@ from sft_core.train.hooks import Block, Pack
 
 @dataclasses.dataclass
 class Dynamix:
-    """A bandit over tasks. Its reward is what an optimizer step on a task gains.
+    """A bandit over tasks. Its reward is the gain of an optimizer step on a task.
 
     Task k is drawn with p_k = (1 - gamma) softmax_k(beta * Q_k + log p0_k) + gamma / K, where p0 is its share of rows;
     every `every_steps` Q_k = alpha * Q_k + (1 - alpha) * reward_k. Inferred: the reward is the relative fall of the

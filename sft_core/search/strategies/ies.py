@@ -17,8 +17,8 @@ from sft_core.train.hooks import Block, Pack
 class Ies:
     """Leaves a row out of an epoch while |L_t - 2 L_(t-1) + L_(t-2)| < delta, by its losses L in the last three epochs.
 
-    The paper takes the losses of trained rows as they are trained, and of the others by a forward pass. Here all are
-    measured at the end of an epoch, by the same weights. The rows that stay are packed anew.
+    The paper takes the losses of trained rows from their training step, and of the others from a forward pass. Here one
+    set of weights measures all rows at the end of an epoch. The remaining rows are packed anew.
     """
 
     tasks: list[str]
@@ -54,7 +54,7 @@ class Ies:
 
     def shares(self) -> dict[str, float]:
         active, sizes = (
-            np.bincount(self.task[which], minlength=len(self.tasks)) for which in (self._is_active(), slice(None))
+            np.bincount(self.task[rows], minlength=len(self.tasks)) for rows in (self._is_active(), slice(None))
         )
         return dict(zip(self.tasks, (active / sizes).tolist(), strict=True))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -17,10 +16,10 @@ from sft_core.search.strategy import Implementation, SearchInput
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Where a search ends though it could go on."""
+    """Caps at which a search ends though it could go on."""
 
     max_rollouts: int
-    max_epochs: float | None = None  # of training that was kept, over all roll-outs
+    max_epochs: float | None = None  # of kept training, over all roll-outs
     max_idle: int | None = None  # roll-outs in a row without a task dropped
 
 
@@ -28,8 +27,8 @@ class Limits:
 class Msft:
     """Exactly what the released code does: the preset `paper`.
 
-    A task's peak is its first highest score, at the start of the roll-out too. Of the tasks that peak earliest the
-    first by name is dropped; when all peak at the last evaluation nobody is. Roll-outs always run to their end.
+    A task's peak is its first highest score; the start of the roll-out counts. The first by name of the tasks that peak
+    earliest is dropped; none, when all peak at the last evaluation. Roll-outs always run to their end.
     """
 
     tasks: Sequence[str]
@@ -42,7 +41,7 @@ class Msft:
         self._start: Point | None = None
         self._epochs = 0.0
         self._best = Best()
-        self._at_drop: dict[str, np.ndarray] = {}  # the rows' scores of a dropped task where it was dropped
+        self._at_drop: dict[str, np.ndarray] = {}  # the scores of a dropped task's rows at its drop
 
     def propose(self) -> Rollout | None:
         if self.ended_by is not None:
@@ -69,14 +68,14 @@ class Msft:
     def observe(self, curves: Curves) -> Decision:
         rollout = self.propose()
         assert rollout is not None, "the search is over"
-        evaluation, dropped, evidence = self._judge(curves)  # before `_best` takes in the curves it is judged against
+        evaluation, dropped, evidence = self._judge(curves)  # before `_best` sees these curves: `_judge` reads it
         self._best.see(rollout.round, curves)
         readmitted = self._forgotten(curves, evaluation)
         self._at_drop |= {task: curves.rows[task][evaluation] for task in dropped}
         self._active = tuple(
             task for task in self.tasks if task in (*self._active, *readmitted) and task not in dropped
         )
-        # The start of a roll-out is where the one before it went on from: rolling back to it changes nothing.
+        # Evaluation 0 has the weights from which this roll-out started, so rolling back to it changes no weights.
         self._start = Point(rollout.round, evaluation)
         self._epochs += float(curves.epochs[evaluation])
         self._num_idle = 0 if dropped else self._num_idle + 1
@@ -101,11 +100,11 @@ class Msft:
     def is_decided(self, curves: Curves) -> bool:
         return False
 
-    def _judge(self, curves: Curves) -> tuple[int, list[str], dict[str, Mapping[str, Any]]]:
-        """The evaluation to go on from, the tasks that are dropped there, and the evidence."""
+    def _judge(self, curves: Curves) -> tuple[int, list[str], dict[str, Mapping[str, float]]]:
+        """The evaluation from which the search goes on, the tasks that are dropped there, and the evidence."""
         last = len(curves.epochs) - 1
         peaks = {task: first_highest(curves.of(task)) for task in self._active}
-        evidence: dict[str, Mapping[str, Any]] = {
+        evidence: dict[str, Mapping[str, float]] = {
             task: {"peak": peak, "score": float(curves.of(task)[peak]), "last": float(curves.of(task)[last])}
             for task, peak in peaks.items()
         }
@@ -127,13 +126,13 @@ class Msft:
 class RobustMsft(Msft):
     """The same search for noisy scores: the preset `robust`.
 
-    A task is past its peak where a unimodal fit of its scores has turned and a paired one-sided test of its rows says
-    that they have fallen, at `alpha` over the number of active tasks (Bonferroni). All whose fit turned there are
-    dropped together. A roll-out ends as soon as no other task can turn out to have peaked earlier. With `readmit`, an
-    excluded task comes back once its rows have fallen, by the same test, below where it was dropped.
+    A task is past its peak when a unimodal fit of its scores has turned, and a paired one-sided test says that its rows
+    have fallen, at `alpha` over the number of active tasks (Bonferroni). All tasks whose fit turned at the earliest
+    peak are dropped together. A roll-out ends once no other task can have an earlier peak. With `readmit`, a dropped
+    task comes back when its rows have fallen, by the same test, below their scores at its drop.
 
-    max_kept: evaluations whose weights are kept at once. Over it late peaks are let go first, for a roll-back goes to
-    the earliest, and to the nearest one that is there when its own is gone.
+    max_kept: at most so many evaluations keep their weights at once. The weights of late peaks go first, for a search
+    rolls back to the earliest peak, or to the nearest evaluation with weights.
     """
 
     alpha: float = 0.05
@@ -153,11 +152,11 @@ class RobustMsft(Msft):
         peaks = [peak_of(curves.rows[task]).evaluation for task in others]
         return bool(dropped) and all(peak > evaluation for peak in peaks)
 
-    def _judge(self, curves: Curves) -> tuple[int, list[str], dict[str, Mapping[str, Any]]]:
+    def _judge(self, curves: Curves) -> tuple[int, list[str], dict[str, Mapping[str, float]]]:
         peaks = {task: peak_of(curves.rows[task]) for task in self._active}
         level = self.alpha / len(self._active)
         past = {task: peak.evaluation for task, peak in peaks.items() if peak.fall.p < level}
-        evidence: dict[str, Mapping[str, Any]] = {
+        evidence: dict[str, Mapping[str, float]] = {
             task: {
                 "peak": peak.evaluation,
                 "score": float(curves.of(task)[peak.evaluation]),
@@ -174,7 +173,7 @@ class RobustMsft(Msft):
         return self._nearest_kept(curves, earliest), dropped, evidence
 
     def _nearest_kept(self, curves: Curves, evaluation: int) -> int:
-        """The nearest evaluation whose weights are kept: a fit can turn back to one whose weights are gone."""
+        """The nearest evaluation with weights: a fit may turn at an evaluation whose weights are gone."""
         kept: set[int] = set()
         for number in range(len(curves.epochs)):
             kept = (kept | {number}) & self.wanted(curves.until(number))

@@ -66,7 +66,7 @@ def test_function_is_given_output_answer_and_row(project: Path) -> None:
         ("mine_none:f", r"metric_by_task\.copy_no_think: mine_none: no such module on Python's path"),
         ("mine_pkg.none:f", r"metric_by_task\.copy_no_think: mine_pkg\.none: no such module"),
         ("mine_faulty:f", r"mine_faulty cannot be imported \(RuntimeError: no licence\)"),
-        ("mine_pkg.scores:nothing", r"found nothing as 'nothing' in mine_pkg\.scores; a function is wanted"),
+        ("mine_pkg.scores:nothing", r"found nothing as 'nothing' in mine_pkg\.scores; a metric is a function"),
         ("mine_pkg.scores:NUMBER", r"found int as 'NUMBER' in mine_pkg\.scores"),
         ("mine_pkg.scores:two", r"is called as function\(output, answer, row\): too many positional arguments"),
     ],

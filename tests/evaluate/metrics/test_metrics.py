@@ -192,7 +192,7 @@ def test_json_schema_file_counts_by_what_it_says(tmp_path: Path) -> None:
         ({"metric_by_task": {"copy_no_think": "numric"}}, r"found 'numric'; it is no metric.*did you mean 'numeric'\?"),
         ({"metric_by_task": {"copy": "numeric"}}, r"evaluation\.metric_by_task: found 'copy'; it is no source"),
         ({"metric_by_task": {"copy_no_think": "json_schema"}}, r"give json_schema_by_task\.copy_no_think"),
-        ({"json_schema_by_task": {"copy_no_think": {}}}, r"json_schema_by_task\.copy_no_think: no answer is held"),
+        ({"json_schema_by_task": {"copy_no_think": {}}}, r"json_schema_by_task\.copy_no_think: no metric reads it"),
         ({"sampling": {"temperature": 0}}, r"evaluation\.sampling\.temperature: found 0"),
         ({"sampling": {"top_p": 1.5}}, r"evaluation\.sampling\.top_p: found 1\.5"),
         ({"sampling": {"tempersture": 1}}, r"unknown key; did you mean 'temperature'\?"),
@@ -240,7 +240,7 @@ def test_metric_identities_are_those_of_stored_scores() -> None:
         ({"metric_by_task": {"copy_no_think": "xyz"}}, r"known: choice, exact_match, json, json_schema, numeric, "),
         (
             {"json_schema_by_task": {"copy_no_think": {}}, "metric_by_task": {"copy_no_think": "json"}},
-            r"json_schema_by_task\.copy_no_think: no answer is held against it; set metric_by_task\.copy_no_think to "
+            r"json_schema_by_task\.copy_no_think: no metric reads it; set metric_by_task\.copy_no_think to "
             r"json_schema, or remove it",
         ),
     ],
