@@ -79,10 +79,10 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
 def _of_model(planned: Any, pinned: Any, *, tries: bool) -> list[str]:
     """What a plan says of the model. What a run would refuse stands there as well: a plan is for other machines too."""
     from sft_core.store.stage import Unresolved
-    from steps.start import model_told
+    from steps.start import model_warnings
 
     try:
-        return model_told(planned, pinned, tries=tries)
+        return model_warnings(planned, pinned, tries=tries)
     except Unresolved:
         return []  # told already
     except (OSError, ValueError) as error:
