@@ -104,9 +104,7 @@ class ScoreProcess:
             **os.environ,
             STARTED_BY: str(os.getpid()),
             # The process must import a metric as we do.
-            "PYTHONPATH": os.pathsep.join(
-                str(Path(path).absolute()) for path in sys.path
-            ),  # it imports metrics as we do
+            "PYTHONPATH": os.pathsep.join(str(Path(path).absolute()) for path in sys.path),
             "PYTHONUNBUFFERED": "1",
             **({VISIBLE: ",".join(gpus)} if gpus else {}),
         }
