@@ -1,4 +1,4 @@
-"""Scores tasks in a process of its own, which holds one model at a time, and says what became of each.
+"""Scores tasks in a process of its own, which holds one model at a time, and gives the outcome of each.
 
 A task that kills the process, such as one that needs too much memory, fails alone: the next process does the others.
 """
@@ -28,7 +28,7 @@ class Scoring(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a scoring: the output's address, or why there is none."""
+    """The result of a scoring: the output's address, or the reason why there is none."""
 
     scoring: Scoring
     address: str | None = None

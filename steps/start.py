@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare(recipe: Recipe) -> PinnedRecipe:
-    """The recipe with its names resolved. Raises ValueError or OSError for whatever would fail a run later."""
+    """The recipe with its names resolved. Raises ValueError or OSError for faults that would end a run later."""
     check_place(recipe)
     searched = [
         source
