@@ -1,4 +1,4 @@
-"""In colour: of a row what is trained (green), masked (dim) and a control token (reversed); of scores what is red."""
+"""Colours: trained text green, masked text dim, control tokens reversed; red flags of scores bold red."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-# Rich is imported where something is painted: each task of a flow would pay for it.
+# Import Rich only where something is painted: at the top, every task of a flow would wait for it.
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -32,7 +32,7 @@ def legend() -> Text:
 
 
 def print_fault(error: Exception) -> bool:
-    """Prints the row of a failed mask proof to a terminal. False where there is none, or no row to be shown."""
+    """Prints the row of a failed mask proof to a terminal. Returns False without a terminal, or for another error."""
     from rich.console import Console
 
     pieces: list[Piece] = getattr(error, "pieces", [])
@@ -48,7 +48,7 @@ def print_fault(error: Exception) -> bool:
 
 
 def last_column_red(table: str, name: str) -> str:
-    """A text table, its last column red where it says something; without a terminal the table as it is."""
+    """The text table with its last column in red, "-" excepted; without a terminal, the table unchanged."""
     from rich.console import Console
     from rich.text import Text
 
@@ -65,7 +65,7 @@ def last_column_red(table: str, name: str) -> str:
 
 @contextlib.contextmanager
 def faults_in_colour() -> Iterator[None]:
-    """Shows the row of a mask proof that fails inside; the error goes on, with the row in plain text."""
+    """Prints the row of a mask proof that fails in the body; the error propagates, with the row in plain text."""
     try:
         yield
     except ValueError as error:

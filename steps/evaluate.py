@@ -8,13 +8,14 @@ from sft_core.rounds import BASE
 from sft_core.store.stage import Needs, Part, Section, Stage
 from sft_core.store.store import Store
 from steps.download import CONVERSATIONS
-from steps.metrics import asked_of_answers, wants_conversation
+from steps.metrics import scoring_of_answers, wants_conversation
 from steps.tokenize import TOKENS
 from steps.train import checkpoint_of
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> Section:
     recipe, phase = pinned.recipe, pinned.phase(part)
+    sampling = recipe.evaluation.sampling
     return {
         "model": pinned.model_identity if part["model"] == BASE else None,
         "tokenizer": pinned.tokenizer_identity,
@@ -25,8 +26,8 @@ def _section(pinned: PinnedRecipe, part: Part) -> Section:
         "max_rows": recipe.evaluation.max_rows,
         "max_length": phase.packing.max_length,
         "smoke": recipe.limit is not None,
-        **asked_of_answers(pinned, part["task"]),
-        "sampling": recipe.evaluation.sampling and recipe.evaluation.sampling.model_dump(mode="json"),
+        **scoring_of_answers(pinned, part["task"]),
+        "sampling": None if sampling is None else sampling.model_dump(mode="json"),
         **({} if recipe.evaluation.engine == "transformers" else {"engine": recipe.evaluation.engine}),
     }
 

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sft_core.evaluate.harness import build_harness
 from sft_core.pins.pinned import PinnedRecipe
 from sft_core.recipe.evaluation import LmEval
 from sft_core.rounds import BASE
-from sft_core.store.stage import Part, Stage
+from sft_core.store.stage import Part, Section, Stage
 from steps import evaluate
 
 
-def _asked(pinned: PinnedRecipe) -> LmEval:
+def _lm_eval(pinned: PinnedRecipe) -> LmEval:
     lm_eval = pinned.recipe.evaluation.lm_eval
-    assert lm_eval is not None, "what is to be scored is planned where the recipe says so"
+    assert lm_eval is not None, "a plan has this stage only for a recipe with evaluation.lm_eval"
     return lm_eval
 
 
-def _template(pinned: PinnedRecipe, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    asked = _asked(pinned)
-    if not asked.apply_chat_template:
+def _template(pinned: PinnedRecipe, template: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The recipe's template with lm-eval's kwargs; None asks in plain text. template: its identity or its loader."""
+    lm_eval = _lm_eval(pinned)
+    if not lm_eval.apply_chat_template:
         return None
-    return arguments | {"kwargs": arguments["kwargs"] | asked.chat_template_kwargs}
+    return {**template, "kwargs": template["kwargs"] | lm_eval.chat_template_kwargs}
 
 
-def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
-    recipe, asked = pinned.recipe, _asked(pinned)
-    limits = [limit for limit in (asked.limit, recipe.limit) if limit is not None]
+def _section(pinned: PinnedRecipe, part: Part) -> Section:
+    recipe, lm_eval = pinned.recipe, _lm_eval(pinned)
+    limits = [limit for limit in (lm_eval.limit, recipe.limit) if limit is not None]
     return {
         "model": pinned.model_identity if part["model"] == BASE else None,
         "tokenizer": pinned.tokenizer_identity,
@@ -35,14 +37,14 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
         "task": pinned.harness_identity(part["task"]),
         "attn_implementation": recipe.model.attn_implementation,
         **evaluate.how_loaded(pinned),
-        "num_fewshot": asked.num_fewshot,
+        "num_fewshot": lm_eval.num_fewshot,
         "limit": min(limits, default=None),
-        "system_instruction": asked.system_instruction,
-        "gen_kwargs": asked.gen_kwargs,
+        "system_instruction": lm_eval.system_instruction,
+        "gen_kwargs": lm_eval.gen_kwargs,
     }
 
 
-def _places(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
+def _places(pinned: PinnedRecipe, part: Part) -> Mapping[str, object]:
     return {
         "model": pinned.model_loader if part["model"] == BASE else None,
         "tokenizer": pinned.tokenizer_loader,

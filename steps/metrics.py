@@ -1,15 +1,14 @@
-"""How answers to a task's rows are scored: those of its report split, and in a search those of its selection split."""
+"""How answers to a task's rows are scored: on its report split, and in a search on its selection split."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from sft_core.evaluate.metrics.registry import metric_class, metric_identity
 from sft_core.pins.pinned import PinnedRecipe
+from sft_core.store.stage import Json
 
 
-def asked_of_answers(pinned: PinnedRecipe, task: str) -> dict[str, Any]:
-    """The metric's identity, and how long an answer may be: JSON, a part of a stage's section."""
+def scoring_of_answers(pinned: PinnedRecipe, task: str) -> dict[str, Json]:
+    """The metric's identity and the length of an answer, for a stage's section."""
     evaluation = pinned.recipe.evaluation
     return {
         "max_new_tokens": evaluation.max_new_tokens_by_task.get(task, evaluation.max_new_tokens),
@@ -18,5 +17,5 @@ def asked_of_answers(pinned: PinnedRecipe, task: str) -> dict[str, Any]:
 
 
 def wants_conversation(pinned: PinnedRecipe, task: str) -> bool:
-    """Whether the metric asks for the row's conversation."""
+    """Whether the task's metric reads the row's conversation."""
     return "conversation" in metric_class(pinned.recipe.evaluation.metric_of(task)).asks_for

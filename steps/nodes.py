@@ -1,4 +1,4 @@
-"""Training on several nodes: how a gang's tasks meet, and how those that are not the first join a round."""
+"""Training on several nodes: the tasks of a gang find each other, and all but the first join its round."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from sft_core.pins.pinned import PinnedRecipe
 from sft_core.store.stage import Located, Part
 from sft_core.store.store import Store
 from sft_core.train.launch import comes_true, join_training, node_environment
-from steps.train import TRAINED, rank_module
+from steps.train import TRAINED
+from steps.training_job import rank_module
 
 STARTED_WITHIN_S = 7200.0  # the first node may have to upload the checkpoint that a phase starts from
 
 
 def meet_other_nodes(parallel: Any, attempt: str) -> None:
-    """Sets the environment by which this task's ranks find those of the gang's other tasks.
+    """Sets the environment by which this task's ranks find the ranks of the gang's other tasks.
 
-    parallel: Metaflow's current.parallel. attempt: names this try of this run. The port follows from it, so that the
-    ranks meet no leftover of another try.
+    parallel: Metaflow's current.parallel. attempt: names this try of this run; the port follows from it, so the ranks
+    cannot meet processes that another try left.
     """
     port = 20_000 + zlib.crc32(attempt.encode()) % 10_000
     nodes = {"node": parallel.node_index, "num_nodes": parallel.num_nodes}
@@ -28,7 +29,7 @@ def meet_other_nodes(parallel: Any, attempt: str) -> None:
 
 def join_round(store: Store, pinned: PinnedRecipe, part: Part) -> str:
     """Joins the training of the gang's first task, and returns the address of the output that the first task stores."""
-    # The first node makes the checkpoint that a phase starts from; without it the round has no key.
+    # The round has no key before the first node has made the checkpoint that the phase starts from.
     if not comes_true(lambda: _located(store, pinned, part).ref is not None, STARTED_WITHIN_S):
         raise FileNotFoundError(f"{part}: the first node did not make the checkpoint that it starts from")
     located = _located(store, pinned, part)

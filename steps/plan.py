@@ -1,4 +1,4 @@
-"""What a run will do, before it does it: every output that a recipe leads to, and the checks that come first."""
+"""The plan of a run: every output that a recipe leads to, and an estimate of what training them takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from sft_core.pins.pinned import PinnedRecipe
 from sft_core.store.lookups import Lookups
-from sft_core.store.stage import Located, Stage, Unresolved, part_name
+from sft_core.store.stage import Located, Part, Stage, Unresolved, part_name
 from sft_core.store.store import Store
 from steps.mix import MIXTURE
 from steps.pack import PACKED
@@ -17,19 +17,20 @@ from steps.train import TRAINED
 
 
 def phases_to_train(planned: list[Located], pinned: PinnedRecipe) -> list[str]:
+    """The phases of which a round is still to be trained."""
     open_rounds = [located for located in planned if located.stage is TRAINED and located.status != "hit"]
     return list(dict.fromkeys(pinned.phase_name(located.part) for located in open_rounds))
 
 
 def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> list[str]:
-    """What the training of each open phase takes of a GPU, a line each. Imports torch and transformers."""
+    """A line for each phase that is still to be trained: what it takes of a GPU. Imports torch and transformers."""
     phases = phases_to_train(planned, pinned)
     if not phases:
         return []
     try:
         _ = pinned.model_identity
     except Unresolved:
-        return []  # the plan names it
+        return []  # the plan reports the unresolved name
     from sft_core.data.packing.plan import PackPlan
     from sft_core.train.memory.estimate import estimate, estimate_line
     from sft_core.train.models.model import skeleton
@@ -56,14 +57,14 @@ def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> lis
 
 
 def plan(store: Store, pinned: PinnedRecipe) -> list[Located]:
-    """Every output of the recipe, inputs before what reads them; of a search those that are known by now."""
+    """Every output of the recipe, inputs first; of a search that is not over, the outputs known so far."""
     lookups = Lookups()
     pinned = progress(store, pinned, lookups).pinned
     planned: dict[tuple[str, str], Located] = {}
 
-    def visit(stage: Stage, part: dict[str, Any]) -> None:
+    def visit(stage: Stage, part: Part) -> None:
         if (name := (stage.name, part_name(part))) in planned:
-            return  # a graph has far more paths than outputs
+            return  # the graph has far more paths than outputs: visit each output once
         for needed, needed_part in stage.inputs(pinned, part).values():
             visit(needed, needed_part)
         planned[name] = store.locate(stage, pinned, part, lookups)
@@ -92,7 +93,7 @@ ORDER = [
 
 
 def differences(before: Any, after: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, before, after) wherever two identities differ, keys joined by dots."""
+    """(key, before, after) for each difference of two identities; a nested key is joined by dots."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted({*before, *after}):
             yield from differences(before.get(key), after.get(key), f"{where}.{key}" if where else str(key))

@@ -1,4 +1,4 @@
-"""release: the scored checkpoint with its model card, and where the recipe says so, both on the hub."""
+"""release: the scored checkpoint with its model card; a recipe with a hub section pushes both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sft_core.local_files import is_local
 from sft_core.pins.pinned import PinnedRecipe
 from sft_core.release.folder import build_release
 from sft_core.release.push import build_pushed
-from sft_core.store.stage import Needs, Part, Stage
+from sft_core.store.stage import Json, Needs, Part, Section, Stage
 from steps.download import CONVERSATIONS
 from steps.mix import MIXTURE
 from steps.report import REPORT
@@ -22,7 +22,7 @@ from steps.tokenize import TOKENS
 from steps.train import TRAINED, checkpoint_of, last_round
 
 
-def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
+def _section(pinned: PinnedRecipe, part: Part) -> Section:
     return {
         "recipe": shown_recipe(pinned),
         "base": _base(pinned),
@@ -36,7 +36,7 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
 
 
 def _shares(pinned: PinnedRecipe) -> list[str]:
-    """The metrics of the recipe's tasks whose score is a share of right answers: the card has other intervals then."""
+    """The metrics whose score is a share of right answers: the card gives them other intervals."""
     evaluation = pinned.recipe.evaluation
     metrics = {evaluation.metric_of(task) for task in pinned.recipe.tasks}
     shares = {name for name in metrics if metric_class(name).is_share}
@@ -44,7 +44,7 @@ def _shares(pinned: PinnedRecipe) -> list[str]:
 
 
 def shown_recipe(pinned: PinnedRecipe) -> dict[str, Any]:
-    """The recipe as its card shows it: what shapes the result, with the names of local files but not their folders."""
+    """The recipe as its card shows it: without `runtime` and `hub`, and local files by name without their folders."""
     recipe = copy.deepcopy(pinned.recipe.as_written(exclude=("runtime", "hub")))
     for key in ("model_name_or_path", "tokenizer_name_or_path"):
         if (name := recipe["model"][key]) is not None and is_local(name):
@@ -63,11 +63,11 @@ def shown_recipe(pinned: PinnedRecipe) -> dict[str, Any]:
 
 
 def _label(pinned: PinnedRecipe, phase: str) -> str:
-    """What follows the names of a phase's outputs; nothing where there is one phase."""
+    """The ending of the names of a phase's inputs; empty for a recipe of one phase."""
     return f" of {phase}" if len(pinned.recipe.phases) > 1 else ""
 
 
-def _base(pinned: PinnedRecipe) -> dict[str, Any]:
+def _base(pinned: PinnedRecipe) -> dict[str, str | None]:
     model = pinned.recipe.model
     identity = pinned.model_identity
     name = model.model_name_or_path
@@ -83,7 +83,7 @@ def _base(pinned: PinnedRecipe) -> dict[str, Any]:
     }
 
 
-def _source(pinned: PinnedRecipe, name: str) -> dict[str, Any]:
+def _source(pinned: PinnedRecipe, name: str) -> dict[str, Json]:
     description = source_of(pinned.recipe.dataset(name)).describe(_licences(pinned))
     phase = pinned.recipe.phase_of(name)
     return {"name": name, "phase": phase, **description._asdict(), "revision": pinned.source_pin(name)}
@@ -98,7 +98,7 @@ def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
 
 
 def _mentions(pinned: PinnedRecipe, part: Part) -> Needs:
-    """Counts and addresses stand in manifests: behind a URL no data comes with them."""
+    """The outputs of which only counts and addresses are read: behind a URL no data is downloaded for them."""
     mentions: Needs = {"report": (REPORT, part)}
     for phase in pinned.recipe.phases:
         label, trained = _label(pinned, phase), last_round(pinned, phase)
@@ -122,12 +122,12 @@ RELEASED = Stage(
 )
 
 
-def _target(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
-    assert pinned.recipe.hub is not None, "what is to be pushed is planned where the recipe says so"
+def _target(pinned: PinnedRecipe, part: Part) -> Section:
+    assert pinned.recipe.hub is not None, "a plan has this stage only for a recipe with a hub section"
     return pinned.recipe.hub.model_dump(mode="json")
 
 
-# The version stands for sft_core/release/push.py: what is on the hub is not pushed again for a rename.
+# The version stands for sft_core/release/push.py, so that a rename there pushes nothing again.
 PUSHED = Stage(
     "pushed",
     build_pushed,

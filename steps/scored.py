@@ -1,4 +1,4 @@
-"""Any task of a recipe, a source's or lm-eval's: which stage scores it, and why it is not scored."""
+"""The tasks of a recipe, sources' and lm-eval's alike: which stage scores a task, and why a task is not scored."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from steps.harness import HARNESS
 KILLED = "its process was killed; was there memory enough?"
 
 
-MIN_REASON, MAX_REASON, MAX_REASONS = 40, 300, 3800  # bytes: the UI shows no artifact of more than 4 KB
+MIN_REASON, MAX_REASON, MAX_REASONS = 40, 300, 3800  # bytes: the UI shows no artifact larger than 4 KB
 
 
 def scoring_stage(model: str, task: str) -> tuple[Stage, Part]:
-    """What scores the model on a task, by the name that it has in the report."""
+    """The output with the model's scores on a task. task: its name in the report."""
     if task.startswith(LM_EVAL):
         return HARNESS, {"model": model, "task": task.removeprefix(LM_EVAL)}
     return evaluate.EVALUATED, {"model": model, "task": task}
 
 
 def scored_tasks(pinned: PinnedRecipe, part: Part) -> list[str]:
-    """The tasks of a report or a release: all, or without those whose evaluation failed, which its part names."""
+    """The tasks of a report or a release: all without those in part["without"], whose evaluation failed."""
     return [task for task in pinned.recipe.scored if task not in part.get("without", ())]
 
 
 def scorings(pinned: PinnedRecipe, part: Part) -> Needs:
-    """What a report or a release reads."""
+    """The scorings that a report or a release reads."""
     tasks = scored_tasks(pinned, part)
     return {f"{model}.{task}": scoring_stage(model, task) for task in tasks for model in pinned.recipe.models}
 
 
 def not_scored(store: Store, pinned: PinnedRecipe, reasons: dict[str, str]) -> dict[str, str]:
-    """{task: why} of those that lack a score of a model. reasons: what is known of why; see reasons_of."""
+    """{task: why} of the tasks that lack a score of some model. reasons: those that tasks gave; see reasons_of."""
     lookups = Lookups()
     by_task = {task: [scoring_stage(model, task) for model in pinned.recipe.models] for task in pinned.recipe.scored}
     missing = [
@@ -50,22 +50,23 @@ def not_scored(store: Store, pinned: PinnedRecipe, reasons: dict[str, str]) -> d
 
 
 def reasons_of(inputs: Iterable[Any]) -> dict[str, str]:
-    """{task: why} of tasks that were not scored, as those of the flow's step tell it; a step that was killed does not.
+    """{task: why} of tasks that were not scored. A share that was killed gives no reason.
 
-    Of a share all of whose tasks failed with it, too; and of runs in which each task had a step of its own.
+    inputs: the branches of the flow's join, each a share of tasks, or one task in older runs. If a branch itself
+    failed, all its tasks failed with it.
     """
-    found: dict[str, str] = {}
-    for one in inputs:
-        tasks = [one.task] if hasattr(one, "task") else getattr(one, "share", [])
-        if one.failure:
-            found |= dict.fromkeys(tasks, one.failure.exception)
-        found |= getattr(one, "failures", {})
-    return found
+    reasons: dict[str, str] = {}
+    for branch in inputs:
+        tasks = [branch.task] if hasattr(branch, "task") else getattr(branch, "share", [])
+        if branch.failure:
+            reasons |= dict.fromkeys(tasks, branch.failure.exception)
+        reasons |= getattr(branch, "failures", {})
+    return reasons
 
 
 def shortened(reasons: dict[str, str]) -> dict[str, str]:
-    """A line each, and together no more than the UI shows of an artifact."""
+    """The first line of each reason, cut so that together they fit what the UI shows of an artifact."""
     room = MAX_REASONS - sum(len(task.encode()) + 16 for task in reasons)
     size = max(MIN_REASON, min(MAX_REASON, room // max(1, len(reasons))))
-    lines = {task: (reason.strip() or "no reason is told").splitlines()[0] for task, reason in reasons.items()}
+    lines = {task: (reason.strip() or "no reason was given").splitlines()[0] for task, reason in reasons.items()}
     return {task: line.encode()[:size].decode(errors="ignore") for task, line in lines.items()}

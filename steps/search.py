@@ -1,6 +1,6 @@
-"""search: what its roll-outs have led to, read off the store; the flow's train step is its loop.
+"""search: how far the searches of a recipe are, read off the store; the flow's train step is their loop.
 
-There is no other state: a search that was killed anywhere, or is given a larger cap, goes on from the outputs.
+A search has no other state: after a kill, or with a larger cap, it continues from the stored outputs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from steps.train import TRAINED
 
 
 class Measured(NamedTuple):
-    """A roll-out that is done."""
+    """The measurements of a finished roll-out, and the decision on them."""
 
     curves: Curves
     decision: Decision
@@ -32,7 +32,7 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Searched:
-    """How far a phase's search is: its rounds, of which the last is to be trained while the search is not over.
+    """How far a phase's search is. Until it is over, the last of its rounds is still to be trained.
 
     pinned: the recipe with these rounds.
     """
@@ -46,16 +46,16 @@ class Searched:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """pinned: the recipe with the rounds of its searches so far. searches: of each phase that has one."""
+    """pinned: the recipe with the rounds of its searches so far. searches: by phase, where a phase has a search."""
 
     pinned: PinnedRecipe
     searches: dict[str, Searched]
 
     @property
     def rounds(self) -> list[Part]:
-        """The parts of all rounds that are done or can come next, in order; the checkpoints between them follow.
+        """The parts of TRAINED for all rounds so far and the next ones, in order.
 
-        They end with those of the first search that is not over: nobody knows yet how many it makes.
+        They end with the first search that is not over: its number of rounds is not known yet.
         """
         parts: list[Part] = []
         for name in self.pinned.recipe.phases:
@@ -68,7 +68,7 @@ class Progress:
 
 
 def progress(store: Store, pinned: PinnedRecipe, lookups: Lookups | None = None) -> Progress:
-    """How far the searches of the recipe are; of a phase without one nothing is looked up."""
+    """How far the searches of the recipe are. Looks up nothing for phases without a search."""
     lookups = lookups or Lookups()
     searches: dict[str, Searched] = {}
     for name, phase in pinned.recipe.phases.items():
@@ -80,7 +80,7 @@ def progress(store: Store, pinned: PinnedRecipe, lookups: Lookups | None = None)
 
 
 def _searched(store: Store, pinned: PinnedRecipe, phase: str, lookups: Lookups, *, comes_later: bool) -> Searched:
-    """comes_later: an earlier phase is not over, so that this one's first round has no key yet."""
+    """comes_later: an earlier phase's search is not over, so this phase's first round has no key yet."""
     keys = pinned.recipe.phases[phase]
     assert keys.search is not None
     sizes = _sizes(store, pinned, phase, lookups)
@@ -107,7 +107,7 @@ def _with_rounds(pinned: PinnedRecipe, phase: str, rounds: Rounds) -> PinnedReci
 
 
 def is_trained(store: Store, known: Progress) -> bool:
-    """Whether every round of every phase is there."""
+    """Whether every round of every phase is in the store."""
     lookups = Lookups()
     return all(search.is_over for search in known.searches.values()) and all(
         store.locate(TRAINED, known.pinned, part, lookups).status == "hit" for part in known.rounds
@@ -115,12 +115,13 @@ def is_trained(store: Store, known: Progress) -> bool:
 
 
 def place(store: Store, known: Progress) -> str:
-    """Where it is trained: `here`, in this task or because it is all there already, or on several `nodes`."""
+    """Where training takes place: on several `nodes`, or `here`, in this task (also when nothing is left to train)."""
     on_nodes = known.pinned.recipe.runtime.num_nodes > 1 and not is_trained(store, known)
     return "nodes" if on_nodes else "here"
 
 
 def _sizes(store: Store, pinned: PinnedRecipe, phase: str, lookups: Lookups) -> dict[str, int]:
+    """The training rows of each source; empty before the mixture is built."""
     located = store.locate(MIXTURE, pinned, pinned.part_of(phase), lookups)
     if located.status != "hit" or located.ref is None:
         return {}

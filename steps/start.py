@@ -1,4 +1,4 @@
-"""What a run checks before it does anything: bad input gets a clear error here, and not after hours of work."""
+"""The checks before a run: bad input gets a clear error here, not after hours of work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare(recipe: Recipe) -> PinnedRecipe:
-    """The recipe with its names resolved. Raises ValueError or OSError for what would fail later and cost more."""
+    """The recipe with its names resolved. Raises ValueError or OSError for faults that would end a run later."""
     check_place(recipe)
     searched = [
         source
@@ -49,7 +49,7 @@ def prepare(recipe: Recipe) -> PinnedRecipe:
         if not on_cluster():
             check_machine(recipe.for_phase(phase))
         check_report_to(recipe.runtime.report_to)
-    for warning in model_told(planned, pinned):
+    for warning in model_warnings(planned, pinned):
         log.warning(warning)
     return pinned
 
@@ -60,7 +60,7 @@ def on_cluster() -> bool:
 
 
 def check_place(recipe: Recipe) -> None:
-    """Raises ValueError for a store that a cluster's tasks do not share, and for nodes that would share their GPUs."""
+    """Raises ValueError for a store that a cluster's tasks cannot share, and for nodes that would share GPUs."""
     if recipe.runtime.num_nodes > 1 and has_gpu() and not on_cluster():
         raise ValueError(
             f"runtime.num_nodes: found {recipe.runtime.num_nodes}; here all of them would train on this machine's "
@@ -74,11 +74,11 @@ def check_place(recipe: Recipe) -> None:
         )
 
 
-def model_told(planned: list[Located], pinned: PinnedRecipe, *, tries: bool = True) -> list[str]:
-    """What there is to say of the model where it is still to be trained or scored.
+def model_warnings(planned: list[Located], pinned: PinnedRecipe, *, tries: bool = True) -> list[str]:
+    """Warnings about a model that is still to be trained or scored.
 
-    tries: whether a small model of its class is tried, for which torch is imported. Raises ValueError for what it
-    cannot do, and OSError where its config cannot be read.
+    tries: whether to import torch and try a small model of the same class. Raises ValueError for what the class cannot
+    do, and OSError for a config that cannot be read.
     """
     recipe, warnings = pinned.recipe, []
     phases = phases_to_train(planned, pinned)
@@ -94,13 +94,12 @@ def model_told(planned: list[Located], pinned: PinnedRecipe, *, tries: bool = Tr
 
 
 def unmet_engine(planned: list[Located], recipe: Recipe) -> str | None:
-    """What this machine lacks to answer the rows that are still to be scored."""
-    if recipe.evaluation.engine == "vllm" and any(one.stage is EVALUATED and one.status != "hit" for one in planned):
-        return unmet_vllm(recipe.runtime.vllm)
-    return None
+    """What this machine lacks to generate the answers that are still to be scored; None if nothing."""
+    is_open = any(located.stage is EVALUATED and located.status != "hit" for located in planned)
+    return unmet_vllm(recipe.runtime.vllm) if recipe.evaluation.engine == "vllm" and is_open else None
 
 
 def check_training(planned: list[Located], pinned: PinnedRecipe) -> None:
-    """Raises ValueError for a wrong `training.extra`, if there is something to train: TRL takes seconds to import."""
+    """Raises ValueError for a wrong `training.extra`. Checks only phases to train: TRL takes seconds to import."""
     for phase in phases_to_train(planned, pinned):
         check_extra(pinned.recipe.phases[phase].training.extra)

@@ -1,4 +1,4 @@
-"""fan_out and evaluate: the tasks in shares, one for each GPU, and what a share's task of the flow does with them."""
+"""evaluate_all and evaluate: the tasks in shares, one for each GPU, and the scoring of a share."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from sft_core.store.store import Store
 from steps.cards import lm_eval_task
 from steps.cards import task as task_card
 from steps.cards.pieces import failure, heading, progress_bar, redraw
-from steps.score_worker import Scoring, outcomes
+from steps.outcomes import Scoring, outcomes
 from steps.scored import scoring_stage, shortened
 from steps.start import on_cluster
 
 
 def shares_of(recipe: Recipe) -> list[list[str]]:
-    """The tasks of each share. On a cluster a task each, for there each is a machine of its own.
+    """The tasks of each share. On a cluster a share is one task, because each share has a machine of its own.
 
-    Elsewhere as many as the flow runs at a time: one more would load both models once more, and wait.
+    Elsewhere there are as many shares as the flow runs at a time: any more would wait, and load all models again.
     """
     if on_cluster():
         return [[task] for task in recipe.scored]
@@ -41,16 +41,17 @@ def gpus_a_share(recipe: Recipe) -> int:
 
 
 def costs(recipe: Recipe) -> dict[str, int]:
-    """What each task costs beside the others, as far as the recipe says it: tokens that an answer may have."""
+    """The relative cost of each task, as far as the recipe tells: the most tokens of an answer."""
     evaluation = recipe.evaluation
     return {task: evaluation.max_new_tokens_by_task.get(task, evaluation.max_new_tokens) for task in recipe.scored}
 
 
 def dealt(costs: dict[str, int], num_shares: int) -> list[list[str]]:
-    """The tasks in as many shares of about the same cost, or in one each where there are fewer tasks.
+    """The tasks in `num_shares` shares of about the same cost, or in a share each if there are fewer tasks.
 
-    The most expensive first, each to the share that has least. Where several have, to the one that was dealt to last:
-    to and fro, for names of tasks often come in pairs, of which one is cheap.
+    Deals the most expensive task first, always to the cheapest share. Of equally cheap shares the one dealt to last
+    gets it: tasks often come in pairs of a cheap and an expensive one, and dealing in turns would give one share all
+    the cheap ones.
     """
     shares: list[list[str]] = [[] for _ in range(min(num_shares, len(costs)))]
     totals, latest = [0] * len(shares), [0] * len(shares)
@@ -65,18 +66,18 @@ def dealt(costs: dict[str, int], num_shares: int) -> list[list[str]]:
 
 @dataclasses.dataclass
 class Share:
-    """What has become of a share's tasks so far."""
+    """The outcomes of a share's tasks so far."""
 
     tasks: list[str]
     models: list[str]
     scored: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)  # {task: {model: stage/key}}
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)  # {task: why it is not scored}
 
-    # Plain and small, as artifacts of the flow.
+    # Both are artifacts of the flow: plain and small.
 
     @property
     def evaluated(self) -> dict[str, dict[str, str]]:
-        """Of the tasks that are scored on all models."""
+        """{task: {model: stage/key}} of the tasks that are scored on all models."""
         return {task: self.scored[task] for task in self.tasks if len(self.scored.get(task, ())) == len(self.models)}
 
     @property
@@ -85,7 +86,7 @@ class Share:
 
 
 class Drawing:
-    """The card of a share: a section a task, as soon as it is scored or has failed. live: Metaflow's current.card."""
+    """The card of a share: a section for each task once it is scored or has failed. live: Metaflow's current.card."""
 
     def __init__(self, store: Store, share: Share, live: Any):
         self._store, self._share, self._live = store, share, live
@@ -96,7 +97,7 @@ class Drawing:
         self._sections[task] = failure(f"Task {task}: failed", text or reason)
 
     def draw(self, num_open: int) -> None:
-        """num_open: scores that are to come; while there are some, the card is shown as it is by now."""
+        """Draws the sections so far. num_open: scores still to come; while there are any, the card shows a bar."""
         for task, addresses in self._share.evaluated.items():
             if task not in self._sections:
                 refs = {model: Ref(*addresses[model].split("/")) for model in self._share.models}
@@ -104,9 +105,9 @@ class Drawing:
                     card = (lm_eval_task if task.startswith(LM_EVAL) else task_card).card
                     self._sections[task] = card(self._store, refs)
                 except Exception as error:
-                    # As of a damaged output: the others' sections are shown.
+                    # Catch it, for example a damaged output: the other tasks' sections are still shown.
                     self.failed(task, str(error), traceback.format_exc())
-        sections = [one for task in self._share.tasks for one in self._sections.get(task, ())]
+        sections = [component for task in self._share.tasks for component in self._sections.get(task, ())]
         if num_open:
             num_scores = len(self._share.models) * len(self._share.tasks)
             bar = progress_bar(num_scores - num_open, num_scores, label="scores of all models")
@@ -117,14 +118,14 @@ class Drawing:
 
 
 def tasks_of(dealt: list[str] | str) -> list[str]:
-    """A share, as fan_out dealt it. One of a run that began when each was one task is its name."""
+    """The tasks of a share. In runs of an older flow a share is one task, and its value that task's name."""
     return [dealt] if isinstance(dealt, str) else dealt
 
 
 def score(store: Store, pinned: PinnedRecipe, tasks: list[str], number: int, live: Any) -> Share:
-    """Scores all models on a share's tasks, in a process that loads each once; none is started for what is there.
+    """Scores all models on a share's tasks, in a process that loads each model once; starts none if all are scored.
 
-    number: of the share, which tells its GPUs. live: Metaflow's current.card, which ends with a section a task.
+    number: the share's, which decides on its GPUs. live: Metaflow's current.card, on which each task gets a section.
     """
     share = Share(tasks, pinned.recipe.models)
     lookups = Lookups()
@@ -134,7 +135,7 @@ def score(store: Store, pinned: PinnedRecipe, tasks: list[str], number: int, liv
         try:
             stage, part = scoring_stage(*scoring)
             if store.locate(stage, pinned, part, lookups).status == "hit":
-                ref = store.ensure(stage, pinned, lookups, **part)  # which notes its use
+                ref = store.ensure(stage, pinned, lookups, **part)  # notes that it is used
                 share.scored.setdefault(scoring.task, {})[scoring.model] = str(ref)
             else:
                 missing.append(scoring)

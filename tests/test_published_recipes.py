@@ -185,7 +185,7 @@ def test_published_recipe_is_planned_without_a_network_in_seconds_and_a_line_say
     assert len(others) == len(demands)
     for other, demanded in zip(others, demands, strict=True):
         assert demanded in other and "needs a GPU, and this machine has none" in other
-    assert line.startswith("no key yet for what hangs on dataset ") and "the hub cannot be reached" in line
+    assert line.startswith("cannot compute keys that depend on dataset ") and "the hub cannot be reached" in line
     assert line.count("dataset ") == line.count("model ") == 1
     assert load_recipe(ROOT / "configs" / f"{name}.yaml").model.model_name_or_path in line
     stages = [row.split()[:1] for row in done.stdout.splitlines() if row.endswith("depends")]

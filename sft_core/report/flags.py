@@ -1,4 +1,4 @@
-"""What a reader of a score must not overlook, in words. Sees plain numbers only."""
+"""Red flags: warnings about a score, in words. Sees plain numbers only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sft_core.report.rows import ScoreRow
 
 MAX_CUT_OFF = 0.05  # of the answers: a larger share says more of the limit than of the model
 LOWER_IS_BETTER = ("loss", "perplexity")
-# lm-eval's metrics that are known to be better when higher. Of any other metric nobody can say what is worse.
+# lm-eval's metrics that are known to be better when higher. Any other metric gets no flag: its direction is unknown.
 HIGHER_IS_BETTER = ("acc", "acc_norm", "acc_mutual_info", "exact_match", "f1", "mcc")
 
 

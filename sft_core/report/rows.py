@@ -75,7 +75,7 @@ class ScoreRow:
         return cls(**fields, by_model={name: value for name, value in row.items() if name not in fields})
 
     def to_json(self) -> dict[str, Cell]:
-        """A flat row: the models' scores stand between n and stderr, each under its model's name."""
+        """A flat row: each score is under its model's name, between n and stderr."""
         before, after = ({name: getattr(self, name) for name in names} for names in (_BEFORE_SCORES, _AFTER_SCORES))
         return {**before, **self.by_model, **after}
 

@@ -50,7 +50,7 @@ def score_rows(
 
 
 def overview_rows(scores: Sequence[ScoreRow]) -> list[OverviewRow]:
-    """What to read first of the scores: a row for each task, or one for each score of its answers.
+    """The scores in short: a row for each task, or one for each score of its answers.
 
     Every flag is there, with its metric where the metric has no column.
     """

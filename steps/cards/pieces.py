@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sft_core.pins.pinned import PinnedRecipe
 
 MAX_CELL = 300  # characters
-# A card is narrow and cuts off what is wider: fold long names, but never numbers.
+# A card is narrow and cuts off wide tables: fold long names, but never numbers.
 _FOLDED = "<style>td{overflow-wrap:anywhere;min-width:4.6em;padding:8px 6px!important}</style>"
 
 

@@ -14,7 +14,7 @@ from sft_core.search.rollouts import Decision
 from steps.cards.pieces import chart, facts, heading, table
 from steps.search import Measured, Progress, Searched
 
-HEADER = ("roll-out", "trained", "dropped", "goes on from", "why")  # a card is narrow: what is wider is cut off
+HEADER = ("roll-out", "trained", "dropped", "goes on from", "why")  # a card is narrow and cuts off more columns
 
 
 def card(known: Progress, phase: str) -> list[Any]:

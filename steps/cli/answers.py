@@ -1,8 +1,8 @@
-"""What the start model and the released one answered, row by row."""
+"""The answers of the start model and of the released one, row by row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from sft_core.evaluate.comparison import by_change
@@ -22,18 +22,18 @@ STYLES: dict[Change, str] = {"won": "bold green", "lost": "bold red", "same": "b
 
 
 def answers(run: Recorded, task: str | None, only: Change | None) -> Iterator[dict[str, Any]]:
-    """{task, row_id, change, score, asked, wanted, MODEL: outputs} of each row of a run that was asked, task by task.
+    """{task, row_id, change, score, asked, wanted, MODEL: outputs} of each row with answers, task by task.
 
-    The two models are the start model and the last phase's checkpoint (base and tuned, where there is one phase). Rows
-    that were won or lost come first. score has each model's score, MODEL its outputs, one a sample. Raises ValueError
-    for an unknown task, and for outputs that are not there.
+    The two models are the start model and the last phase's checkpoint (base and tuned in a recipe of one phase). In a
+    task the won rows come first, then the lost ones. score has each model's score, MODEL its outputs, one a sample.
+    Raises ValueError for an unknown task, and for outputs that are not there.
     """
-    own = [name for name in run.evaluated if not name.startswith(LM_EVAL)]
-    if task is not None and task not in own:
+    tasks = [name for name in run.evaluated if not name.startswith(LM_EVAL)]
+    if task is not None and task not in tasks:
         hint = "; those of lm-eval are in the samples.jsonl of its output" if task.startswith(LM_EVAL) else ""
-        raise ValueError(f"--task: found {task!r}; it is no task whose rows are kept here{hint}{nearest(task, own)}")
+        raise ValueError(f"--task: found {task!r}; it is no task whose rows are kept here{hint}{nearest(task, tasks)}")
     store = Store(run.recipe.runtime.store)
-    for name in own if task is None else [task]:
+    for name in tasks if task is None else [task]:
         first, *_, last = run.recipe.models
         refs = {model: Ref(*run.evaluated[name][model].split("/")) for model in (first, last)}
         for ref in refs.values():
@@ -59,7 +59,8 @@ def _plain(task: str, change: Change, by_model: dict[str, ScoredRow]) -> dict[st
     }
 
 
-def as_text(row: dict[str, Any]) -> Text:
+def as_text(row: Mapping[str, Any]) -> Text:
+    """row: as `answers` gives it."""
     from rich.text import Text
 
     scores = " → ".join(f"{score:.4g}" for score in row["score"].values())
@@ -67,7 +68,7 @@ def as_text(row: dict[str, Any]) -> Text:
     text = Text.assemble((title, STYLES[row["change"]]), (f"  row {row['row_id']}\n", "dim"))
     parts = [("asked", row["asked"]), ("wanted", row["wanted"])]
     parts += [(model, output) for model in row["score"] for output in row[model]]
-    for name, said in parts:
-        lines = (said or "-").strip("\n").split("\n")
+    for name, message in parts:
+        lines = (message or "-").strip("\n").split("\n")
         text.append(f"  {name:<7}", "dim").append("\n         ".join(lines) + "\n")
     return text

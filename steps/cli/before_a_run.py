@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from sft_core.pins.pinned import PinnedRecipe
+    from sft_core.store.stage import Located
 
 
 def _overridable(command: Any) -> Any:
@@ -24,7 +28,7 @@ def _overridable(command: Any) -> Any:
     help="Try the model's class; estimate a GPU's memory and the FLOPs; slower.",
 )
 def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bool, memory: bool) -> None:
-    """What a run would make and what is there already; builds nothing.
+    """The outputs that a run would make, and those that are there; builds nothing.
 
     \b
     Examples: sft plan configs/quickstart.yaml --set training.learning_rate=1e-3
@@ -45,18 +49,23 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
     pinned, store = pin(loaded, allow_unresolved=True), Store(loaded.runtime.store)
     prompts = count_report_prompts(store, pinned)
     check_report_prompts(prompts, pinned)
-    found = planned_outputs(store, pinned)
+    planned = planned_outputs(store, pinned)
     rows = [
-        {"stage": one.stage.name, "name": one.name, "key": one.ref.key if one.ref else None, "status": one.status}
-        for one in found
+        {
+            "stage": located.stage.name,
+            "name": located.name,
+            "key": located.ref.key if located.ref else None,
+            "status": located.status,
+        }
+        for located in planned
     ]
     if as_json:
         click.echo(json.dumps(rows, indent=1))
-        start.check_training(found, pinned)
+        start.check_training(planned, pinned)
         return
     click.echo(text_table(("stage", "name", "key", "status"), [tuple(row.values()) for row in rows]))
     for problem in pinned.unresolved:
-        click.echo(f"no key yet for what hangs on {problem}", err=True)
+        click.echo(f"cannot compute keys that depend on {problem}", err=True)
     counts = {status: sum(row["status"] == status for row in rows) for status in ("hit", "build", "depends")}
     click.echo(f"\n{counts['hit']} are there, {counts['build']} to build, {counts['depends']} depend on one to build")
     known = [count for count in prompts.values() if count is not None]
@@ -67,24 +76,24 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
         shares, of_phase = planned_shares(store, pinned, phase)
         problems += of_phase
         click.echo(("" if len(loaded.phases) == 1 else f"\nphase {phase}") + "\n" + text_table(SHARES_HEADER, shares))
-    unmet = {unmet_demands(loaded.for_phase(phase)) for phase in loaded.phases} | {start.unmet_engine(found, loaded)}
-    for problem in [*problems, *filter(None, unmet), *_of_model(found, pinned, tries=memory)]:
+    unmet = {unmet_demands(loaded.for_phase(phase)) for phase in loaded.phases} | {start.unmet_engine(planned, loaded)}
+    for problem in [*problems, *filter(None, unmet), *_of_model(planned, pinned, tries=memory)]:
         click.echo(problem, err=True)
     if memory:
-        for line in estimated(store, pinned, found):
+        for line in estimated(store, pinned, planned):
             click.echo(f"\n{line}")
-    start.check_training(found, pinned)
+    start.check_training(planned, pinned)
 
 
-def _of_model(planned: Any, pinned: Any, *, tries: bool) -> list[str]:
-    """What a plan says of the model. What a run would refuse stands there as well: a plan is for other machines too."""
+def _of_model(planned: list[Located], pinned: PinnedRecipe, *, tries: bool) -> list[str]:
+    """A plan's warnings about the model. An error of it is a warning here: the run may be on another machine."""
     from sft_core.store.stage import Unresolved
-    from steps.start import model_told
+    from steps.start import model_warnings
 
     try:
-        return model_told(planned, pinned, tries=tries)
+        return model_warnings(planned, pinned, tries=tries)
     except Unresolved:
-        return []  # told already
+        return []  # the plan reports the unresolved name
     except (OSError, ValueError) as error:
         return [str(error)]
 
@@ -130,8 +139,8 @@ def show(recipe: str, source: str, row: int, overrides: tuple[str, ...], limit: 
 def check(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bool) -> None:
     """Hold every row's mask against its conversation, and print what was checked.
 
-    Builds the sources' tokens when they are not there, which proves them; of those that are, the shards are compared
-    with their digests. A row that trains anything else than what its assistant says ends it, with the row in colour.
+    Builds the sources' tokens when they are not there, which proves them; compares the shards of the others with their
+    digests. Fails at the first row that trains anything but what its assistant says, and shows that row in colour.
 
     \b
     Example: sft check configs/quickstart.yaml --limit 200
@@ -175,7 +184,7 @@ def init(model: str, data: tuple[str, ...], output: str) -> None:
 def import_recipe(recipe: str, output: str, num_processes: int | None, accelerate_config: str | None) -> None:
     """Turn a recipe of the alignment-handbook or TRL (`trl sft --config`) into one of ours.
 
-    Says for each of its keys whether it is carried, carried with a change, or not, and why.
+    Lists each of its keys: carried, carried with a change, or not carried, and why.
 
     \b
     Example: sft import sft.yaml --output mine.yaml --num-processes 64
@@ -184,9 +193,9 @@ def import_recipe(recipe: str, output: str, num_processes: int | None, accelerat
     from steps.importer.text import account_text
 
     launched = Path(accelerate_config) if accelerate_config else None
-    found = write_imported(Path(recipe), Path(output), num_processes, launched)
-    beside = f" and {Path(output).with_suffix('.jinja')}" if found.template is not None else ""
-    click.echo(f"{account_text(found)}\n\nwrote {output}{beside}\n\n  sft plan {output}")
+    imported = write_imported(Path(recipe), Path(output), num_processes, launched)
+    beside = f" and {Path(output).with_suffix('.jinja')}" if imported.template is not None else ""
+    click.echo(f"{account_text(imported)}\n\nwrote {output}{beside}\n\n  sft plan {output}")
 
 
 COMMANDS = (plan, explain, show, check, init, import_recipe)

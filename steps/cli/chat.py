@@ -1,4 +1,4 @@
-"""A conversation with a checkpoint in the terminal, or over lines that are piped in."""
+"""A conversation with a checkpoint in the terminal, or by piped lines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WITH_MODEL = ("trained", "checkpoint", "delivered", "release")  # delivered: of
 
 
 class Place(NamedTuple):
-    """Where a checkpoint is, and with which template variables it was trained."""
+    """Where a checkpoint is, and the template variables that it was trained with."""
 
     path: str
     kwargs: dict[str, Any]
@@ -35,7 +35,7 @@ class Place(NamedTuple):
 
 
 def find_checkpoint(name: str, root: str) -> Place:
-    """Of a folder, a run, an output of the store (stage/key) or a hub id. Raises ValueError or OSError."""
+    """name: a folder, a run, an output of the store (stage/key), or a hub id. Raises ValueError or OSError."""
     if Path(name).expanduser().is_dir():
         return _in_folder(Path(name).expanduser())
     if is_run(name):
@@ -54,7 +54,7 @@ def find_checkpoint(name: str, root: str) -> Place:
 
 
 def _on_hub(id: str) -> Place:
-    """At the commit that its main branch has now; where the hub is out of reach, as it was loaded last."""
+    """The model at its main branch's present commit; if the hub is out of reach, the commit loaded last."""
     try:
         return Place(id, {}, resolve("model", id, "main").commit)
     except HubUnreachable:
@@ -64,16 +64,17 @@ def _on_hub(id: str) -> Place:
 
 
 def _in_cache(id: str) -> Path | None:
-    """Of a hub's model the commit that was loaded last. The cache knows no branch of what is loaded by its commit."""
+    """The folder of the commit loaded last, or None. Look at times: the cache knows no branch of a pinned commit."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
         repos = [repo for repo in scan_cache_dir().repos if (repo.repo_type, repo.repo_id) == ("model", id)]
     except CacheNotFound:
         return None
-    revisions = sorted((one for repo in repos for one in repo.revisions), key=lambda one: one.last_modified)
-    folders = [one.snapshot_path for one in revisions if (one.snapshot_path / "config.json").is_file()]
-    return folders[-1] if folders else None
+    revisions = (revision for repo in repos for revision in repo.revisions)
+    folders = [revision.snapshot_path for revision in sorted(revisions, key=lambda revision: revision.last_modified)]
+    models = [folder for folder in folders if (folder / "config.json").is_file()]
+    return models[-1] if models else None
 
 
 def _stages(root: str) -> set[str]:
@@ -103,9 +104,9 @@ def _in_store(store: Store, ref: Ref) -> Place:
 
 
 def _template_kwargs(store: Store, ref: Ref) -> dict[str, Any]:
-    """The recipe's chat_template.kwargs, as the rows were rendered with that the checkpoint learnt from."""
-    for one, manifest in trace(store, ref).manifests.items():
-        if manifest is not None and one.stage in ("tokens", "rendered"):
+    """The chat_template.kwargs with which the checkpoint's training rows were rendered."""
+    for source, manifest in trace(store, ref).manifests.items():
+        if manifest is not None and source.stage in ("tokens", "rendered"):
             return dict(manifest["identity"]["section"]["template"]["kwargs"])
     return {}
 
@@ -121,7 +122,10 @@ def talk(
     kwargs: dict[str, Any],
     trust_remote_code: bool,
 ) -> int:
-    """The exit code. prompt: the only turn; else turns come from the terminal, or a line each from what is piped in."""
+    """Holds the conversation and returns the exit code.
+
+    prompt: the only turn. Without it, turns come from the terminal, or from piped lines.
+    """
     place = find_checkpoint(name, root)
     checkpoint = Checkpoint.load(
         place.path,
@@ -140,14 +144,14 @@ def talk(
 
 
 def _plain(chat: Chat, turns: Iterable[str], *, commands: bool) -> int:
-    """Answers alone on the standard output; 1 where a turn got none."""
+    """Prints nothing but answers to the standard output. Returns 1 if a turn got no answer."""
     code = 0
     for turn in turns:
         if not turn.strip():
             continue
         try:
             if commands and _COMMAND.match(turn):
-                if not obey(chat, turn, lambda told: click.echo(told, err=True)):
+                if not obey(chat, turn, lambda text: click.echo(text, err=True)):
                     break
                 continue
             answer = chat.ask(turn, lambda text: click.echo(text, nl=False))
@@ -158,7 +162,7 @@ def _plain(chat: Chat, turns: Iterable[str], *, commands: bool) -> int:
         click.echo()
         if answer.ended == "interrupted":
             return INTERRUPTED
-        _tell_end(answer, err=True)
+        _print_end(answer, err=True)
     return code
 
 
@@ -178,7 +182,7 @@ def _in_terminal(chat: Chat) -> None:
             continue
         try:
             if _COMMAND.match(turn):
-                if not obey(chat, turn, lambda told: click.secho(told, dim=True)):
+                if not obey(chat, turn, lambda text: click.secho(text, dim=True)):
                     return
                 continue
             answer = chat.ask(turn, Painted())
@@ -186,13 +190,13 @@ def _in_terminal(chat: Chat) -> None:
             click.secho(str(error), fg="red")
             continue
         click.echo()
-        _tell_end(answer, err=False)
+        _print_end(answer, err=False)
 
 
 def obey(chat: Chat, turn: str, tell: Callable[[str], None]) -> bool:
-    """Does what a turn that is a command says; False where it says to end. Raises ValueError."""
+    """Runs a turn that is a command. Returns False for /quit. Raises ValueError for an unknown command."""
     match = _COMMAND.match(turn.strip())
-    assert match is not None, "only commands are to be obeyed"
+    assert match is not None, "the turn is a command"
     command, argument = match[1], match[2]
     if command == "quit":
         return False
@@ -221,11 +225,11 @@ class Painted:
     def __call__(self, text: str) -> None:
         self._text += text
         is_thought = self._text.rfind("<think>") > self._text.rfind("</think>")
-        # No style at all for the rest: a terminal that is told "not dim" for each token copies badly.
+        # Write the rest without any style: text with a style code for every token copies badly.
         click.echo(click.style(text, dim=True) if is_thought or text.endswith("</think>") else text, nl=False)
 
 
-def _tell_end(answer: Answer, *, err: bool) -> None:
+def _print_end(answer: Answer, *, err: bool) -> None:
     if answer.ended == "length":
         click.secho(f"[cut off after {answer.num_tokens} tokens]", dim=True, err=err)
     elif answer.ended == "interrupted":

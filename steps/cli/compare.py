@@ -1,14 +1,12 @@
-"""Two runs side by side: what their recipes differ in, what they trained on and how, and what came of it."""
+"""Two runs side by side: the differences of their recipes, their data, their training, and their scores."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import pyarrow.parquet as pq
 
-from sft_core.evaluate.comparison import Difference
 from sft_core.evaluate.comparison import differences as score_differences
 from sft_core.report.tables import LOSSES
 from sft_core.search.journal import CURVES, read_journal
@@ -22,8 +20,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 ABSENT = "-"
-ELSEWHERE = ("runtime",)  # where it runs, which shapes no result
-# What is told of a run: the output, the name in its counts, how it is called.
+ELSEWHERE = ("runtime",)  # where a run takes place, which changes no result
+# The amounts of a run: the output, the name in its counts, the title.
 AMOUNTS = (
     ("mixture", "rows", "rows an epoch"),
     ("mixture", "tokens", "tokens an epoch"),
@@ -39,8 +37,64 @@ AMOUNTS = (
 )
 
 
-def compared(a: Recorded, b: Recorded) -> dict[str, Any]:
-    """{runs, recipe, amounts, scores}: plain data, what is not there is None."""
+class Run(TypedDict):
+    id: str
+    recipe: str
+    created: str
+    finished: bool
+    commit: str | None
+
+
+class KeyDifference(TypedDict):
+    """A key of the recipes that differs."""
+
+    key: str
+    a: Any
+    b: Any
+
+
+class Amount(TypedDict):
+    name: str
+    a: float | None
+    b: float | None
+
+
+class TaskScore(TypedDict):
+    """tuned: the last phase's checkpoint, and stderr its standard error."""
+
+    n: int
+    base: float | None
+    tuned: float | None
+    stderr: float | None
+
+
+class ScoreDifference(TypedDict):
+    n: int
+    value: float
+    low: float
+    high: float
+
+
+class ScorePair(TypedDict):
+    """difference: b - a of the tuned models, over the rows that both scored."""
+
+    task: str
+    metric: str
+    a: TaskScore | None
+    b: TaskScore | None
+    difference: ScoreDifference | None
+
+
+class Comparison(TypedDict):
+    """Plain data; a missing value is None."""
+
+    runs: list[Run]
+    recipe: list[KeyDifference]
+    amounts: list[Amount]
+    scores: list[ScorePair]
+
+
+def compared(a: Recorded, b: Recorded) -> Comparison:
     stores = [Store(run.recipe.runtime.store) for run in (a, b)]
     return {
         "runs": [
@@ -53,7 +107,7 @@ def compared(a: Recorded, b: Recorded) -> dict[str, Any]:
             }
             for run in (a, b)
         ],
-        "recipe": [{"key": key, "a": one, "b": other} for key, one, other in _recipe_differences(a, b)],
+        "recipe": [{"key": key, "a": of_a, "b": of_b} for key, of_a, of_b in _recipe_differences(a, b)],
         "amounts": _amounts(stores, (a, b)),
         "scores": _scores(stores, (a, b)),
     }
@@ -63,7 +117,7 @@ def _recipe_differences(a: Recorded, b: Recorded) -> list[tuple[str, Any, Any]]:
     sides: list[dict[str, Any]] = []
     for run in (a, b):
         data = run.recipe.as_written(exclude=ELSEWHERE)
-        # By name: one more source must not shift all that come after it.
+        # Datasets by name: in a list, one source more would shift all that come after it.
         for name, phase in run.recipe.phases.items():
             mixture = (data["phases"][name] if "phases" in data else data)["dataset_mixture"]
             mixture["datasets"] = dict(zip(phase.sources, mixture["datasets"], strict=True))
@@ -71,29 +125,31 @@ def _recipe_differences(a: Recorded, b: Recorded) -> list[tuple[str, Any, Any]]:
     return list(differences(sides[0], sides[1]))
 
 
-def _amounts(stores: list[Store], runs: tuple[Recorded, Recorded]) -> list[dict[str, Any]]:
-    sides = [_counts(store, run) for store, run in zip(stores, runs, strict=True)]
-    rows = [
-        {"name": told, **{s: one.get((o, n)) for s, one in zip("ab", sides, strict=True)}} for o, n, told in AMOUNTS
+def _amounts(stores: list[Store], runs: tuple[Recorded, Recorded]) -> list[Amount]:
+    of_a, of_b = (_counts(store, run) for store, run in zip(stores, runs, strict=True))
+    rows: list[Amount] = [
+        {"name": title, "a": of_a.get((output, name)), "b": of_b.get((output, name))} for output, name, title in AMOUNTS
     ]
     return [row for row in rows if (row["a"], row["b"]) != (None, None)]
 
 
 def _counts(store: Store, run: Recorded) -> dict[tuple[str, str], Any]:
-    """By output and name. Of a search: its last roll-out's, but steps, seconds and FLOPs of all."""
+    """{(output, name): count}. A search has the counts of its last roll-out, but steps, seconds and FLOPs of all."""
     refs = {output: Ref(*address.split("/")) for output, address in run.outputs.items()}
     manifests = {output: store.manifest(ref) for output, ref in refs.items() if store.has(ref)}
-    found = {(output, name): value for output, one in manifests.items() for name, value in one["counts"].items()}
+    counts = {
+        (output, name): value for output, manifest in manifests.items() for name, value in manifest["counts"].items()
+    }
     if (last := manifests.get("trained")) is None:
-        return found
+        return counts
     rounds = [Ref(*address) for name, address in last["inputs"].items() if name.startswith("round:")]
     all_rounds = [*(store.manifest(ref) for ref in rounds if store.has(ref)), last]
-    found["trained", "seconds"] = sum(one["seconds"] for one in all_rounds)
+    counts["trained", "seconds"] = sum(manifest["seconds"] for manifest in all_rounds)
     if run.recipe.last_phase.search is not None and len(all_rounds) == len(rounds) + 1:
-        found["trained", "rollouts"] = len(all_rounds)
-        found["trained", "steps"] = sum(one["counts"]["steps"] for one in all_rounds)
-        found["trained", "flops"] = sum(_flops(store, Ref(*one["ref"])) for one in all_rounds)
-    return found
+        counts["trained", "rollouts"] = len(all_rounds)
+        counts["trained", "steps"] = sum(manifest["counts"]["steps"] for manifest in all_rounds)
+        counts["trained", "flops"] = sum(_flops(store, Ref(*manifest["ref"])) for manifest in all_rounds)
+    return counts
 
 
 def _flops(store: Store, rollout: Ref) -> float:
@@ -101,47 +157,60 @@ def _flops(store: Store, rollout: Ref) -> float:
         return read_journal(file)[1].training_flops
 
 
-def _scores(stores: list[Store], runs: tuple[Recorded, Recorded]) -> list[dict[str, Any]]:
-    """One for each task and metric of either run; `difference` is b - a of the tuned models, by row."""
-    rows = []
+def _scores(stores: list[Store], runs: tuple[Recorded, Recorded]) -> list[ScorePair]:
+    """One for each task and metric of either run."""
+    rows: list[ScorePair] = []
     for task in dict.fromkeys([*runs[0].evaluated, *runs[1].evaluated]):
-        sides = [_task(store, run, task) for store, run in zip(stores, runs, strict=True)]
+        of_a, of_b = (_task(store, run, task) for store, run in zip(stores, runs, strict=True))
         tables = [_rows(store, run, task) for store, run in zip(stores, runs, strict=True)]
-        metrics = list(dict.fromkeys([*sides[0], *sides[1]]))
+        metrics = list(dict.fromkeys([*of_a, *of_b]))
         paired = _differences(tables, [metric for metric in metrics if metric not in LOSSES])
-        for metric in metrics:
-            row: dict[str, Any] = {"task": task, "metric": metric}
-            row |= {name: side.get(metric) for name, side in zip("ab", sides, strict=True)}
-            row["difference"] = dataclasses.asdict(paired[metric]) if metric in paired else None
-            rows.append(row)
+        rows += [
+            {
+                "task": task,
+                "metric": metric,
+                "a": of_a.get(metric),
+                "b": of_b.get(metric),
+                "difference": paired.get(metric),
+            }
+            for metric in metrics
+        ]
     return rows
 
 
-def _differences(tables: list[pa.Table | None], asked: list[str]) -> dict[str, Difference]:
-    """By metric; of answers only where both runs scored them alike. asked: the metrics of answers of either run."""
+def _differences(tables: list[pa.Table | None], metrics: list[str]) -> dict[str, ScoreDifference]:
+    """By metric. Answers have a difference only where both runs scored them by the same metric.
+
+    metrics: the metrics of the answers, of either run.
+    """
     if tables[0] is None or tables[1] is None:
         return {}
-    found = score_differences(tables[0], tables[1], asked[0] if asked else "")
-    if len(asked) > 1:
-        found.pop(asked[0], None)
-    return {metric: one for metric, one in found.items() if one.low is not None}
+    by_metric = score_differences(tables[0], tables[1], metrics[0] if metrics else "")
+    if len(metrics) > 1:
+        by_metric.pop(metrics[0], None)
+    return {
+        metric: {"n": difference.n, "value": difference.value, "low": difference.low, "high": difference.high}
+        for metric, difference in by_metric.items()
+        if difference.low is not None and difference.high is not None
+    }
 
 
-def _task(store: Store, run: Recorded, task: str) -> dict[str, dict[str, Any]]:
-    """{metric: {n, base, tuned, stderr}}, tuned being the last phase's checkpoint."""
-    found: dict[str, dict[str, Any]] = {}
+def _task(store: Store, run: Recorded, task: str) -> dict[str, TaskScore]:
+    """The scores of the base and the tuned model, by metric."""
+    by_metric: dict[str, TaskScore] = {}
     first, *_, last = run.recipe.models
-    shown = {first: "base", last: "tuned"}
     for model, address in run.evaluated.get(task, {}).items():
-        if model not in shown:
-            continue
         ref = Ref(*address.split("/"))
-        for score in store.manifest(ref)["counts"]["scores"] if store.has(ref) else ():
-            one = found.setdefault(score["metric"], {"n": score["n"], "base": None, "tuned": None, "stderr": None})
-            one[shown[model]] = score["value"]
+        if model not in (first, last) or not store.has(ref):
+            continue
+        for score in store.manifest(ref)["counts"]["scores"]:
+            empty = TaskScore(n=score["n"], base=None, tuned=None, stderr=None)
+            of_metric = by_metric.setdefault(score["metric"], empty)
             if model == last:
-                one["stderr"] = score["stderr"]
-    return found
+                of_metric |= {"tuned": score["value"], "stderr": score["stderr"]}
+            else:
+                of_metric["base"] = score["value"]
+    return by_metric
 
 
 def _rows(store: Store, run: Recorded, task: str) -> pa.Table | None:
@@ -154,41 +223,44 @@ def _rows(store: Store, run: Recorded, task: str) -> pa.Table | None:
         return pq.read_table(file)
 
 
-def as_tables(found: dict[str, Any]) -> list[RenderableType]:
-    """What a terminal shows of it."""
+def as_tables(comparison: Comparison) -> list[RenderableType]:
+    """The comparison for a terminal."""
     from rich.markup import escape
 
-    ids = [f"{side} = {run['id']}" for side, run in zip("AB", found["runs"], strict=True)]
+    a, b = comparison["runs"]
     parts: list[RenderableType] = []
-    rows: list[tuple[str, ...]]
-    names = ("recipe", "created", "finished", "commit")
-    runs = [(name, *(_cell(run[name]) for run in found["runs"])) for name in names]
-    parts += _titled("Runs", ("", *ids), runs)
-    if found["recipe"]:
-        rows = [(row["key"], _value(row["a"]), _value(row["b"])) for row in found["recipe"]]
+    rows: list[tuple[str, ...]] = [
+        ("recipe", a["recipe"], b["recipe"]),
+        ("created", a["created"], b["created"]),
+        ("finished", _cell(a["finished"]), _cell(b["finished"])),
+        ("commit", _cell(a["commit"]), _cell(b["commit"])),
+    ]
+    parts += _titled("Runs", ("", f"A = {a['id']}", f"B = {b['id']}"), rows)
+    if comparison["recipe"]:
+        rows = [(row["key"], _value(row["a"]), _value(row["b"])) for row in comparison["recipe"]]
         parts += _titled("Recipes", ("key", "A", "B"), rows)
     else:
         parts.append("The recipes are the same.\n")
-    if found["amounts"]:
-        rows = [(row["name"], _cell(row["a"]), _cell(row["b"])) for row in found["amounts"]]
+    if comparison["amounts"]:
+        rows = [(row["name"], _cell(row["a"]), _cell(row["b"])) for row in comparison["amounts"]]
         parts += _titled("Data and training", ("", "A", "B"), rows, first_number=1)
-    if found["scores"]:
+    if comparison["scores"]:
         header = ("task", "metric", "A: base → tuned", "B: base → tuned", "B - A", "95 % interval", "n")
-        parts += _titled("Scores", header, [_score_row(row) for row in found["scores"]], first_number=2)
+        parts += _titled("Scores", header, [_score_row(row) for row in comparison["scores"]], first_number=2)
         parts.append(escape("B - A: of the tuned models, over the n rows that both scored, paired by prompt."))
     else:
         parts.append("Neither run has scores yet.")
     return parts
 
 
-def _score_row(row: dict[str, Any]) -> tuple[str, ...]:
+def _score_row(row: ScorePair) -> tuple[str, ...]:
     sides = [
-        ABSENT if row[side] is None else f"{_cell(row[side]['base'])} → {_cell(row[side]['tuned'])}" for side in "ab"
+        ABSENT if side is None else f"{_cell(side['base'])} → {_cell(side['tuned'])}" for side in (row["a"], row["b"])
     ]
-    if (found := row["difference"]) is None:
+    if (difference := row["difference"]) is None:
         return (row["task"], row["metric"], *sides, ABSENT, ABSENT, ABSENT)
-    interval = f"{found['low']:+.4f} to {found['high']:+.4f}"
-    return (row["task"], row["metric"], *sides, f"{found['value']:+.4f}", interval, f"{found['n']:,}")
+    interval = f"{difference['low']:+.4f} to {difference['high']:+.4f}"
+    return (row["task"], row["metric"], *sides, f"{difference['value']:+.4f}", interval, f"{difference['n']:,}")
 
 
 def _titled(
@@ -207,13 +279,13 @@ def _titled(
 
 
 def _value(value: Any) -> str:
-    """As a recipe has it."""
+    """The value as a recipe writes it."""
     if value is None:
         return ABSENT
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return ABSENT
     if isinstance(value, bool):

@@ -14,21 +14,21 @@ from steps.runs.recipes import read_recipe
 
 
 def explained(a: str, b: str, root: str) -> list[str]:
-    """Lines: an output's name, then its keys that differ. a, b: two recipe files, or two stage/key of the store."""
+    """Lines: an output's name, then each key that differs. a, b: two recipe files, or two outputs (stage/key)."""
     are_recipes = Path(a).is_file() and Path(b).is_file()
-    told = []
+    lines = []
     for name, before, after in _recipe_identities(a, b) if are_recipes else _output_identities(a, b, root):
-        lines = [f"  {key}: {_short(old)} -> {_short(new)}" for key, old, new in differences(before, after)]
-        told += [name, *lines] if lines else []
-    return told
+        changes = [f"  {key}: {_short(old)} -> {_short(new)}" for key, old, new in differences(before, after)]
+        lines += [name, *changes] if changes else []
+    return lines
 
 
 def _recipe_identities(a: str, b: str) -> list[tuple[str, Any, Any]]:
     sides = []
     for path in (a, b):
         loaded = read_recipe(path)
-        found = plan(Store(loaded.runtime.store), pin(loaded, allow_unresolved=True))
-        sides.append({f"{one.stage.name} {one.name}": one.identity for one in found})
+        planned = plan(Store(loaded.runtime.store), pin(loaded, allow_unresolved=True))
+        sides.append({f"{located.stage.name} {located.name}": located.identity for located in planned})
     before, after = sides
     return [(name, before.get(name, {}), after.get(name, {})) for name in dict.fromkeys([*before, *after])]
 

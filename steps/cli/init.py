@@ -82,12 +82,12 @@ def write_recipe(model: str, data: tuple[str, ...], output: Path) -> None:
         template="thinking",
         datasets=datasets,
     )
-    parse_recipe(read_yaml(text))  # Parse before writing: a faulty file would stand in the way of the next try.
+    parse_recipe(read_yaml(text))  # Parse before writing: a faulty file would block the next try.
     output.write_text(text, encoding="utf-8")
 
 
 def _held_out(datasets: list[Dataset]) -> tuple[float, int]:
-    """(report share, least number of rows): about 80 prompts of the smallest source on this machine are held out."""
+    """(report share, minimum of report rows): holds out about 80 prompts of the smallest source on this machine."""
     nums_prompts = []
     for dataset in datasets:
         if (rows := source_of(dataset).peek(None, None)) is not None:

@@ -1,9 +1,10 @@
-"""What an output was made from, back to the sources, as the manifests in the store tell it."""
+"""Every output that an output was made from, back to the sources, by the manifests in the store."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 DIGEST_SHOWN = 12  # hex digits
 NAMES_SHOWN = 5  # files of a source
 GONE = "no longer in the store"
-# What of the counts tells most about an output of a stage.
+# The counts that a line shows, by stage.
 _COUNTS = {
     "conversations": ("conversations",),
     "rendered": ("rows",),
@@ -37,7 +38,7 @@ _COUNTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Lineage:
-    """manifests: of the root and all it was made from, nearest first; None for an output that was removed since."""
+    """manifests: those of the root and of all that it was made from, nearest first; None for a removed output."""
 
     root: Ref
     manifests: dict[Ref, Manifest | None]
@@ -47,33 +48,33 @@ class Lineage:
         return {} if manifest is None else {name: Ref(*address) for name, address in manifest["inputs"].items()}
 
     def behind(self, ref: Ref) -> set[Ref]:
-        """All that the output was made from, directly or not."""
-        found: set[Ref] = set()
+        """All outputs that the output was made from, directly or not."""
+        refs: set[Ref] = set()
         waiting = [ref]
         while waiting:
-            new = set(self.inputs(waiting.pop()).values()) - found
-            found |= new
+            new = set(self.inputs(waiting.pop()).values()) - refs
+            refs |= new
             waiting += new
-        return found
+        return refs
 
     def nearest(self, ref: Ref) -> list[Ref]:
-        """The inputs that are not behind another input: each output stands where it was used first."""
+        """The inputs that are not behind another input, so that a tree shows each output where it was used first."""
         inputs = set(self.inputs(ref).values())
-        further = {one for other in inputs for one in self.behind(other)}
-        # What has the longest way behind it first: the tuned model's scores lead to all that the base's do.
-        return sorted(inputs - further, key=lambda one: (-len(self.behind(one)), self.name(one), one))
+        further = {behind for other in inputs for behind in self.behind(other)}
+        # Longest history first: the tuned model's scores lead to everything that the base's scores lead to.
+        return sorted(inputs - further, key=lambda near: (-len(self.behind(near)), self.name(near), near))
 
     def name(self, ref: Ref) -> str:
-        """Its part: `tuned copy`, `round 0`."""
+        """The output's part in words: `tuned copy`, `round 0`."""
         manifest = self.manifests[ref]
         part = {} if manifest is None else manifest["identity"]["part"]
         return " ".join(f"round {value}" if key == "round" else str(value) for key, value in part.items())
 
 
 def find(name: str, root: str) -> tuple[Store, Ref]:
-    """What a name means: an output's stage/key, or a run, whose report it is (or the furthest output it has by now).
+    """The output that a name means: stage/key, or a run, which means its report (or its furthest output so far).
 
-    root: the store of an output. Raises ValueError for a name that means none.
+    root: the store of an output. Raises ValueError for any other name.
     """
     if not is_run(name):
         store = existing_store(root)
@@ -86,6 +87,7 @@ def find(name: str, root: str) -> tuple[Store, Ref]:
 
 
 def trace(store: Store, root: Ref) -> Lineage:
+    """Follows the inputs in the manifests from the root."""
     manifests: dict[Ref, Manifest | None] = {}
     waiting = collections.deque([root])
     while waiting:
@@ -96,8 +98,8 @@ def trace(store: Store, root: Ref) -> Lineage:
     return Lineage(root, manifests)
 
 
-def as_json(store: Store, lineage: Lineage) -> dict[str, Any]:
-    """{root, outputs: {stage/key: what it is}, removed: [stage/key]}."""
+def as_json(store: Store, lineage: Lineage) -> dict[str, object]:
+    """{root, outputs: {stage/key: facts of the output}, removed: [stage/key]}."""
     outputs = {
         str(ref): {
             "stage": ref.stage,
@@ -106,7 +108,7 @@ def as_json(store: Store, lineage: Lineage) -> dict[str, Any]:
             "created": manifest["created"],
             "seconds": manifest["seconds"],
             "source_code": manifest.get("source_code"),
-            "inputs": {name: str(one) for name, one in lineage.inputs(ref).items()},
+            "inputs": {name: str(needed) for name, needed in lineage.inputs(ref).items()},
             **_origins(store, ref, manifest),
         }
         for ref, manifest in lineage.manifests.items()
@@ -128,13 +130,13 @@ def as_tree(store: Store, lineage: Lineage) -> Tree:
         if manifest is None:
             return
         for kind, origin in _origins(store, ref, manifest).items():
-            branch.add(escape(f"{kind.replace('_', ' ')}: {_told_origin(origin)}"))
-        for one in lineage.nearest(ref):
-            if one in shown:
-                branch.add(f"[cyan]{one}[/] [dim](above)[/]")
+            branch.add(escape(f"{kind.replace('_', ' ')}: {_origin_text(origin)}"))
+        for near in lineage.nearest(ref):
+            if near in shown:
+                branch.add(f"[cyan]{near}[/] [dim](above)[/]")
             else:
-                shown.add(one)
-                grow(branch.add(_line(lineage, one)), one)
+                shown.add(near)
+                grow(branch.add(_line(lineage, near)), near)
 
     grow(tree, lineage.root)
     return tree
@@ -147,16 +149,12 @@ def _line(lineage: Lineage, ref: Ref) -> str:
     if manifest is None:
         return f"[cyan]{ref}[/] [red]{GONE}[/]"
     by = source_label(manifest["source_code"]) if manifest.get("source_code") else None
-    made = f"{manifest['created'].replace('T', ' ').rstrip('Z')}" + (f" by {by}" if by else "")
-    content = f"content {manifest['content'][:DIGEST_SHOWN]}"
-    return "  ".join(
-        filter(
-            None, (f"[cyan]{ref}[/]", escape(lineage.name(ref)), _told_counts(ref, manifest["counts"]), content, made)
-        )
-    )
+    created = f"{manifest['created'].replace('T', ' ').rstrip('Z')}" + (f" by {by}" if by else "")
+    counts, content = _counts_text(ref, manifest["counts"]), f"content {manifest['content'][:DIGEST_SHOWN]}"
+    return "  ".join(filter(None, (f"[cyan]{ref}[/]", escape(lineage.name(ref)), counts, content, created)))
 
 
-def _told_counts(ref: Ref, counts: dict[str, Any]) -> str:
+def _counts_text(ref: Ref, counts: Mapping[str, Any]) -> str:
     if ref.stage == "evaluated":
         return ", ".join(f"{score['metric']} {score['value']:.4f}" for score in counts["scores"])
     values = [(name, counts[name]) for name in _COUNTS.get(ref.stage, ()) if counts.get(name) is not None]
@@ -170,8 +168,8 @@ def _told_counts(ref: Ref, counts: dict[str, Any]) -> str:
     )
 
 
-def _origins(store: Store, ref: Ref, manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """What an output was made from that is no output: files or a hub revision, a start model, a template."""
+def _origins(store: Store, ref: Ref, manifest: Manifest) -> dict[str, Mapping[str, object]]:
+    """The inputs of an output that are no outputs: files or a hub revision, a start model, a template."""
     section = manifest["identity"]["section"]
     if ref.stage == "conversations":
         return {"source": origin_of(section, lambda: _files(store, ref))}
@@ -188,19 +186,20 @@ def _origins(store: Store, ref: Ref, manifest: Manifest) -> dict[str, dict[str, 
 
 
 def _files(store: Store, ref: Ref) -> list[str]:
-    """The names of a source's files, as its rows tell where they stood."""
+    """The names of a source's files, by the places that its rows name."""
     with store.open(ref, "conversations.parquet") as file:
         where = pq.read_table(file, columns=["where"])["where"]
     return sorted(pc.unique(pc.replace_substring_regex(where, r":[^:]*$", "")).to_pylist())
 
 
-def _told_origin(origin: dict[str, Any]) -> str:
+def _origin_text(origin: Mapping[str, object]) -> str:
     shown = []
     for name, value in origin.items():
         if isinstance(value, list):
             more = f" and {len(value) - NAMES_SHOWN} more" if len(value) > NAMES_SHOWN else ""
             shown.append(", ".join(value[:NAMES_SHOWN]) + more)
         elif value not in (None, {}):
-            is_digest = name in ("sha256", "digest") and isinstance(value, str) and " " not in value
-            shown.append(f"{name.replace('_', ' ')} {value[:DIGEST_SHOWN] if is_digest else value}")
+            text = str(value)
+            is_digest = name in ("sha256", "digest") and isinstance(value, str) and " " not in text
+            shown.append(f"{name.replace('_', ' ')} {text[:DIGEST_SHOWN] if is_digest else text}")
     return "  ".join(shown)

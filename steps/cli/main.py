@@ -1,4 +1,4 @@
-"""The `sft` command: look at a recipe before a run, and at what a run left."""
+"""The `sft` command: checks a recipe before a run, and shows the results of runs."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The way of one row: where it stood in its source, what it was rendered to, which packs and steps trained it."""
+"""The way of one row: its place in the source, its rendered texts, and the packs and steps that trained it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import pyarrow.compute as pc
@@ -25,30 +25,71 @@ if TYPE_CHECKING:
     from steps.cli.lineage import Lineage
 
 PACKS_SHOWN = 8
-Found = dict[str, Any]
 
 
-def journeys(store: Store, lineage: Lineage, row_id: str) -> list[Found]:
+class Text(TypedDict):
+    """A training row that the conversation was rendered to."""
+
+    sha256: str
+    characters: int
+
+
+class TokenRow(TypedDict):
+    """row: its number, as `sft show --row` counts."""
+
+    row: int
+    shard: int
+    num_tokens: int
+    num_trained: int
+
+
+class InPacks(TypedDict):
+    """A document for each entry of packs and num_tokens. steps: by training; None where they are not known."""
+
+    packed: str
+    packs: list[int]
+    num_tokens: list[int]
+    steps: dict[str, list[int] | None]
+
+
+class Journey(TypedDict):
+    """conversations, rendered and tokens are addresses (stage/key), or None for an output that is not there."""
+
+    row_id: str
+    source: str
+    conversations: str
+    where: list[str]
+    prompt_hash: int
+    split: str | None
+    rendered: str | None
+    texts: list[Text]
+    tokens: str | None
+    rows: list[TokenRow]
+    packs: list[InPacks]
+
+
+def journeys(store: Store, lineage: Lineage, row_id: str) -> list[Journey]:
     """One for each source of the lineage that holds the row. Raises ValueError when none does."""
     sources = [ref for ref, manifest in lineage.manifests.items() if ref.stage == "conversations" and manifest]
-    found = [one for ref in sources if (one := _journey(store, lineage, ref, row_id)) is not None]
-    if not found:
+    of_sources = [_journey(store, lineage, ref, row_id) for ref in sources]
+    holding = [journey for journey in of_sources if journey is not None]
+    if not holding:
         names = ", ".join(lineage.name(ref) for ref in sources) or "none"
         raise ValueError(
             f"--row: found {row_id!r}; no source that led to {lineage.root} holds it (looked in: {names}). A row_id is "
             "that of conversations.parquet or of a task's rows.parquet"
         )
-    return found
+    return holding
 
 
-def _journey(store: Store, lineage: Lineage, conversations: Ref, row_id: str) -> Found | None:
+def _journey(store: Store, lineage: Lineage, conversations: Ref, row_id: str) -> Journey | None:
     with store.open(conversations, "conversations.parquet") as file:
         table = pq.read_table(file, columns=["where", "row_id", "prompt_hash"], filters=pc.field("row_id") == row_id)
     if len(table) == 0:
         return None
     source = lineage.name(conversations)
     rendered, tokens = (_of_source(lineage, stage, source) for stage in ("rendered", "tokens"))
-    journey: Found = {
+    journey: Journey = {
         "row_id": row_id,
         "source": source,
         "conversations": str(conversations),
@@ -59,6 +100,7 @@ def _journey(store: Store, lineage: Lineage, conversations: Ref, row_id: str) ->
         "texts": _texts(store, rendered, row_id) if rendered else [],
         "tokens": str(tokens) if tokens else None,
         "rows": _rows(store, tokens, row_id) if tokens else [],
+        "packs": [],
     }
     mixture = next((ref for ref, manifest in lineage.manifests.items() if ref.stage == "mixture" and manifest), None)
     if mixture is not None:
@@ -84,34 +126,35 @@ def _of_source(lineage: Lineage, stage: str, source: str) -> Ref | None:
 
 def _section(lineage: Lineage, ref: Ref) -> dict[str, Any]:
     manifest = lineage.manifests[ref]
-    assert manifest is not None, "an output that was removed is not asked"
+    assert manifest is not None, "the output is in the store"
     return manifest["identity"]["section"]
 
 
-def _texts(store: Store, rendered: Ref, row_id: str) -> list[Found]:
-    """SHA-256 of each training row that the conversation was rendered to."""
+def _texts(store: Store, rendered: Ref, row_id: str) -> list[Text]:
     is_it = pc.field("row_id") == row_id
-    found = []
+    rendered_texts: list[Text] = []
     for shard in shard_folders(store.path(rendered)):
         path = shard / "rendered.parquet"
         texts = pq.read_table(path, columns=["text"], filters=is_it, partitioning=None)["text"].to_pylist()
-        found += [{"sha256": hashlib.sha256(text.encode()).hexdigest(), "characters": len(text)} for text in texts]
-    return found
+        rendered_texts += [
+            {"sha256": hashlib.sha256(text.encode()).hexdigest(), "characters": len(text)} for text in texts
+        ]
+    return rendered_texts
 
 
-def _rows(store: Store, tokens: Ref, row_id: str) -> list[Found]:
-    """Numbers of its token rows, as `sft show --row` counts them, and the shard that each is in."""
-    found, first = [], 0
+def _rows(store: Store, tokens: Ref, row_id: str) -> list[TokenRow]:
+    rows: list[TokenRow] = []
+    first = 0
     for shard in range(len(shard_folders(store.path(tokens)))):
         index = read_index(store.path(tokens), ["row_id", "num_tokens", "num_trained"], shards=[shard])
         for place in np.flatnonzero(index["row_id"].to_numpy(zero_copy_only=False) == row_id).tolist():
-            counts = {name: index[name][place].as_py() for name in ("num_tokens", "num_trained")}
-            found.append({"row": first + place, "shard": shard, **counts})
+            num_tokens, num_trained = (index[name][place].as_py() for name in ("num_tokens", "num_trained"))
+            rows.append({"row": first + place, "shard": shard, "num_tokens": num_tokens, "num_trained": num_trained})
         first += len(index)
-    return found
+    return rows
 
 
-def _in_packs(store: Store, lineage: Lineage, packed: Ref, source: str, rows: list[Found]) -> Found:
+def _in_packs(store: Store, lineage: Lineage, packed: Ref, source: str, rows: list[TokenRow]) -> InPacks:
     plan, inputs = PackPlan.read(store.path(packed)), lineage.inputs(packed)
     numbers = [row["row"] for row in rows]
     if (windows := inputs.get(windows_of(source))) is not None:
@@ -131,10 +174,10 @@ def _in_packs(store: Store, lineage: Lineage, packed: Ref, source: str, rows: li
 
 
 def steps_of(store: Store, lineage: Lineage, trained: Ref, plan: PackPlan, packs: list[int]) -> list[int] | None:
-    """Optimizer steps, from 1, that trained on one of the packs; None where that cannot be told any more.
+    """Optimizer steps, from 1, that trained on one of the packs; None where they cannot be reconstructed.
 
-    With added tokens the model is larger than the one by whose size the order was made, and of a roll-out that ended
-    before its last step only the steps that were logged are known.
+    With added tokens the saved model is larger than the one whose size decided the order of packs. A roll-out that
+    ended early did not take all steps of its schedule.
     """
     from sft_core.train.models.model import skeleton
     from sft_core.train.schedule import order_coefficients, step_packs
@@ -159,7 +202,7 @@ def steps_of(store: Store, lineage: Lineage, trained: Ref, plan: PackPlan, packs
     return (np.flatnonzero(np.isin(schedule, packs).any(axis=1)) + 1).tolist()
 
 
-def as_tree(journey: Found) -> Tree:
+def as_tree(journey: Journey) -> Tree:
     from rich.markup import escape
     from rich.tree import Tree
 
@@ -178,8 +221,8 @@ def as_tree(journey: Found) -> Tree:
         packs = _some(packed["packs"])
         branch = tree.add(f"packs: {packs or 'none, it is not trained on'}  ({packed['packed']})")
         for trained, steps in packed["steps"].items():
-            told = "not known" if steps is None else _some(steps) or "none"
-            branch.add(f"steps: {told}  ({trained})")
+            numbers = "not known" if steps is None else _some(steps) or "none"
+            branch.add(f"steps: {numbers}  ({trained})")
     return tree
 
 

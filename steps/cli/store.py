@@ -1,4 +1,4 @@
-"""`sft store`: what is in the store, and freeing what is not used."""
+"""`sft store`: lists the outputs of a store, and removes unused ones."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def existing_store(root: str) -> Store:
 
 @click.group()
 def store() -> None:
-    """What is in the store, and freeing what is not used."""
+    """List the outputs of a store, and remove unused ones."""
 
 
 @store.command("list")
 @click.option("--store", "root", default="store", show_default=True, help="The store: a folder or a URL.")
 def list_outputs(root: str) -> None:
-    """Every output with its size and when it was last used.
+    """List every output with its size and its last use.
 
     \b
     Example: sft store list
@@ -55,7 +55,7 @@ def list_outputs(root: str) -> None:
 @click.option("--unused-for", "days", type=float, default=30.0, show_default=True, help="Days without use.")
 @click.option("--delete", is_flag=True, help="Remove them; without it, only show what would go.")
 def gc(refs: tuple[str, ...], root: str, days: float, delete: bool) -> None:
-    """Remove outputs that no run has used for a while, or those named, and what killed builds left.
+    """Remove outputs that no run has used for a while, or those named, and leftovers of killed builds.
 
     \b
     Examples: sft store gc --unused-for 14

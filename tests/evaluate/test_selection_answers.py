@@ -19,7 +19,7 @@ from sft_core.train.loss import Forward, trained_token_nll
 from sft_core.train.models.model import load_model
 from sft_core.train.row_losses import RowLosses
 from sft_core.train.selection import SelectionLosses
-from steps.metrics import asked_of_answers
+from steps.metrics import scoring_of_answers
 from steps.selection import SELECTION
 from steps.tokenize import TOKENS
 from tests.train.tiny import QUICKSTART, SOURCES, tiny_recipe
@@ -61,7 +61,7 @@ class World:
         return found
 
     def scorer(self) -> AnswerScores:
-        asked = {source: asked_of_answers(self.pinned, source) for source in SOURCES}
+        asked = {source: scoring_of_answers(self.pinned, source) for source in SOURCES}
         return AnswerScores(
             self.collator.plan,
             list(SOURCES),

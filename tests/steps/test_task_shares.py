@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from sft_core.pins.pinned import PinnedRecipe, pin
 from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
-from steps import score_worker, task_shares
-from steps.score_worker import Order, Scoring, orders, outcomes
+from steps import task_shares
+from steps.outcomes import Order, Scoring, orders, outcomes
 from steps.scored import MAX_REASON, reasons_of, shortened
 from steps.task_shares import dealt, score, shares_of
 from steps.train import TRAINED
@@ -93,7 +93,7 @@ def test_with_vllm_what_transformers_does_comes_first() -> None:
 
 def test_reasons_are_a_line_each_and_together_what_the_ui_shows() -> None:
     few = shortened({"a": "é" * 1000 + "\nmore", "b": "\n", "c": "its judge is away\nTraceback"})
-    assert few == {"a": "é" * (MAX_REASON // 2), "b": "no reason is told", "c": "its judge is away"}
+    assert few == {"a": "é" * (MAX_REASON // 2), "b": "no reason was given", "c": "its judge is away"}
     many = shortened({f"a_task_with_a_rather_long_name_{number}_no_think": "x" * 500 for number in range(25)})
     assert len(many) == 25 and len(pickle.dumps(many)) < 4096
     assert {len(reason) for reason in many.values()} != {MAX_REASON}
@@ -257,14 +257,14 @@ def metric(output, answer, row):
 def test_process_that_does_not_start_is_told_once(
     trained: tuple[Store, PinnedRecipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score_worker.sys, "executable", "/bin/false")
+    monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(RuntimeError, match="ended with exit status 1 before its first task, twice"):
         list(outcomes(trained[1], [Scoring("base", task) for task in SOURCES], []))
 
 
 PARENT = """
 import pickle, sys
-from steps.score_worker import Scoring, outcomes
+from steps.outcomes import Scoring, outcomes
 
 pinned = pickle.load(open(sys.argv[1], "rb"))
 list(outcomes(pinned, [Scoring("base", sys.argv[2])], []))
