@@ -19,14 +19,14 @@ from sft_core.local_files import digest_files
 if TYPE_CHECKING:
     from sft_core.recipe.datasets.kinds.files import FileDataset
 
-# Outputs in stores, and model cards, were made when every dataset had a hub dataset's keys. They keep their keys.
+# Every dataset once had these keys of a hub dataset: without them, the keys of stored outputs would change.
 _IDENTITY = {"id": None, "config": None, "split": "train"}
 _SHOWN = {**_IDENTITY, "revision": "main"}
 
 
 @dataclasses.dataclass(frozen=True)
 class FileSource(Source):
-    """Local files. Their names and contents are the pin; the folders that hold them are part of nothing."""
+    """Local files. Names and contents are the pin; folders are no part of it."""
 
     dataset: FileDataset
 
@@ -37,7 +37,7 @@ class FileSource(Source):
     def pin(self, resolver: Resolver) -> str:
         return digest_files(list_files(self.dataset.paths))
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Mapping[str, str | None]:
         return dict(_IDENTITY)
 
     def rows(self, pin: str, columns: list[str] | None) -> Iterator[RawRow]:
@@ -75,22 +75,22 @@ SOURCE = FileSource
 
 
 def list_files(paths: list[str] | tuple[str, ...]) -> list[Path]:
-    """The files that paths and globs name, sorted within each. Raises FileNotFoundError for one that names none."""
+    """The files that paths and globs name, sorted within each. Raises FileNotFoundError for a path without files."""
     files: list[Path] = []
     for path in map(os.path.expanduser, paths):
         names = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
-        found = [Path(name) for name in names if Path(name).is_file()]
-        if not found:
+        matches = [Path(name) for name in names if Path(name).is_file()]
+        if not matches:
             raise FileNotFoundError(f"{path}: no such file (looked in {Path.cwd()})")
-        unknown = [file for file in found if not _is_known(file)]
+        unknown = [file for file in matches if not _is_known(file)]
         if unknown:
             raise ValueError(f"{unknown[0]}: a source is .jsonl or .json (also .gz, .zst) or .parquet")
-        files += found
-    return list(dict.fromkeys(files))  # a file that two globs name is read once
+        files += matches
+    return list(dict.fromkeys(files))  # two globs may name the same file: read it once
 
 
 def read_files(files: list[Path], columns: list[str] | None) -> Iterator[RawRow]:
-    """(file and line, or file and row number; row) of each row."""
+    """(place, row) of each row; the place is the file and its line or row number."""
     for path in files:
         if path.suffix == ".parquet":
             yield from _read_parquet(path, columns)

@@ -30,7 +30,7 @@ class HubSource(Source):
     def pin(self, resolver: Resolver) -> str | None:
         return resolver.resolve("dataset", self.dataset.id, self.dataset.revision)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Mapping[str, str | None]:
         return {key: getattr(self.dataset, key) for key in ("id", "config", "split")}
 
     def rows(self, pin: str, columns: list[str] | None) -> Iterator[RawRow]:
@@ -43,9 +43,9 @@ class HubSource(Source):
 
     def shown(self) -> dict[str, Any]:
         values = super().shown()
-        # Model cards were made when every dataset had the key `path`. They keep their bytes.
-        own = {key: values[key] for key in ("name", "id", "config", "split", "revision")}
-        return {**own, "path": None, **values}
+        # Every dataset once had the key `path`: without it, the bytes of model cards would change.
+        first_keys = {key: values[key] for key in ("name", "id", "config", "split", "revision")}
+        return {**first_keys, "path": None, **values}
 
     @classmethod
     def origin(cls, section: Mapping[str, Any], list_files: Callable[[], list[str]]) -> dict[str, Any] | None:
@@ -66,7 +66,7 @@ def read_hub(id: str, config: str | None, split: str, commit: str, columns: list
     """
     import datasets
 
-    # datasets' defaults wait for minutes on a hub that is down; the hub's client retries by itself.
+    # By default `datasets` waits for minutes on a hub that is down, and the hub's client retries by itself.
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
     check_token()
     try:
@@ -74,12 +74,12 @@ def read_hub(id: str, config: str | None, split: str, commit: str, columns: list
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ValueError(f"{error} Where it is gated or private, ask for access and set HF_TOKEN.") from None
     if builder.hash != commit:
-        # Out of reach, datasets falls back to whatever commit its cache holds, with only a warning.
+        # Without the hub, `datasets` only warns and takes whatever commit its cache holds.
         raise ConnectionError(f"{id}: asked for commit {commit}; the hub cannot be reached and the cache has another")
     files = builder.config.data_files or {}
     if split not in files:
         raise ValueError(f"{id} (config {builder.config.name}): no split {split!r}; it has {', '.join(sorted(files))}")
-    # Load the split's own files: asked for a split by name, datasets casts it to the features of the first split.
+    # Load the split by its files: by its name, `datasets` would cast it to the features of the first split.
     is_parquet = builder.name == "parquet"
     options: dict[str, Any] = {"batch_size": ROWS_A_BATCH, "columns": columns or None} if is_parquet else {}
     try:

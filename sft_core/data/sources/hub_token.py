@@ -6,7 +6,7 @@ import re
 
 
 def check_token() -> None:
-    """Raises ValueError for a token that no HTTP header can hold: the client's own message would show it."""
+    """Raises ValueError for a token that no HTTP header can hold, before the client's message shows the token."""
     from huggingface_hub import get_token
 
     token = get_token()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from sft_core.data.counts import Counts
 from sft_core.data.sources.formats.conversations import canonical, row_id, to_json
 from sft_core.data.sources.rejects import Rejected, Rejects
 from sft_core.data.sources.splits import prompt_hash
@@ -17,8 +19,8 @@ if TYPE_CHECKING:
     from sft_core.data.sources.source import Source
     from sft_core.store.stage import Build
 
-ROWS_A_GROUP = 500  # rendering and tokenizing work on row groups, several at a time
-ROWS_A_BATCH = 100  # read at once from Parquet: a row can be a book, and a row group of the hub's a thousand of them
+ROWS_A_GROUP = 500  # of conversations.parquet: rendering and tokenizing share row groups out to processes
+ROWS_A_BATCH = 100  # read at once from Parquet: a row can be a book, and a row group on the hub a thousand books
 CONVERSATIONS = pa.schema(
     [
         ("where", pa.string()),  # file and line, or the row's number
@@ -27,6 +29,13 @@ CONVERSATIONS = pa.schema(
         ("conversation", pa.string()),
     ]
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConversationCounts(Counts):
+    rows: int  # read from the source
+    conversations: int
+    rejected: dict[str, int]  # by reason
 
 
 def build_conversations(
@@ -42,7 +51,7 @@ def build_conversations(
 ) -> dict[str, Any]:
     """Writes conversations.parquet and rejects.jsonl. Raises ValueError for an empty or too faulty source.
 
-    identity: the source's own keys, which `source` holds too.
+    identity: the keys of the source's kind. `source` has them as well.
     """
     rows, num_rows = source.rows(pin, columns), 0
     with (
@@ -60,7 +69,8 @@ def build_conversations(
                 _write(writer, group)
         _write(writer, group)
     rejects.check(num_rows=num_rows, max_share=max_rejected_share, source=source.title)
-    return {"rows": num_rows, "conversations": num_rows - sum(rejects.counts.values()), "rejected": rejects.counts}
+    num_kept = num_rows - sum(rejects.counts.values())
+    return ConversationCounts(rows=num_rows, conversations=num_kept, rejected=rejects.counts).to_json()
 
 
 class Accepted(NamedTuple):
@@ -83,7 +93,7 @@ def accept(raw: Any, format: str) -> Accepted:
 
 
 def without_nulls(value: Any) -> Any:
-    """A row without its nulls: Arrow gives each object all keys of its column, even those that the row lacks."""
+    """A row without its nulls: Arrow gives each object all keys of its column, with null for those that it lacks."""
     if isinstance(value, dict):
         return {key: without_nulls(element) for key, element in value.items() if element is not None}
     if isinstance(value, list):

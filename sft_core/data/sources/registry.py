@@ -1,6 +1,6 @@
-"""The source of each dataset, found by the name of the dataset's kind.
+"""The source of each dataset, looked up by the name of the dataset's kind.
 
-No builder imports this module: a stage names the reader's module, so that a new kind builds nothing anew.
+No builder imports this module: stages name the reader's module, so that a new kind changes no key.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def reader_module(dataset: Dataset) -> str:
 
 
 def origin_of(section: Mapping[str, Any], list_files: Callable[[], list[str]]) -> dict[str, Any]:
-    """Where conversations in the store come from: the words of the kind that wrote the section, else the pin alone."""
+    """Where stored conversations come from, as the kind that wrote the section says it; the pin for an unknown kind."""
     origins = (_class_of(dataset.kind()).origin(section, list_files) for dataset in KINDS.values())
     return next((origin for origin in origins if origin is not None), {"pin": section["pin"]})
 

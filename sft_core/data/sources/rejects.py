@@ -1,4 +1,4 @@
-"""Rejected rows: each has a place, a reason and a counter, and can be looked at in rejects.jsonl."""
+"""Rejected rows: rejects.jsonl has the place, reason and detail of each, and each reason has a counter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import TracebackType
 
 
 class Rejected(ValueError):
-    """A row that cannot be used. `reason` is a counter's name, the message is for the reader."""
+    """A row that cannot be used. `reason` names its counter; the message is for people."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
@@ -35,7 +35,7 @@ class Rejects:
 
     def add(self, where: str, fault: Rejected) -> None:
         self._counts[fault.reason] += 1
-        # A detail can quote a lone surrogate, which is no character and cannot be written.
+        # A detail can quote a lone surrogate, which UTF-8 cannot write.
         detail = str(fault).encode("utf-8", "backslashreplace").decode()
         self._file.write(
             json.dumps({"where": where, "reason": fault.reason, "detail": detail}, ensure_ascii=False) + "\n"
@@ -45,7 +45,7 @@ class Rejects:
 
     @classmethod
     def join(cls, folders: list[Path], path: Path) -> Rejects:
-        """The rejects files of several folders as one, in their order."""
+        """Joins the rejects files of several folders, in their order."""
         with cls(path) as joined:
             for folder in folders:
                 with (folder / path.name).open(encoding="utf-8") as part:

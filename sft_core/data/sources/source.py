@@ -1,4 +1,4 @@
-"""What every kind of source can be asked. Nobody else knows what kinds there are."""
+"""The interface of every kind of source. Only the registry knows the kinds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 class Resolver(Protocol):
-    """Asks the hub, once for each name, what a branch or a tag stands for."""
+    """Asks the hub which commit a branch or a tag names, once for each name."""
 
     def resolve(self, kind: str, id: str, revision: str) -> str | None:
-        """The commit of a `dataset` or `model`; None where it cannot be had and a plan goes on without it."""
+        """The commit of a `dataset` or `model`; None where the hub does not answer and a plan goes on without it."""
 
 
 class Description(NamedTuple):
-    """Where rows come from, as a model card tells it: a hub dataset, or else names of files or the like."""
+    """Where rows come from, for a model card: a hub dataset, or names of files or the like."""
 
     hub_id: str | None
     config: str | None
@@ -40,33 +40,33 @@ class Source(Protocol):
         """The source in messages and beside the progress bar."""
 
     def pin(self, resolver: Resolver) -> str | None:
-        """What the rows are now, as one string: a digest or a commit. None: not known in a plan without a network.
+        """Identifies the rows as they are now: a digest or a commit. None: not known in a plan without a network.
 
-        Raises FileNotFoundError for missing files, and Unresolved for what cannot be reached.
+        Raises FileNotFoundError for missing files, and Unresolved for a name that cannot be reached.
         """
 
-    def identity(self) -> dict[str, Any]:
-        """The keys that choose rows, beside the pin and beside what all datasets have (columns, format)."""
+    def identity(self) -> Mapping[str, str | None]:
+        """The keys of this kind that choose rows. The pin and the keys of all kinds (columns, format) come beside."""
 
     def rows(self, pin: str, columns: list[str] | None) -> Iterator[RawRow]:
         """(place, row) of each raw row, in a fixed order. Raises ValueError where the rows are no longer the pin's."""
 
     def peek(self, max_bytes: int | None, columns: list[str] | None) -> Iterator[RawRow] | None:
-        """The rows as they are now, where this machine has them and they are no larger; None: nothing is fetched."""
+        """The rows as they are now, if they are on this machine and at most max_bytes; else None. Fetches nothing."""
         return None
 
     def describe(self, licences: Mapping[str, str]) -> Description:
-        """licences: by `dataset ID`, as far as the hub told them when the recipe was pinned."""
+        """licences: by `dataset ID`, as far as the hub knew them when the recipe was pinned."""
         return Description(None, None, None, [self.title], None)
 
     def shown(self) -> dict[str, Any]:
-        """The dataset's keys as a model card shows the recipe: without the folders of this machine."""
+        """The dataset's keys for a model card, without folders of this machine."""
         values = self.dataset.model_dump(mode="json")
         return {key: values[key] for key in self.dataset.ordered_keys()}
 
     @classmethod
     def origin(cls, section: Mapping[str, Any], list_files: Callable[[], list[str]]) -> dict[str, Any] | None:
-        """Where an output of the store comes from, from its section; None where the section is of another kind.
+        """Where an output of the store comes from, read off its section; None for a section of another kind.
 
-        list_files: the names of files that the rows say they come from.
+        list_files: gives the names of the files that the rows came from.
         """

@@ -1,23 +1,24 @@
-"""Train, selection and report split by the hash of the prompt: a row's split depends on its prompt alone.
+"""Train, selection and report split: a hash of the prompt alone chooses a row's split.
 
-So neither a duplicate nor the think twin of a no_think row is in two splits, whatever source it is in, and
-no change of the mixture moves a row.
+So a row, its duplicates and its think twin share a split, in whatever sources they stand, and no change of the mixture
+moves a row.
 """
 
 from __future__ import annotations
 
 import hashlib
 import unicodedata
-from typing import Any
 
 import numpy as np
+
+from sft_core.data.sources.formats.canonical import Conversation, Text
 
 TRAIN, SELECTION, REPORT = 0, 1, 2
 NAMES = ("train", "selection", "report")
 _MODE_FLAGS = frozenset({"/think", "/no_think"})
 
 
-def prompt_hash(conversation: dict[str, Any]) -> int:
+def prompt_hash(conversation: Conversation) -> int:
     """64 bits of SHA-256 over the normalised system and user turns (the text itself for a raw-text row).
 
     Normalised: Unicode NFKC, case folded, white space collapsed, thinking flags removed.
@@ -44,7 +45,7 @@ def _normalise(text: str) -> str:
     return " ".join(word for word in words if word not in _MODE_FLAGS)
 
 
-def _text(content: Any) -> str:
+def _text(content: Text) -> str:
     if isinstance(content, list):
         return "".join(part.get("text", "") for part in content)
     return content or ""

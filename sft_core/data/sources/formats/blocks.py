@@ -1,26 +1,34 @@
 """Content that is a list of blocks, Anthropic's and OpenAI's: its text, thinking, tool calls and tool results.
 
-We train text: a block that holds anything else (an image, a document, thinking that is withheld) refuses its row.
+Only text is trained: a block of anything else (an image, a document, withheld thinking) makes its row a reject.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
+from sft_core.data.sources.formats.canonical import Message, Text, TextPart
 from sft_core.data.sources.rejects import Rejected
 
-Text = str | list[dict[str, str]]
 _TEXT_TYPES = (None, "text", "input_text", "output_text")
 _RANKS = {"thinking": 0, "text": 1, "tool_use": 2}  # the order in which a template writes a turn
 
 
+class RawCall(TypedDict):
+    """A tool call as its block has it: no value is checked yet."""
+
+    id: Any
+    name: Any
+    arguments: Any
+
+
 class Content(NamedTuple):
-    """What a message's content holds. `thinking` is None without thinking blocks, "" where they are empty."""
+    """The parts of a message's content. `thinking` is None without thinking blocks, "" where they are empty."""
 
     text: Text
     thinking: str | None = None
-    calls: tuple[dict[str, Any], ...] = ()
-    results: tuple[dict[str, Any], ...] = ()
+    calls: tuple[RawCall, ...] = ()
+    results: tuple[Message, ...] = ()
 
 
 def read_content(content: Any, role: str, where: str) -> Content:
@@ -35,8 +43,8 @@ def read_content(content: Any, role: str, where: str) -> Content:
         raise Rejected("invalid_content", f"{where}.content is neither a string nor a list of text parts")
     texts: list[str] = []
     thinking: list[str] = []
-    calls: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
+    calls: list[RawCall] = []
+    results: list[Message] = []
     last = 0
     for index, block in enumerate(content):
         place = f"{where}.content[{index}]"
@@ -54,10 +62,11 @@ def read_content(content: Any, role: str, where: str) -> Content:
             if _RANKS[kind] < last:
                 raise Rejected("interleaved_blocks", f"{place}: {kind} after what is written after it in one turn")
             last = _RANKS[kind]
-    found = "\n\n".join(text for text in thinking if text) if thinking else None
-    # A list of text alone stays one, as it is in the row; of a mixed one, what is left is a string where it can be.
+    joined = "\n\n".join(text for text in thinking if text) if thinking else None
+    # A list of text parts alone stays a list, as the row has it. The text of a mixed list becomes a string where it is
+    # one part.
     mixed = bool(thinking or calls or results)
-    return Content(_text(texts) if mixed else _parts(texts), found, tuple(calls), tuple(results))
+    return Content(_text(texts) if mixed else _parts(texts), joined, tuple(calls), tuple(results))
 
 
 def _kind(block: Any, role: str, place: str) -> str:
@@ -90,19 +99,21 @@ def _thinking(block: dict[str, Any], place: str) -> str:
     return thinking.strip("\n")
 
 
-def _result(block: dict[str, Any], place: str) -> dict[str, Any]:
-    found = read_content(block.get("content"), "tool", place).text
-    message: dict[str, Any] = {"role": "tool", "content": found if isinstance(found, str) else _text(_strings(found))}
+def _result(block: dict[str, Any], place: str) -> Message:
+    text = read_content(block.get("content"), "tool", place).text
+    message: Message = {"role": "tool", "content": text if isinstance(text, str) else _text(_strings(text))}
     if block.get("tool_use_id") is not None:
         message["tool_call_id"] = block["tool_use_id"]
-    return message | ({"is_error": True} if block.get("is_error") else {})
+    if block.get("is_error"):
+        message["is_error"] = True
+    return message
 
 
 def _strings(parts: Text) -> list[str]:
     return [part["text"] for part in parts if isinstance(part, dict)]
 
 
-def _parts(texts: list[str]) -> list[dict[str, str]]:
+def _parts(texts: list[str]) -> list[TextPart]:
     return [{"type": "text", "text": text} for text in texts]
 
 

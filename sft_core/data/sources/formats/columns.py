@@ -1,4 +1,4 @@
-"""Columns that hold JSON, parsed or as text: data sets write tools, turns and arguments either way."""
+"""Columns of JSON: data sets hold tools, turns and arguments either parsed or as text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sft_core.data.sources.rejects import Rejected
 
 
 def json_list(value: Any, name: str) -> list[Any]:
-    """The list in a column; an empty one for nothing. Raises Rejected (invalid_json)."""
+    """The list in a column; an empty list for an empty column. Raises Rejected (invalid_json)."""
     if not value:
         return []
     if isinstance(value, str):

@@ -1,9 +1,7 @@
 """Canonical conversations: every format that users have becomes one, or is refused with a reason.
 
-A canonical row is plain JSON: {"messages": [...], "tools": [...], "kwargs": {...}, "answer": "..."} with the
-optional parts left out, or {"text": "..."} for raw text. A message has role and content, and where they are
-set reasoning_content, tool_calls, tool_call_id, name and is_error. An assistant's has "train": false where it
-is not trained, and "weight": w where w, not 1, multiplies its loss.
+A canonical row is plain JSON: {"messages": [...], "tools": [...], "kwargs": {...}, "answer": "..."}, or
+{"text": "..."} for raw text. canonical.py has its keys; keys without a value are absent.
 """
 
 from __future__ import annotations
@@ -12,9 +10,10 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final, TypedDict, cast
 
-from sft_core.data.sources.formats.blocks import read_content
+from sft_core.data.sources.formats.blocks import RawCall, read_content
+from sft_core.data.sources.formats.canonical import Conversation, Message, ToolCall
 from sft_core.data.sources.formats.columns import json_list
 from sft_core.data.sources.formats.tools import tool_calls, tool_definitions
 from sft_core.data.sources.formats.turn_training import training_choice
@@ -37,12 +36,16 @@ _ROLE_NAMES = {
     "tool_response": "tool",
 }
 _CALL_ROLES = ("function_call", "tool_call")  # turns whose text is a tool call, or a list of them
-_EMPTY_BLOCK = "empty_block"  # set on a message while its conversation is read
-_RESERVED_KWARGS = ("messages", "tools", "add_generation_prompt")  # what the conversation itself gives a template
+_EMPTY_BLOCK: Final = "empty_block"  # marks a message until its whole conversation is read
+_RESERVED_KWARGS = ("messages", "tools", "add_generation_prompt")  # a template gets these from the conversation
 _THINKING = re.compile(r"\s*<think>(.*?)</think>\s*(.*)\Z", re.DOTALL)
 
 
-def canonical(row: Any, *, format: str = "auto") -> dict[str, Any]:
+class _MarkedMessage(Message, total=False):
+    empty_block: bool  # whether the turn has an empty think block
+
+
+def canonical(row: Any, *, format: str = "auto") -> Conversation:
     """The canonical conversation of one raw row. Raises Rejected.
 
     format: messages, sharegpt, alpaca, prompt_completion, text, or auto (by the row's keys).
@@ -63,14 +66,14 @@ def canonical(row: Any, *, format: str = "auto") -> dict[str, Any]:
         raise Rejected("no_assistant_turn", "the conversation has no assistant turn to train on")
     if all(message.get("train") is False for message in messages if message["role"] == "assistant"):
         raise Rejected("no_trained_turn", "the row trains none of its assistant turns")
-    conversation: dict[str, Any] = {"messages": messages}
+    conversation: Conversation = {"messages": cast("list[Message]", messages)}
     column = "tools" if row.get("tools") else "functions"  # the older name, beside function_call
     if tools := tool_definitions(row.get(column), column):
         conversation["tools"] = tools
     kwargs = _template_kwargs(row)
     num_empty = sum([message.pop(_EMPTY_BLOCK, False) for message in messages])
     if num_empty and not any("reasoning_content" in message for message in messages):
-        # An empty inline block says that the row does not think; the template would ask it to.
+        # An empty think block says that the row does not think; without the kwarg the template asks for thinking.
         kwargs.setdefault("enable_thinking", False)
     if kwargs:
         conversation["kwargs"] = kwargs
@@ -79,13 +82,13 @@ def canonical(row: Any, *, format: str = "auto") -> dict[str, Any]:
     return conversation
 
 
-def to_json(conversation: dict[str, Any] | list[Any]) -> str:
-    """Keys stay in their order: a template shows a tool's schema and a call's arguments in it."""
-    return json.dumps(conversation, ensure_ascii=False, separators=(",", ":"))
+def to_json(value: Any) -> str:
+    """Compact JSON. Keys keep their order, in which a template shows a tool's schema and a call's arguments."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def row_id(conversation: dict[str, Any]) -> str:
-    """16 hex digits over the content, whatever the order of its keys: duplicates have the same."""
+def row_id(conversation: Conversation) -> str:
+    """16 hex digits of a digest of the content: duplicates have the same id, whatever the order of their keys."""
     text = json.dumps(conversation, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -108,16 +111,16 @@ _KEYS = {
 
 def _read_messages(row: dict[str, Any]) -> list[Any]:
     messages = _list(row.get("messages"), "messages")
-    own = next((turn for turn in messages if isinstance(turn, dict) and _role(turn) == "system"), None)
-    if not (system := _system(row)) or (own is not None and own.get("content") == row["system"]):
+    system_turn = next((turn for turn in messages if isinstance(turn, dict) and _role(turn) == "system"), None)
+    if not (system := _system(row)) or (system_turn is not None and system_turn.get("content") == row["system"]):
         return messages
-    if own is not None:
+    if system_turn is not None:
         raise Rejected("two_systems", "the row has a `system` and another system message; leave one out (columns)")
     return [*system, *messages]
 
 
 def _system(row: dict[str, Any]) -> list[Any]:
-    """Anthropic's, ShareGPT's and Alpaca's system text, which stands beside the turns."""
+    """The system turn of a row that has its text beside the turns, as Anthropic's, ShareGPT's and Alpaca's do."""
     return [{"role": "system", "content": row["system"]}] if row.get("system") else []
 
 
@@ -156,11 +159,11 @@ def _read_prompt_completion(row: dict[str, Any]) -> list[Any]:
         raise Rejected("no_prompt", "a row with a `completion` has its prompt in `prompt`")
     before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     after = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-    return [*map(_only_read, before), *after]
+    return [*map(_untrained_by_default, before), *after]
 
 
-def _only_read(raw: Any) -> Any:
-    """A turn of a prompt: what the assistant said there is not trained, unless it says so itself."""
+def _untrained_by_default(raw: Any) -> Any:
+    """A turn of a prompt. An assistant turn there is trained only if it asks for that itself."""
     chooses = not isinstance(raw, dict) or any(raw.get(key) is not None for key in ("train", "training", "weight"))
     return raw if chooses or _role(raw) != "assistant" else {**raw, "train": False}
 
@@ -177,8 +180,8 @@ def _role(raw: dict[str, Any]) -> str | None:
     return _ROLE_NAMES.get(str(raw.get("role")))
 
 
-def _messages(raw: Any, where: str) -> list[dict[str, Any]]:
-    """The messages of one turn: a user's turn can hold tool results, which are messages of their own before it."""
+def _messages(raw: Any, where: str) -> list[_MarkedMessage]:
+    """The messages of one turn. Tool results in a user's turn become messages of their own, before it."""
     if not isinstance(raw, dict):
         raise Rejected("invalid_message", f"{where} is not an object")
     role = _role(raw)
@@ -188,23 +191,29 @@ def _messages(raw: Any, where: str) -> list[dict[str, Any]]:
         raise Rejected("invalid_content", f"{where} is a user turn without content")
     choice = training_choice(raw, role, where)
     if role == "assistant":
-        return [_assistant(raw, where) | choice | _labels(raw)]
+        return [{**_assistant(raw, where), **choice, **_labels(raw)}]
     content = read_content(raw.get("content"), role, where)
-    message: dict[str, Any] = {"role": role, "content": content.text, **_labels(raw)}
+    message: _MarkedMessage = {"role": role, "content": content.text, **_labels(raw)}
     if role == "tool" and raw.get("is_error"):
         message["is_error"] = True
-    return [*content.results, *([message] if content.text or not content.results else [])]
+    results = cast("list[_MarkedMessage]", list(content.results))
+    return [*results, *([message] if content.text or not content.results else [])]
 
 
-def _labels(raw: dict[str, Any]) -> dict[str, Any]:
-    return {key: raw[key] for key in ("name", "tool_call_id") if raw.get(key) is not None}
+class _Labels(TypedDict, total=False):
+    name: str
+    tool_call_id: str
 
 
-def _assistant(raw: dict[str, Any], where: str) -> dict[str, Any]:
+def _labels(raw: dict[str, Any]) -> _Labels:
+    return cast(_Labels, {key: raw[key] for key in ("name", "tool_call_id") if raw.get(key) is not None})
+
+
+def _assistant(raw: dict[str, Any], where: str) -> _MarkedMessage:
     content = read_content(raw.get("content"), "assistant", where)
     text, thinking = content.text, content.thinking
     if (refusal := raw.get("refusal")) is not None:
-        # What OpenAI's models say instead of content is as much an answer.
+        # A refusal is an answer as well: OpenAI's models have it in place of content.
         if not isinstance(refusal, str) or (refusal and text):
             raise Rejected("invalid_message", f"{where} has content and a refusal, or one that is no text")
         text = text or refusal
@@ -214,10 +223,10 @@ def _assistant(raw: dict[str, Any], where: str) -> dict[str, Any]:
     if beside and thinking:
         raise Rejected("invalid_message", f"{where} has its thinking twice: in a block and beside the content")
     reasoning, is_empty = beside or thinking or "", thinking == ""
-    # A loop: an empty block can stand before another one, which is the thinking then.
-    while not reasoning.strip() and isinstance(text, str) and (found := _THINKING.match(text)):
-        reasoning, text, is_empty = found[1], found[2], True
-    message: dict[str, Any] = {"role": "assistant", "content": text}
+    # Repeat: an empty think block can stand before the block that holds the thinking.
+    while not reasoning.strip() and isinstance(text, str) and (block := _THINKING.match(text)):
+        reasoning, text, is_empty = block[1], block[2], True
+    message: _MarkedMessage = {"role": "assistant", "content": text}
     if reasoning.strip():
         message["reasoning_content"] = reasoning.strip("\n")
     elif is_empty:
@@ -229,16 +238,16 @@ def _assistant(raw: dict[str, Any], where: str) -> dict[str, Any]:
     return message
 
 
-def _calls(raw: dict[str, Any], blocks: tuple[dict[str, Any], ...], where: str) -> list[dict[str, Any]]:
-    given = {
+def _calls(raw: dict[str, Any], blocks: tuple[RawCall, ...], where: str) -> list[ToolCall]:
+    calls_by_key = {
         "tool_calls": raw.get("tool_calls"),
         "function_call": [raw["function_call"]] if raw.get("function_call") else None,  # the older form, of one
         "content": list(blocks),
     }
-    found = [tool_calls(calls, f"{where}.{key}") for key, calls in given.items() if calls]
-    if len(found) > 1:
+    parsed = [tool_calls(calls, f"{where}.{key}") for key, calls in calls_by_key.items() if calls]
+    if len(parsed) > 1:
         raise Rejected("invalid_tool_calls", f"{where} has its tool calls in two places")
-    return found[0] if found else []
+    return parsed[0] if parsed else []
 
 
 def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
@@ -253,7 +262,7 @@ def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
     for name in _RESERVED_KWARGS:
         if (kwargs or {}).get(name) is not None:
             raise Rejected("invalid_kwargs", f"chat_template_kwargs.{name} belongs to the conversation itself")
-    # Arrow gives every row every key of the column: None means that this row did not set it.
+    # Arrow gives each row all keys of the column: None stands for a key that the row lacks.
     return {key: value for key, value in (kwargs or {}).items() if value is not None}
 
 

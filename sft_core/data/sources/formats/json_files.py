@@ -1,4 +1,4 @@
-"""Rows of a JSON file, plain or compressed: JSON lines, or one list. Either is read in constant memory."""
+"""Rows of a JSON file, plain or compressed: JSON lines, or one list. Memory does not grow with the file."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import pyarrow as pa
 
 from sft_core.data.sources.rejects import Rejected
 
-RawRow = tuple[str, Any]  # where it stands, and its data or the Rejected that says why there is none
+RawRow = tuple[str, Any]  # its place; its data, or the Rejected that says why it has none
 _CHARS_A_READ = 2**20
-_MAX_ELEMENT_CHARS = 2**26  # a broken list is told of here, not when all of it is in memory
+_MAX_ELEMENT_CHARS = 2**26  # a broken list fails here, before all of it is in memory
 _AFTER_NUMBER = tuple(",] \t\r\n")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_json(path: Path, columns: list[str] | None) -> Iterator[RawRow]:
-    """The rows of a file, in order. A faulty line is a Rejected in its place.
+    """The rows of a file, in order. A faulty line gives a Rejected in its place.
 
-    Raises ValueError for a list that is broken (where it goes on cannot be told), and for a compressed file that
-    is cut off or damaged.
+    Raises ValueError for a broken list (nothing says where its next element begins), and for a compressed file that is
+    cut off or damaged.
     """
     rows = _list_elements(path) if _is_list(path) else _lines(path)
     for where, row in rows:
@@ -74,7 +74,7 @@ def _list_elements(path: Path) -> Iterator[RawRow]:
 
 
 class _Window:
-    """The part of a file that is being parsed; what is behind the position is let go."""
+    """The part of a file that is being parsed. Text behind the position is dropped."""
 
     def __init__(self, file: io.TextIOWrapper, path: Path):
         self._file, self._path = file, path
@@ -84,7 +84,7 @@ class _Window:
         return ValueError(f"{self._path}: {message}; mend the list, or write one row a line (.jsonl)")
 
     def ahead(self) -> str:
-        """The next character that is no white space; nothing at the end."""
+        """The next character that is not white space; an empty string at the end."""
         while True:
             match = _SPACE.match(self._text, self._at)
             self._at = match.end() if match else self._at
@@ -92,9 +92,9 @@ class _Window:
                 return self._text[self._at : self._at + 1]
 
     def take(self, character: str) -> bool:
-        found = self.ahead() == character
-        self._at += found
-        return found
+        is_next = self.ahead() == character
+        self._at += is_next
+        return is_next
 
     def decode(self, decoder: json.JSONDecoder, number: int) -> Any:
         self.ahead()
@@ -102,18 +102,18 @@ class _Window:
             try:
                 value, end = decoder.raw_decode(self._text, self._at)
             except ValueError as error:
-                # Cut off by the window's end, or broken: only the rest of the file tells.
+                # The element is broken, or the window ends inside it: read on to know which.
                 if len(self._text) - self._at > _MAX_ELEMENT_CHARS or not self._grow():
                     raise self.fault(f"element {number} is not valid JSON ({error})") from None
                 continue
-            # A number may go on behind the window: 1 is also the start of 1.5.
+            # A number may go on after the window: 1 is also the start of 1.5.
             is_whole = not isinstance(value, (int, float)) or self._text[end : end + 1] in _AFTER_NUMBER
             if is_whole or not self._grow():
                 self._at = end
                 return value
 
     def _grow(self) -> bool:
-        """Read on: as much as is held already, so that a large element is parsed a few times only."""
+        """Doubles the text that is held, so that a large element is parsed a few times only. False at the end."""
         try:
             more = "" if self._ended else self._file.read(max(_CHARS_A_READ, len(self._text) - self._at))
         except UnicodeDecodeError as error:
@@ -132,7 +132,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             yield file
         return
     try:
-        # Arrow's reader, not zstandard's: that one takes a file that is cut off for its end.
+        # Arrow's reader, not zstandard's: zstandard takes the end of a cut-off file for the end of the data.
         with gzip.open(path) if path.suffix == ".gz" else pa.input_stream(path, compression="zstd") as compressed:
             yield io.BufferedReader(compressed)
     except (EOFError, OSError, zlib.error) as error:

@@ -1,16 +1,23 @@
-"""What a row says about training on each of its assistant turns, whichever tool's key it says it with."""
+"""What a row says about training on each assistant turn, in the keys of several tools."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TypedDict
 
 from sft_core.data.sources.rejects import Rejected
 
 _FLAGS = ("train", "training")  # ours and axolotl's
 
 
-def training_choice(raw: dict[str, Any], role: str, where: str) -> dict[str, Any]:
+class TrainingChoice(TypedDict, total=False):
+    """At most one of the keys. Empty: the turn counts in full."""
+
+    train: bool  # False: the turn is only read
+    weight: float  # multiplies the turn's loss
+
+
+def training_choice(raw: dict[str, Any], role: str, where: str) -> TrainingChoice:
     """{} for a turn that counts in full, {"train": False} for one that is only read, or {"weight": w}.
 
     `weight` (OpenAI's fine-tuning knows 0 and 1) multiplies the turn's loss; a weight of 0 is no training.
@@ -35,7 +42,7 @@ def training_choice(raw: dict[str, Any], role: str, where: str) -> dict[str, Any
         if True in wanted:
             raise Rejected("invalid_train", f"{where} is a {role} turn; only what the assistant writes is trained")
         return {}
-    # A weight above 0 beside train: false is no contradiction: it would count if the turn were trained.
+    # A weight above 0 beside `train: false` is no contradiction: it says what the turn would count.
     if len({*flags.values()}) > 1 or (True in flags.values() and weight == 0):
         raise Rejected("invalid_train", f"{where}: its train, training and weight contradict each other")
     if False in wanted:
