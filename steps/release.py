@@ -67,7 +67,7 @@ def _label(pinned: PinnedRecipe, phase: str) -> str:
     return f" of {phase}" if len(pinned.recipe.phases) > 1 else ""
 
 
-def _base(pinned: PinnedRecipe) -> dict[str, str | None]:
+def _base(pinned: PinnedRecipe) -> dict[str, Json]:
     model = pinned.recipe.model
     identity = pinned.model_identity
     name = model.model_name_or_path

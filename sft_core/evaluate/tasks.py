@@ -148,10 +148,11 @@ def build_evaluated(build: Build, **section: Any) -> dict[str, Json]:
     task_scores = [dataclasses.asdict(score) for score in scores(table, metric.name)]
     (build.out / "scores.json").write_text(json.dumps(task_scores, indent=1) + "\n")
     counts = {"rows": len(rows.index), "over_long": rows.num_over_long, **answer_counts(table)}
-    if loaded.documents_alone:
-        counts["documents"] = "alone"  # for the card; of other models the manifest stays as it was
+    # For the card; of other models the manifest stays as it was.
+    documents = {"documents": "alone"} if loaded.documents_alone else {}
     return {
         **counts,
+        **documents,
         "timeouts": num_timeouts,
         "engine": engine.name,
         "metric": metric.name,

@@ -8,7 +8,7 @@ import pytest
 
 from sft_core.evaluate.loading import load_scored
 from sft_core.pins.pinned import pin
-from sft_core.recipe.recipe import parse_recipe
+from sft_core.recipe.parse import parse_recipe
 from sft_core.train import assemble
 from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.models import model as loading
