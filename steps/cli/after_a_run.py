@@ -32,9 +32,9 @@ def verify(ref: str | None, root: str) -> None:
     store = existing_store(root)
     refs = [store.find(ref)] if ref else store.refs()
     faults = []
-    for one in tqdm(refs, unit=" outputs", disable=None):
+    for output in tqdm(refs, unit=" outputs", disable=None):
         try:
-            store.verify(one, remote=True)
+            store.verify(output, remote=True)
         except CorruptOutput as fault:
             faults.append(str(fault))
     click.echo("\n".join([*faults, f"{len(refs)} outputs verified, {len(faults)} damaged"]))
@@ -54,8 +54,12 @@ def scores(whole: bool, as_json: bool) -> None:
     from steps.report import summary
     from steps.runs.recorded import last_finished
 
-    data = last_finished()
-    click.echo(json.dumps(data["scores"], indent=1) if as_json else summary(**data, whole=whole).strip())
+    run = last_finished()
+    click.echo(
+        json.dumps(run.scores, indent=1)
+        if as_json
+        else summary(run.scores, run.gains, run.checkpoint, run.pushed, whole).strip()
+    )
 
 
 @click.command()
@@ -77,14 +81,14 @@ def answers(run: str, task: str | None, only: Any, limit: int, as_json: bool) ->
     from steps.cli.answers import answers, as_text
     from steps.runs.recorded import recorded
 
-    found = answers(recorded(run), task, only)
-    for row in islice(found, limit):
+    rows = answers(recorded(run), task, only)
+    for row in islice(rows, limit):
         if as_json:
             click.echo(json.dumps(row, ensure_ascii=False))
         else:
             _console().print(as_text(row))
-    if left := sum(1 for _ in found):
-        click.echo(f"{left} rows more; --limit", err=True)
+    if num_more := sum(1 for _ in rows):
+        click.echo(f"{num_more} rows more; --limit", err=True)
 
 
 @click.command()
@@ -102,10 +106,10 @@ def resume() -> None:
     run = last_attempt()
     check_resumable(run, FLOW)
     failed = failed_tasks(run.id)
-    # To Metaflow a failed evaluation is done. From the step on, those that are scored are hits.
+    # Metaflow takes a failed evaluation for done. Resume from its step: the scores that are there are hits.
     step = ["evaluate"] if failed else []
     click.echo(f"resuming {run.id}" + (f", evaluating {', '.join(failed)} again" if failed else ""))
-    # The step that tags a run is finished, so it is not run again.
+    # `start` tags a run, and a resume does not run it again.
     tags = [part for tag in resumed_tags(run.tags, source_code()) for part in ("--tag", tag)]
     sys.exit(subprocess.call([sys.executable, str(FLOW), "resume", *step, "--origin-run-id", run.id, *tags]))
 
@@ -151,10 +155,10 @@ def chat(
     from steps.cli.chat import talk
 
     variables = {}
-    for one in kwargs:
-        name, is_given, value = one.partition("=")
+    for text in kwargs:
+        name, is_given, value = text.partition("=")
         if not is_given:
-            raise ValueError(f"--template-kwarg: found {one!r}; write NAME=VALUE, as header=false")
+            raise ValueError(f"--template-kwarg: found {text!r}; write NAME=VALUE, as header=false")
         variables[name] = read_yaml(f"value: {value}")["value"]
     code = talk(
         ref,
@@ -185,11 +189,11 @@ def compare(run_a: str, run_b: str, as_json: bool) -> None:
     from steps.cli.compare import as_tables, compared
     from steps.runs.recorded import recorded
 
-    found = compared(recorded(run_a), recorded(run_b))
+    comparison = compared(recorded(run_a), recorded(run_b))
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        click.echo(json.dumps(comparison, indent=1))
     else:
-        _console().print(*as_tables(found), sep="\n")
+        _console().print(*as_tables(comparison), sep="\n")
 
 
 @click.command()
@@ -209,16 +213,16 @@ def lineage(ref: str, row_id: str | None, as_json: bool, root: str) -> None:
     """
     from steps.cli import lineage, row_journey
 
-    store, found = lineage.find(ref, root)
-    traced = lineage.trace(store, found)
+    store, output = lineage.find(ref, root)
+    traced = lineage.trace(store, output)
     if row_id is not None:
         journeys = row_journey.journeys(store, traced, row_id)
-        told: Any = journeys
+        data: Any = journeys
         trees = [row_journey.as_tree(journey) for journey in journeys]
     else:
-        told, trees = lineage.as_json(store, traced), [lineage.as_tree(store, traced)]
+        data, trees = lineage.as_json(store, traced), [lineage.as_tree(store, traced)]
     if as_json:
-        click.echo(json.dumps(told, indent=1))
+        click.echo(json.dumps(data, indent=1))
     else:
         _console().print(*trees, sep="\n")
 

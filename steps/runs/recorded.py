@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from sft_core.recipe.recipe import Recipe
+    from sft_core.report.rows import ThinkingGain
 
 FLOW = "SFTFlow"
 LATEST = "latest"
-# What a step leaves behind that others are found by, and the artifact that is its address.
+# The steps whose output a command can be asked for, and the artifact that holds its address.
 OUTPUTS = {
     "mix": "mixture",
     "pack": "packed",
@@ -27,7 +28,7 @@ NUM_NAMED = 10  # of the runs that an error names
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """A run and where its outputs are; of one that is not finished, those of the steps that are."""
+    """A run and its outputs; of an unfinished run, those of its finished steps."""
 
     id: str
     created: str
@@ -56,7 +57,7 @@ class Beginning(NamedTuple):
 def last_attempt() -> Attempt:
     """The newest run or resume, whatever became of it. Raises ValueError when there is none.
 
-    An attempt that was killed before its first step holds nothing to go on from, so the one before it counts.
+    An attempt that was killed before its first step has nothing to resume, so the one before it counts.
     """
     run = next((run for run in _runs() if any(True for _ in run)), _runs()[0])
     return Attempt(str(run.id), sorted(run.user_tags), [step.id for step in run])
@@ -86,13 +87,21 @@ def failed_tasks(run: str) -> dict[str, str]:
     return report.data.failed if report is not None and report.successful else {}
 
 
-def last_finished() -> dict[str, Any]:
-    """What the newest finished run reports: scores, gains, where the checkpoint is. Raises ValueError for no run."""
+class Finished(NamedTuple):
+    """What a finished run reports. gains: what thinking gains. pushed: the checkpoint's address on the hub."""
+
+    scores: list[dict[str, Any]]
+    gains: list[ThinkingGain]
+    checkpoint: str
+    pushed: str | None
+
+
+def last_finished() -> Finished:
+    """The report of the newest finished run. Raises ValueError where there is none."""
     for run in _runs():
         if run.successful:
             data = run["end"].task.data
-            found = {"scores": data.scores, "gains": data.thinking, "checkpoint": data.checkpoint}
-            return {**found, "pushed": getattr(data, "hub_url", None)}
+            return Finished(data.scores, data.thinking, data.checkpoint, getattr(data, "hub_url", None))
     raise ValueError("no run has finished yet; start one with `python flows/sft_flow.py run`")
 
 
@@ -106,41 +115,41 @@ def recorded(name: str) -> Recorded:
     from steps.runs.recipes import effective
 
     runs = [run for run in _runs() if "_parameters" in run]  # without them it was killed before its first step
-    found = next((run for run in runs if name in (LATEST, run.id, run.pathspec)), None)
-    if found is None:
+    run = next((run for run in runs if name in (LATEST, run.id, run.pathspec)), None)
+    if run is None:
         named = ", ".join(run.id for run in runs[:NUM_NAMED]) + (", ..." if len(runs) > NUM_NAMED else "")
         raise ValueError(f"found {name!r}; it is no run. The runs recorded here, newest first: {named or 'none'}")
-    data = found["_parameters"].task.data
+    data = run["_parameters"].task.data
     recipe = effective(data.recipe, data.set, data.limit)
-    commits = [tag.partition(":")[2] for tag in found.user_tags if tag.startswith("commit:")]
+    commits = [tag.partition(":")[2] for tag in run.user_tags if tag.startswith("commit:")]
     return Recorded(
-        id=found.id,
-        created=f"{found.created_at:%Y-%m-%d %H:%M}",
-        is_finished=bool(found.successful),
+        id=run.id,
+        created=f"{run.created_at:%Y-%m-%d %H:%M}",
+        is_finished=bool(run.successful),
         commit=commits[0] if commits else None,
         recipe=recipe,
-        outputs=_outputs(found),
-        evaluated=_evaluated(found, recipe),
+        outputs=_outputs(run),
+        evaluated=_evaluated(run, recipe),
     )
 
 
 def _evaluated(run: Any, recipe: Recipe) -> dict[str, dict[str, str]]:
     """In the order of the recipe's tasks."""
-    found: dict[str, dict[str, str]] = {}
+    by_task: dict[str, dict[str, str]] = {}
     for data in _done(run, "evaluate"):
         evaluated = getattr(data, "evaluated", {})
-        # Of runs in which each task had a step of its own, its name is beside its addresses.
-        found |= {data.task: evaluated} if hasattr(data, "task") and evaluated else evaluated
-    return {task: found[task] for task in recipe.scored if task in found}
+        # In older runs each task has a step of its own, which holds its name and its addresses.
+        by_task |= {data.task: evaluated} if hasattr(data, "task") and evaluated else evaluated
+    return {task: by_task[task] for task in recipe.scored if task in by_task}
 
 
 def _outputs(run: Any) -> dict[str, str]:
-    found = {}
+    addresses = {}
     for step, name in OUTPUTS.items():
         rounds = sorted(_done(run, step), key=lambda data: getattr(data, "num_rounds", 0))
         if rounds and hasattr(rounds[-1], name):
-            found[name] = getattr(rounds[-1], name)
-    return found
+            addresses[name] = getattr(rounds[-1], name)
+    return addresses
 
 
 def _done(run: Any, step: str) -> list[Any]:
