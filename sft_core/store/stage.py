@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 Section: TypeAlias = Mapping[str, Json]  # what an identity holds of a recipe: the builder's keyword arguments
-Part = dict[str, Any]  # JSON: which output of a stage it is, as {"source": "chat"} or {"round": 2}
+Part = dict[str, Any]
 Needs = dict[str, tuple["Stage[Any]", Part]]  # by the name under which the builder finds the output
 
 
@@ -72,7 +72,7 @@ class Stage(Generic[S]):
     section: the builder's keyword arguments from the recipe. They are part of the identity.
     places: paths for what the section names only by digest. The builder gets them in place of the section's values of
     the same names; they are not part of the identity.
-    needs: the outputs that the builder reads.
+    needs: the outputs that the builder reads. A part says which output of a stage: {"source": "chat"}, {"round": 2}.
     mentions: the outputs of which the builder reads only the manifest, so their files are not downloaded.
     modules: modules that the builder reaches through an object among `places`. Its imports do not show them, but their
     code counts as the builder's.

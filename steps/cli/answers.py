@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from sft_core.evaluate.comparison import by_change
-from sft_core.evaluate.rows import ScoredRow, read_rows
+from sft_core.evaluate.rows import read_rows
 from sft_core.recipe.evaluation import LM_EVAL
 from sft_core.recipe.wording import nearest
 from sft_core.store.ref import Ref
@@ -46,7 +46,7 @@ def answers(run: Recorded, task: str | None, only: Change | None) -> Iterator[di
                 yield from (_plain(name, change, dict(zip(refs, pair, strict=True))) for pair in pairs)
 
 
-def _plain(task: str, change: Change, by_model: dict[str, ScoredRow]) -> dict[str, Any]:
+def _plain(task: str, change: Change, by_model: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     *_, last = by_model.values()
     return {
         "task": task,

@@ -137,5 +137,5 @@ def test_task_without_a_row_to_ask_is_refused(tmp_path: Path, world: World) -> N
     paths = [tmp_path / f"{SOURCES[0]}.jsonl", QUICKSTART / f"{SOURCES[1]}.jsonl"]
     unanswered = World(tmp_path / "store", paths=paths)
     scorer = unanswered.scorer()
-    with pytest.raises(ValueError, match=f"selection rows of {SOURCES[0]} asks for one"), scorer.ready(world.model):
+    with pytest.raises(ValueError, match=f"selection rows of {SOURCES[0]} has an answer"), scorer.ready(world.model):
         pass
