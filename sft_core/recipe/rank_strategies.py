@@ -49,15 +49,18 @@ class RankStrategy:
         """Whether a forward under training.bf16 has bf16 weights, so that autocast copies none."""
         return self.master_weights or self.gathers_bf16
 
-    def bytes_a_parameter(self, *, bf16: bool) -> tuple[int, int]:
+    def bytes_a_parameter(self, *, bf16: bool, dtype: str = "float32") -> tuple[int, int]:
         """(whole, shared): what each rank holds of weights, gradients and AdamW, and what all ranks share.
 
         fp32 weights and gradients take 4 + 4 bytes, AdamW's two moments 8. With master weights (ZeRO, arXiv 1910.02054,
-        section 3) bf16 weights and gradients take 2 + 2, fp32 weights and moments 12.
+        section 3) bf16 weights and gradients take 2 + 2, fp32 weights and moments 12. dtype: of the weights as they are
+        loaded. bf16 weights without masters take 2 + 2 with their gradients, and moments of their dtype 4; but where
+        ranks gather bf16 weights under training.bf16, accelerate trains fp32 copies of them (FSDP2).
         """
-        half = bf16 and self.master_weights
-        held: dict[Held, int] = {"weights": 2 if half else 4, "gradients": 2 if half else 4}
-        held["optimizer"] = 12 if half else 8
+        upcast = self.gathers_bf16 and bf16
+        in_bf16 = (bf16 and self.master_weights) or (dtype == "bfloat16" and not upcast)
+        held: dict[Held, int] = {"weights": 2 if in_bf16 else 4, "gradients": 2 if in_bf16 else 4}
+        held["optimizer"] = 12 if in_bf16 and self.master_weights else 4 if in_bf16 else 8
         shared = sum(size for name, size in held.items() if name in self.shards)
         return sum(held.values()) - shared, shared
 

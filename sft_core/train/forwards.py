@@ -81,7 +81,8 @@ def busiest_packs(
     except UnknownActivations as unknown:
         log.info("packs_a_forward=1: what several take is not known (%s)", unknown)
         return 1
-    room = USED_SHARE * memory - shape.num_parameters() * bytes_a_parameter(training, runtime) - one.weight_copies
+    states = shape.num_parameters() * bytes_a_parameter(training, runtime, dtype)
+    room = USED_SHARE * memory - states - one.weight_copies
     return max(1, min(wanted, int(room // (one.layers + one.head + one.mask))))
 
 

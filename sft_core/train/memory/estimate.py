@@ -26,7 +26,8 @@ class Estimate:
 
     num_parameters: int
     states: float  # weights, gradients, AdamW's two moments
-    activations: Activations | None  # of a full pack whose tokens are all trained
+    packs_a_forward: int  # at most, by runtime.tokens_per_forward; auto fits its number into the memory itself
+    activations: Activations | None  # of a forward of full packs whose tokens are all trained
     why_unknown: str | None  # the reason where activations is None
     flops: float | None
 
@@ -35,53 +36,64 @@ def estimate(recipe: PhaseRecipe, shape: Any, plan: Any | None, *, trained_share
     """The estimate for the training of a phase.
 
     shape: the model without weights (model.skeleton). plan: the packs, where there are any. trained_share: the share of
-    the plan's tokens that is trained, for the FLOPs. Activations are those of a pack whose tokens are all trained,
-    since any pack may be such a one.
+    the plan's tokens that is trained, for the FLOPs. Activations are those of packs whose tokens are all trained, since
+    any pack may be such a one.
     """
     from sft_core.train.memory.activations import UnknownActivations
 
     training, num_parameters = recipe.training, shape.num_parameters()
-    states = num_parameters * bytes_a_parameter(recipe.training, recipe.runtime)
+    states = num_parameters * bytes_a_parameter(recipe.training, recipe.runtime, recipe.model.dtype)
+    attention = attention_on_gpu(recipe, shape)
+    packs = most_packs_a_forward(recipe, attention)
     flops = None
     if plan is not None:
         epoch = float(training_flops(shape).of_documents(plan.num_tokens, trained_share * plan.num_tokens).sum())
         steps = num_steps_of(len(plan), training.global_batch_size, training.num_train_epochs, training.max_steps)
         flops = epoch * steps / math.ceil(len(plan) / training.global_batch_size)
     try:
-        activations, why_unknown = _activations(recipe, shape), None
+        tokens, dtype = packs * recipe.packing.max_length, recipe.model.dtype
+        activations = activations_of(training, recipe.runtime, shape, tokens=tokens, dtype=dtype, attention=attention)
+        why_unknown = None
     except UnknownActivations as unknown:
         activations, why_unknown = None, str(unknown)
-    return Estimate(num_parameters, states, activations, why_unknown, flops)
+    return Estimate(num_parameters, states, packs, activations, why_unknown, flops)
 
 
-def bytes_a_parameter(training: Training, runtime: Runtime) -> float:
-    """Bytes of weights, gradients and AdamW's moments on each rank."""
+def bytes_a_parameter(training: Training, runtime: Runtime, dtype: str = "float32") -> float:
+    """Bytes of weights, gradients and AdamW's moments on each rank. dtype: of the weights as they are loaded."""
     strategy = STRATEGIES[runtime.distributed]
     whole: float
     shared: float
-    whole, shared = strategy.bytes_a_parameter(bf16=training.bf16)
+    whole, shared = strategy.bytes_a_parameter(bf16=training.bf16, dtype=dtype)
     if training.lora is not None:
-        base = 0.55 if training.lora.load_in_4bit else 4  # NF4 with double quantization (QLoRA, arXiv 2305.14314)
+        in_bf16 = dtype == "bfloat16" or (training.bf16 and strategy.master_weights)
+        # NF4 with double quantization (QLoRA, arXiv 2305.14314)
+        base = 0.55 if training.lora.load_in_4bit else 2 if in_bf16 else 4
         whole, shared = (0, base) if strategy.shards_weights else (base, 0)
-    return whole + shared / runtime.num_processes
+    return whole + shared / runtime.num_ranks
 
 
-def _activations(recipe: PhaseRecipe, shape: Any) -> Activations:
-    """The activations of a full pack on a GPU, with the attention that the model has there."""
+def attention_on_gpu(recipe: PhaseRecipe, shape: Any) -> str:
+    """The attention that the model has on a GPU."""
     from sft_core.train.models.attention import VARLEN, allows_varlen
 
     attention: str = recipe.model.attn_implementation
-    if attention == "auto":
-        takes_varlen = computes_in_half(recipe) and allows_varlen(shape.config, recipe.model.trust_remote_code)
-        attention = VARLEN if takes_varlen else "sdpa"
-    return activations_of(
-        recipe.training,
-        recipe.runtime,
-        shape,
-        tokens=recipe.packing.max_length,
-        dtype=recipe.model.dtype,
-        attention=attention,
-    )
+    if attention != "auto":
+        return attention
+    takes_varlen = computes_in_half(recipe) and allows_varlen(shape.config, recipe.model.trust_remote_code)
+    return VARLEN if takes_varlen else "sdpa"
+
+
+def most_packs_a_forward(recipe: PhaseRecipe, attention: str) -> int:
+    """As forwards.packs_a_forward decides it for full packs; shorter ones are more, and hold no more tokens."""
+    from sft_core.train.forwards import largest_divisor
+    from sft_core.train.models.attention import KNOWS_DOCUMENTS
+
+    wanted = recipe.runtime.tokens_per_forward
+    if wanted == "auto" or attention not in KNOWS_DOCUMENTS:
+        return 1
+    packs_a_rank = recipe.training.global_batch_size // recipe.runtime.num_data_ranks
+    return largest_divisor(packs_a_rank, wanted // recipe.packing.max_length)
 
 
 def activations_of(
@@ -111,7 +123,7 @@ def estimate_line(needs: Estimate, recipe: PhaseRecipe) -> str:
     flops = "" if needs.flops is None else f"; {needs.flops:.3g} FLOPs in all"
     begin = (
         f"{needs.num_parameters / 1e6:,.1f} M parameters by {recipe.runtime.distributed} on "
-        f"{recipe.runtime.num_processes} rank(s): "
+        f"{recipe.runtime.num_ranks} rank(s): "
     )
     states = f"{size(needs.states)} for weights, gradients and AdamW"
     if (held := needs.activations) is None:
@@ -122,8 +134,9 @@ def estimate_line(needs: Estimate, recipe: PhaseRecipe) -> str:
         "the attention's mask": held.mask,
         "the head": held.head,
     }
+    packs = "a pack" if needs.packs_a_forward == 1 else f"{needs.packs_a_forward} packs"
     named = ", ".join(f"{size(num_bytes)} of {part}" for part, num_bytes in parts.items() if num_bytes)
     return (
         f"{begin}about {size(needs.states + held.total)} on each, {states}, {size(held.total)} for the activations "
-        f"of a pack of {recipe.packing.max_length:,} tokens ({named}){flops}"
+        f"of {packs} of {recipe.packing.max_length:,} tokens ({named}){flops}"
     )

@@ -42,17 +42,70 @@ def test_states_are_those_of_the_formula(distributed: str, ranks: int, bf16: boo
     assert found.flops is None
 
 
-def test_states_of_plain_training_are_what_torch_holds() -> None:
+@pytest.mark.parametrize(
+    ("distributed", "bf16", "bytes_a_parameter"),
+    [
+        ("ddp", True, 8),
+        ("ddp", False, 8),
+        ("zero2", True, 2 + 14 / 8),  # fp32 master weights
+        ("zero3", False, 16 / 8),
+        ("fsdp2", False, 8 / 8),
+        ("fsdp2", True, 16 / 8),  # accelerate trains fp32 copies
+    ],
+)
+def test_states_of_weights_in_bfloat16_are_those_of_the_formula(
+    distributed: str, bf16: bool, bytes_a_parameter: float
+) -> None:
+    runtime = {"distributed": distributed, "num_processes": 4, "num_nodes": 2}
+    training = {"bf16": bf16, "global_batch_size": 8}
+    recipe = phase_recipe(tiny_recipe(model={"dtype": "bfloat16"}, training=training, runtime=runtime))
+    found = estimate(recipe, shape_of(LLAMA), None)
+    assert found.states == pytest.approx(found.num_parameters * bytes_a_parameter)
+    assert f"by {distributed} on 8 rank(s)" in estimate_line(found, recipe)
+
+
+def test_states_of_lora_over_weights_in_bfloat16_are_those_weights() -> None:
+    training = {"lora": {"r": 4}}
+    recipe = phase_recipe(tiny_recipe(model={"dtype": "bfloat16"}, training=training))
+    found = estimate(recipe, shape_of(LLAMA), None)
+    assert found.states == found.num_parameters * 2
+    assert estimate(phase_recipe(tiny_recipe(training=training)), shape_of(LLAMA), None).states == 2 * found.states
+
+
+@pytest.mark.parametrize(
+    ("tokens", "attention", "packs"),
+    [
+        *[(2 * 384, "varlen", 2), (4 * 384 - 1, "varlen", 2), (10_000, "varlen", 4), (100, "varlen", 1)],
+        *[("auto", "varlen", 1), (10_000, "sdpa", 1)],
+    ],
+)
+def test_activations_are_those_of_the_packs_of_a_forward(tokens: int | str, attention: str, packs: int) -> None:
+    def of(tokens: int | str, max_length: int) -> Any:
+        data = tiny_recipe(model={"attn_implementation": attention}, packing={"max_length": max_length})
+        data["runtime"]["tokens_per_forward"] = tokens
+        recipe = phase_recipe(data)
+        return estimate(recipe, shape_of(LLAMA), None), recipe
+
+    found, recipe = of(tokens, 384)
+    assert found.packs_a_forward == packs
+    assert found.activations == of("auto", packs * 384)[0].activations
+    named = "a pack" if packs == 1 else f"{packs} packs"
+    assert f"for the activations of {named} of 384 tokens" in estimate_line(found, recipe)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_states_of_plain_training_are_what_torch_holds(dtype: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = dict(LLAMA)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 4, dtype=torch.int64)).logits.sum().backward()
     optimizer.step()
     held = sum(p.nbytes + p.grad.nbytes for p in model.parameters())
     held += sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.ndim)
-    assert estimate(phase_recipe(tiny_recipe()), shape_of(LLAMA), None).states == held
+    assert estimate(phase_recipe(tiny_recipe(model={"dtype": dtype})), shape_of(LLAMA), None).states == held
 
 
 def test_flops_are_those_that_the_run_counted(plain_run: Run, store: Store) -> None:
