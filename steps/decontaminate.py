@@ -1,4 +1,4 @@
-"""decontaminate: which training rows hold a prompt that the model is scored on. Off unless the recipe asks for it."""
+"""decontaminate: the training rows that contain a prompt of an evaluation. Off unless the recipe asks for it."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
     return {"conversations": (CONVERSATIONS, part), **prompts}
 
 
-# A stage for each source: one more searches only its own rows, unless it is one more task as well.
+# A stage for each source: another source searches only its own rows, unless it is another task as well.
 CONTAMINATION = Stage(
     "contamination",
     build_contamination,

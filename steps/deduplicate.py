@@ -1,4 +1,4 @@
-"""deduplicate: which training rows say what an earlier one says. Off unless the recipe asks for it."""
+"""deduplicate: the training rows that repeat an earlier row. Off unless the recipe asks for it."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def _signature_section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     }
 
 
-# Of every conversation, whatever split it is in: other shares sign nothing again.
+# Signs every conversation, in whatever split it is, so that other shares of the splits sign nothing anew.
 SIGNATURES = Stage(
     "signatures",
     build_signatures,

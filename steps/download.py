@@ -1,4 +1,4 @@
-"""download: a source's raw rows as canonical conversations; bad rows are put aside and counted."""
+"""download: a source's raw rows as canonical conversations; bad rows are rejected and counted."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     return {**identity, **of_all_kinds}
 
 
-# The builder reads through the source, whose module is no import of the builder's: a new kind of source changes the
-# key of no other's conversations.
+# `modules` names the source's module, which the builder does not import: so a new kind of source changes no key of the
+# other kinds.
 CONVERSATIONS = Stage(
     "conversations",
     build_conversations,

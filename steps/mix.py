@@ -1,12 +1,20 @@
-"""mix: which rows of which source are trained on. Cheap: a new weight or share re-tokenizes nothing."""
+"""mix: the rows of each source to train on. A new weight or share tokenizes nothing anew."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sft_core.data.mixing.mixture import Available, build_mixture, choose_rows, read_available, warnings
-from sft_core.data.mixing.shares import normalised
+from sft_core.data.mixing.mixture import (
+    Available,
+    MixedSource,
+    MixtureCounts,
+    build_mixture,
+    choose_rows,
+    read_available,
+    warnings,
+)
+from sft_core.data.mixing.shares import SourceRequest, normalised
 from sft_core.pins.pinned import PinnedRecipe
 from sft_core.store.lookups import Lookups
 from sft_core.store.stage import Needs, Part, Stage
@@ -21,17 +29,8 @@ SHARES_HEADER = ("source", "asked", "available", "kept", "trained tokens: reques
 def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     mixture = pinned.phase(part).dataset_mixture
     by_token = mixture.datasets[0].trained_token_share is not None
-    sources = [
-        {
-            "name": dataset.source,
-            "weight": dataset.weight,
-            "num_rows": dataset.num_rows,
-            "trained_token_share": dataset.trained_token_share,
-        }
-        for dataset in mixture.datasets
-    ]
     return {
-        "sources": [_in_rollout(source, part) for source in sources],
+        "sources": _requests(pinned, part),
         "selection_share": mixture.selection_share,
         "report_share": mixture.report_share,
         "seed": mixture.seed,
@@ -40,9 +39,22 @@ def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     }
 
 
-def _in_rollout(source: dict[str, Any], part: Part) -> dict[str, Any]:
-    """How much of a source a roll-out trains. part: `rows` has the sources that it does, with the number of rows of
-    each; null: as many as the recipe says."""
+def _requests(pinned: PinnedRecipe, part: Part) -> list[SourceRequest]:
+    sources: list[SourceRequest] = [
+        {
+            "name": dataset.source,
+            "weight": dataset.weight,
+            "num_rows": dataset.num_rows,
+            "trained_token_share": dataset.trained_token_share,
+        }
+        for dataset in pinned.phase(part).dataset_mixture.datasets
+    ]
+    return [_in_rollout(source, part) for source in sources]
+
+
+def _in_rollout(source: SourceRequest, part: Part) -> SourceRequest:
+    """How much of a source a roll-out trains. part: `rows` has the number of rows of each trained source; None: as many
+    as the recipe says."""
     if "rows" not in part:
         return source
     if source["name"] not in part["rows"]:
@@ -73,55 +85,57 @@ def spaced(name: str) -> str:
     return name.replace("_", " ")
 
 
-def as_shares(source: dict[str, Any], amount: str) -> str:
-    return " → ".join(f"{source[kind][amount]:.1%}" for kind in KINDS)
+def as_shares(source: MixedSource, amount: str) -> str:
+    return " → ".join(f"{share:.1%}" for share in source.share(amount))
 
 
-def asked_amounts(sources: list[dict[str, Any]]) -> list[str]:
-    """What the recipe asks of each source. sources: weight, num_rows and trained_token_share."""
+def asked_amounts(sources: list[SourceRequest]) -> list[str]:
+    """What the recipe asks of each source, in words."""
     shares = normalised(np.array([source["trained_token_share"] or 0.0 for source in sources]))
-    found = []
+    amounts = []
     for source, share in zip(sources, shares.tolist(), strict=True):
         if source["trained_token_share"] is not None:
-            found.append(f"{share:.1%} of trained tokens")
+            amounts.append(f"{share:.1%} of trained tokens")
         elif source["num_rows"] is not None:
-            found.append(f"{source['num_rows']} rows")
+            amounts.append(f"{source['num_rows']} rows")
         else:
-            found.append("all rows" if source["weight"] is None else f"weight {source['weight']:g}")
-    return found
+            amounts.append("all rows" if source["weight"] is None else f"weight {source['weight']:g}")
+    return amounts
 
 
 def planned_shares(store: Store, pinned: PinnedRecipe, phase: str) -> tuple[list[tuple[Any, ...]], list[str]]:
-    """Of a phase: rows under SHARES_HEADER, and what will not be as asked.
+    """Rows under SHARES_HEADER for a phase, and warnings where the mixture differs from the recipe. Builds nothing.
 
-    Nothing is built; None stands for what is not known yet.
-    Of a mixture that is there, its own counts; else those of the rows that will be chosen, once what they are chosen
-    from is there.
+    A stored mixture gives its counts. Otherwise the rows are chosen as the builder will, if their inputs are stored;
+    None stands for a number that is not known yet.
     """
     part = pinned.part_of(phase)
     section = _section(pinned, part)
     lookups = Lookups()
     located = store.locate(MIXTURE, pinned, part, lookups)
     if located.status == "hit" and located.ref is not None:
-        counts = store.manifest(located.ref)["counts"]
+        counts = MixtureCounts.from_json(store.manifest(located.ref)["counts"])
     else:
         available = _known_available(store, pinned, part, section, lookups)
-        if None in available.values():
-            rows = zip(available.items(), asked_amounts(section["sources"]), strict=True)
-            return [(name, want, one and one.counts["available"], None, None) for (name, one), want in rows], []
+        known = [rows for rows in available.values() if rows is not None]
+        if len(known) < len(available):
+            requests = zip(available.items(), asked_amounts(section["sources"]), strict=True)
+            return [
+                (name, request, rows and rows.counts.available, None, None) for (name, rows), request in requests
+            ], []
         options = {key: section[key] for key in ("seed", "num_trained_tokens", "max_repeats")}
-        _, counts = choose_rows([one for one in available.values() if one], section["sources"], **options)
-    sources = counts["sources"]
+        _, counts = choose_rows(known, section["sources"], **options)
+    requests_in_words = asked_amounts([source.request(name) for name, source in counts.sources.items()])
     return [
-        (name, wanted, one["available"], one["kept"], as_shares(one, "trained_tokens"))
-        for (name, one), wanted in zip(sources.items(), asked_amounts(list(sources.values())), strict=True)
+        (name, request, source.available, source.kept, as_shares(source, "trained_tokens"))
+        for (name, source), request in zip(counts.sources.items(), requests_in_words, strict=True)
     ], warnings(counts)
 
 
 def _known_available(
     store: Store, pinned: PinnedRecipe, part: Part, section: dict[str, Any], lookups: Lookups
 ) -> dict[str, Available | None]:
-    """What each source has to draw from; None where a stage that says so is not built, or not on this machine."""
+    """The available rows of each source; None if a stage that decides on them is not built or not on this machine."""
     inputs: dict[str, Path] = {}
     missing = set()
     for name, (stage, needed) in _needs(pinned, part).items():

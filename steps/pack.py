@@ -1,5 +1,7 @@
 """pack: rows into packs of at most max_length tokens, first-fit-decreasing over the whole mixture."""
 
+from typing import Any
+
 from sft_core.data.packing.over_long import windows_of
 from sft_core.data.packing.plan import build_packs
 from sft_core.pins.pinned import PinnedRecipe
@@ -9,7 +11,7 @@ from steps.tokenize import TOKENS
 from steps.windows import WINDOWS
 
 
-def _section(pinned: PinnedRecipe, part: Part) -> dict:
+def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     phase = pinned.phase(part)
     packing, search = phase.packing, phase.search
     by_source = {"by_source": True} if search is not None and search.needs.packs_by_source else {}

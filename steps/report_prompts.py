@@ -13,7 +13,7 @@ from sft_core.pins.pinned import PinnedRecipe
 from sft_core.store.store import Store
 from steps.download import CONVERSATIONS
 
-MAX_SCANNED_BYTES = 256 * 2**20  # larger sources are counted once they are downloaded
+MAX_SCANNED_BYTES = 256 * 2**20  # larger sources are counted after their download
 
 
 def count_report_prompts(store: Store, pinned: PinnedRecipe) -> dict[str, int | None]:
@@ -63,5 +63,5 @@ def _prompt_hashes(store: Store, pinned: PinnedRecipe, task: str) -> np.ndarray 
         except Rejected:
             num_rejected += 1
     faulty = num_rejected > mixture.max_rejected_share * (len(hashes) + num_rejected)
-    # The download of an empty or faulty source fails, and says what is wrong with it.
+    # No error here: the download of an empty or faulty source fails with one that names the fault.
     return None if faulty or not hashes else np.array(hashes, dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""selection: the rows whose loss is looked at while training goes on, where the recipe says so."""
+"""selection: the rows whose loss is measured during training, if the recipe says so."""
 
 from typing import Any
 

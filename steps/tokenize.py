@@ -1,8 +1,9 @@
-"""tokenize: rendered rows as Arrow shards of ids and a trained mask. Its card tells of the whole branch."""
+"""tokenize: rendered rows as Arrow shards of ids and a trained mask. Its card shows the source's steps until here."""
 
-from typing import Any
+import dataclasses
 
 from sft_core.data.tokens.build import build_tokens
+from sft_core.data.tokens.token_counts import TokenCounts
 from sft_core.store.ref import Ref
 from sft_core.store.stage import Stage
 from sft_core.store.store import Store
@@ -12,7 +13,7 @@ from steps.render import RENDERED, how_rendered, loaders
 TOKENS = Stage(
     "tokens",
     build_tokens,
-    section=how_rendered,  # the proof serves prompts anew
+    section=how_rendered,  # the proof renders served prompts anew
     places=loaders,
     needs=lambda pinned, part: {"rendered": (RENDERED, part), "conversations": (CONVERSATIONS, part)},
     libraries=("jinja2", "numpy", "pyarrow", "tokenizers", "transformers"),
@@ -20,20 +21,42 @@ TOKENS = Stage(
 )
 
 
-def proved(store: Store, ref: Ref) -> dict[str, Any]:
-    """What became of a source's conversations, and what of it the mask proof checked."""
-    counts = store.manifest(ref)["counts"]
-    source = counts["source"]
-    refused = sum(source["rejected"]["render"].values())
-    return {
-        "conversations": source["conversations"],
-        "rejected": sum(sum(reasons.values()) for reasons in source["rejected"].values()),
-        **{name: counts["proof"].get(name, 0) for name in ("rows", "turns", "prompts", "forms")},
-        "tokens": counts["tokens"],
-        "trained_tokens": counts["trained_tokens"],
-        "trained_share": counts["trained_tokens"] / counts["tokens"],
-        "conversations_split": source["conversations_split"],
-        "rows_added": counts["rows"] - (source["conversations"] - refused),
-        "duplicated_tokens": counts["duplicated_tokens"],
-        "control_tokens_kept_as_text": source["control_tokens_kept_as_text"],
-    }
+@dataclasses.dataclass(frozen=True)
+class Proved:
+    """What became of a source's conversations, and what the mask proof checked: keys of `sft check --json`."""
+
+    conversations: int
+    rejected: int
+    rows: int  # checked, as are turns, prompts and forms
+    turns: int
+    prompts: int
+    forms: int
+    tokens: int
+    trained_tokens: int
+    trained_share: float
+    conversations_split: int
+    rows_added: int
+    duplicated_tokens: int
+    control_tokens_kept_as_text: int
+
+
+def proved(store: Store, ref: Ref) -> Proved:
+    """ref: of TOKENS."""
+    counts = TokenCounts.from_json(store.manifest(ref)["counts"])
+    source = counts.source
+    num_refused = sum(source.rejected["render"].values())
+    return Proved(
+        conversations=source.conversations,
+        rejected=sum(sum(reasons.values()) for reasons in source.rejected.values()),
+        rows=counts.proof.rows,
+        turns=counts.proof.turns,
+        prompts=counts.proof.prompts,
+        forms=counts.proof.forms,
+        tokens=counts.tokens,
+        trained_tokens=counts.trained_tokens,
+        trained_share=counts.trained_tokens / counts.tokens,
+        conversations_split=source.conversations_split,
+        rows_added=counts.rows - (source.conversations - num_refused),
+        duplicated_tokens=counts.duplicated_tokens,
+        control_tokens_kept_as_text=source.control_tokens_kept_as_text,
+    )

@@ -1,4 +1,6 @@
-"""windows: over-long rows split at turns, where the recipe says so; each window is a row as it is served."""
+"""windows: over-long rows split at turns, if the recipe says so; each window is a row as it is served."""
+
+from typing import Any
 
 from sft_core.data.packing.windows import build_windows
 from sft_core.pins.pinned import PinnedRecipe
@@ -8,7 +10,7 @@ from steps.render import RENDERED, how_rendered, loaders
 from steps.tokenize import TOKENS
 
 
-def _section(pinned: PinnedRecipe, part: Part) -> dict:
+def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
     return {**how_rendered(pinned, part), "max_length": pinned.phase(part).packing.max_length}
 
 

@@ -206,10 +206,10 @@ def test_mask_proof_holds_for_rows_of_every_source(folder: Path, tmp_path: Path)
     store = Store(tmp_path / "store")
     for source in pinned.recipe.sources:
         counts = proved(store, store.ensure(TOKENS, pinned, source=source))
-        assert counts["conversations"] == 12 and counts["rejected"] == 0, source
-        assert counts["rows"] >= 12 and (counts["turns"] >= 12 or source in MID), source
-        assert 0 < counts["trained_tokens"] <= counts["tokens"], source
-        assert (counts["trained_tokens"] == counts["tokens"]) == (source in MID), source
+        assert counts.conversations == 12 and counts.rejected == 0, source
+        assert counts.rows >= 12 and (counts.turns >= 12 or source in MID), source
+        assert 0 < counts.trained_tokens <= counts.tokens, source
+        assert (counts.trained_tokens == counts.tokens) == (source in MID), source
 
 
 def test_long_rows_stand_near_max_length_and_over_it(recipe: Recipe, folder: Path, tmp_path: Path) -> None:

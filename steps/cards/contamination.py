@@ -1,30 +1,32 @@
-"""Which training rows hold report prompts, on the card of mix."""
+"""Training rows that contain report prompts, on the card of mix."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from sft_core.data.overlap.decontamination import ContaminationCounts
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
 from steps.cards.pieces import heading, table
 
 
 def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
-    """Which source holds which task's prompts, and some of the rows. refs: of each source."""
-    counts = {source: store.manifest(ref)["counts"] for source, ref in refs.items()}
-    held = [(source, task, rows) for source, one in counts.items() for task, rows in one["tasks"].items()]
-    if not held:
+    """Contaminated rows by source and task, and some examples. refs: by source."""
+    by_source = {source: ContaminationCounts.from_json(store.manifest(ref)["counts"]) for source, ref in refs.items()}
+    by_task = [(source, task, rows) for source, counts in by_source.items() for task, rows in counts.tasks.items()]
+    if not by_task:
         return [heading("Contaminated rows: none")]
     examples = []
-    for source, found in counts.items():
-        for one in found["examples"]:
-            row, prompt = f"{source} {one['row_id'][:12]}", f"{one['task']} {one['report_row_id'][:12]}"
-            told = f"{row} holds {one['coverage']:.2f} of {prompt}"
-            examples.append((told, one["text"], one["prompt"], one["ngram"]))
-    num_rows = sum(one["contaminated"] for one in counts.values())
+    for source, counts in by_source.items():
+        for example in counts.examples:
+            row, prompt = f"{source} {example.row_id[:12]}", f"{example.task} {example.report_row_id[:12]}"
+            title = f"{row} holds {example.coverage:.2f} of {prompt}"
+            examples.append((title, example.text, example.prompt, example.ngram))
+    num_contaminated = sum(counts.contaminated for counts in by_source.values())
+    num_rows = sum(counts.rows for counts in by_source.values())
     return [
-        heading(f"Contaminated: {num_rows} conversations of {sum(one['rows'] for one in counts.values())}"),
-        table(("left out of", "holds prompts of", "conversations"), held),
+        heading(f"Contaminated: {num_contaminated} conversations of {num_rows}"),
+        table(("left out of", "holds prompts of", "conversations"), by_task),
         heading("Some contaminated rows"),
         table(("left out", "its text", "the prompt", "in both"), examples[:12]),
     ]

@@ -1,7 +1,8 @@
-"""What the mask proof held against the conversations of each source."""
+"""`sft check`: what the mask proof checked of each source."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from sft_core.pins.pinned import PinnedRecipe
@@ -25,17 +26,17 @@ _COLUMNS = {
 
 
 def checked(store: Store, pinned: PinnedRecipe, source: str) -> dict[str, Any]:
-    """What stands in the source's tokens, which are built with their proof when they are not there.
+    """What was checked of a source, as `--json` prints it. Builds the source's tokens, with their proof, if need be.
 
-    Raises MaskProofFailed, and CorruptOutput for a stored shard that is not what was written.
+    Raises MaskProofFailed, and CorruptOutput for a stored shard whose bytes have changed.
     """
     ref = store.ensure(TOKENS, pinned, source=source)
     store.verify(ref)
-    return {"source": source, **proved(store, ref)}
+    return {"source": source, **dataclasses.asdict(proved(store, ref))}
 
 
 def check_text(rows: list[dict[str, Any]]) -> str:
-    """A table of what was checked, and what it comes to."""
+    """A table of `checked` sources, and a line of totals."""
     shown = [{**row, "trained_share": f"{row['trained_share']:.1%}"} for row in rows]
     table = text_table(tuple(_COLUMNS.values()), [tuple(row[column] for column in _COLUMNS) for row in shown])
     num_rows, num_turns = (sum(row[count] for row in rows) for count in ("rows", "turns"))

@@ -1,4 +1,4 @@
-"""Rows whose MinHash signatures say that their sets are alike: candidates for near duplicates, compiled.
+"""Candidates for near duplicates: rows with similar MinHash signatures. Compiled.
 
 Method: bands of a signature as buckets (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3).
 """
@@ -38,11 +38,11 @@ class Candidates(NamedTuple):
 
 
 class Signatures:
-    """The signatures of many rows, read where they stand: mapped files, not copied."""
+    """The signatures of many rows, in mapped files that are not copied."""
 
     def __init__(self, parts: list[np.ndarray], part: np.ndarray, place: np.ndarray):
         """parts: uint32, shape (rows of the part, permutations); part, place: where each row is, shape (rows,)."""
-        self._parts = numba.typed.List(np.asarray(one) for one in parts)
+        self._parts = numba.typed.List(np.asarray(array) for array in parts)
         self._part, self._place = part.astype(np.int32), place.astype(np.int32)
         self.num_permutations = parts[0].shape[1]
 
@@ -102,10 +102,10 @@ def _candidates(
     num_rows = len(part)
     best = np.full((num_rows, NUM_BEST), -1, np.int32)
     best_equal = np.zeros((num_rows, NUM_BEST), np.int32)
-    seen = np.full(num_rows, -1, np.int32)
+    compared_with = np.full(num_rows, -1, np.int32)  # the last row that was compared with each row
     num_cut = 0
     for row in range(num_rows):
-        own = parts[part[row]][place[row]]
+        signature = parts[part[row]][place[row]]
         times_cut = 0
         for band in range(len(order)):
             at, last = begin[band, row], begin[band, row] + max_compared
@@ -115,12 +115,12 @@ def _candidates(
                     break
                 other = order[band, at]
                 at += 1
-                if seen[other] == row:
+                if compared_with[other] == row:
                     continue
-                seen[other] = row
-                equal = np.sum(own == parts[part[other]][place[other]])
+                compared_with[other] = row
+                equal = np.sum(signature == parts[part[other]][place[other]])
                 slot = NUM_BEST
-                # Kept in order of similarity; of equals the earlier row, which is met first in most buckets.
+                # Keep the candidates in order of similarity, and equally similar ones in row order.
                 while slot > 0 and (
                     equal > best_equal[row, slot - 1]
                     or (equal == best_equal[row, slot - 1] and other < best[row, slot - 1])

@@ -17,10 +17,10 @@ REASONS = ("duplicates", "contaminated")
 
 
 def left_out(inputs: Mapping[str, Path], source: str, row_ids: pa.ChunkedArray) -> dict[str, np.ndarray]:
-    """By reason, whether each row is left out for it: bool, shape (rows,). A row has one reason, the first.
+    """For each reason, whether it excludes each row: bool, shape (rows,). A row has one reason, the first that applies.
 
     row_ids: of the source's token rows, in order. inputs: folders of the stages `duplicates` and
-    `contaminated:<source>`, where the recipe has them.
+    `contaminated:<source>`, if the recipe has them.
     """
     duplicates = np.zeros(len(row_ids), bool)
     contaminated = np.zeros(len(row_ids), bool)
@@ -36,16 +36,15 @@ def left_out(inputs: Mapping[str, Path], source: str, row_ids: pa.ChunkedArray) 
 
 def _duplicates(table: pa.Table, source: str, row_ids: pa.ChunkedArray) -> np.ndarray:
     of_itself = pc.and_(pc.equal(table["of_source"], source), pc.equal(table["of_row_id"], table["row_id"]))
-    found = _is_among(row_ids, table["row_id"].filter(pc.invert(of_itself)))
-    # A conversation that stands several times in the source: its copies have one row_id and as many rows each, and
-    # the first copy is kept.
+    is_duplicate = _is_among(row_ids, table["row_id"].filter(pc.invert(of_itself)))
+    # Copies of a conversation in one source have the same row_id and the same number of rows; the first copy is kept.
     copies = Counter(table["row_id"].filter(of_itself).to_pylist())
     places: dict[str, list[int]] = {}
     for place in np.flatnonzero(_is_among(row_ids, pa.chunked_array([pa.array(copies, pa.string())]))).tolist():
         places.setdefault(row_ids[place].as_py(), []).append(place)
-    for row_id, own in places.items():
-        found[own[len(own) // (copies[row_id] + 1) :]] = True
-    return found
+    for row_id, rows in places.items():
+        is_duplicate[rows[len(rows) // (copies[row_id] + 1) :]] = True
+    return is_duplicate
 
 
 def _is_among(row_ids: pa.ChunkedArray, those: pa.ChunkedArray) -> np.ndarray:

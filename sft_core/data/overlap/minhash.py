@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 SEED = 1
-_ELEMENTS_AT_ONCE = 4096  # of a set: a row of any length is permuted in 2 MiB at 128 permutations
+_ELEMENTS_AT_ONCE = 4096  # bounds the memory for a set of any size: 2 MiB at 128 permutations
 
 
 def sign(sets: list[np.ndarray], num_permutations: int) -> np.ndarray:
@@ -16,10 +16,10 @@ def sign(sets: list[np.ndarray], num_permutations: int) -> np.ndarray:
     from datasketch import MinHash
 
     empty = MinHash(num_permutations, seed=SEED, hashfunc=int, scheme="affine32")
-    found = np.empty((len(sets), num_permutations), np.uint32)
+    signatures = np.empty((len(sets), num_permutations), np.uint32)
     for number, elements in enumerate(sets):
         sketch = empty.copy()
         for start in range(0, len(elements), _ELEMENTS_AT_ONCE):
             sketch.update_batch(elements[start : start + _ELEMENTS_AT_ONCE].tolist())
-        found[number] = sketch.digest()
-    return found
+        signatures[number] = sketch.digest()
+    return signatures

@@ -1,15 +1,16 @@
-"""The conversations of a source, read back from what its download wrote."""
+"""The stored conversations of a source."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from sft_core.data.sources.formats.canonical import Conversation
 
 _FILE = "conversations.parquet"
 
@@ -25,7 +26,7 @@ def count_row_groups(folder: Path) -> int:
 
 def read_groups(
     folder: Path, first_group: int, end_group: int, columns: tuple[str, ...] = ()
-) -> Iterator[tuple[list[dict[str, Any]], pa.Table]]:
+) -> Iterator[tuple[list[Conversation], pa.Table]]:
     """The conversations of some row groups, a group at a time, and further columns of their rows."""
     with pq.ParquetFile(folder / _FILE) as file:
         for group in range(first_group, end_group):
@@ -33,9 +34,9 @@ def read_groups(
             yield list(map(json.loads, table["conversation"].to_pylist())), table.drop_columns("conversation")
 
 
-def read_places(folder: Path, places: np.ndarray) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Conversations by their ascending row numbers, a row group at a time: the place in `places` of the first, and
-    they themselves."""
+def read_places(folder: Path, places: np.ndarray) -> Iterator[tuple[int, list[Conversation]]]:
+    """Conversations by their ascending row numbers, a row group at a time: the index in `places` of the first, and the
+    conversations."""
     with pq.ParquetFile(folder / _FILE) as file:
         end = 0
         for group in range(file.num_row_groups):

@@ -1,4 +1,4 @@
-"""Conversations as words and n-grams of words, by which rows are compared with each other.
+"""Conversations as words and n-grams of words, for comparing rows.
 
 Invariant: no n-gram crosses two turns, and a turn of fewer than n words is one n-gram, of its own length.
 """
@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from sft_core.data.sources.formats.canonical import Conversation, Text
+
 # Scripts that put no spaces between words (Han, kana, Thai, Lao, Burmese, Khmer): each character is a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _WORD_OR_SYMBOL = re.compile(rf"{_WORD.pattern}|[^\w\s]")
 _BASE = 0x9E3779B97F4A7C15  # odd, so that its powers lose no bits
 
-# What a model is told, asked, answers, and how the row is rendered and trained: compared each for itself.
+# The sides of a row, each compared by itself. SETTINGS: how the row is rendered and trained.
 CONTEXT, PROMPT, ANSWER, SETTINGS = range(4)
 SIDES = {
     "settings": SETTINGS,
@@ -42,42 +44,42 @@ class Turn(NamedTuple):
     text: str
 
 
-def turns(conversation: dict[str, Any]) -> list[Turn]:
-    """All that shapes what a canonical conversation trains, in order; what it is scored by (`answer`) is left out."""
+def turns(conversation: Conversation) -> list[Turn]:
+    """Everything in a conversation that shapes its training rows, in order: all but the `answer` for scoring."""
     if "text" in conversation:
         return [Turn("text", conversation["text"])]
     messages = conversation["messages"]
     choices = [
         [index, m.get("train"), m.get("weight")] for index, m in enumerate(messages) if {"train", "weight"} & {*m}
     ]
-    found = []
+    pieces = []
     if conversation.get("kwargs") or choices:
-        found.append(Turn("settings", _json([conversation.get("kwargs", {}), choices])))
+        pieces.append(Turn("settings", _json([conversation.get("kwargs", {}), choices])))
     if conversation.get("tools"):
-        found.append(Turn("tools", _json(conversation["tools"])))
+        pieces.append(Turn("tools", _json(conversation["tools"])))
     for message in messages:
         if message.get("reasoning_content"):
-            found.append(Turn("reasoning", message["reasoning_content"]))
+            pieces.append(Turn("reasoning", message["reasoning_content"]))
         if text := _text(message["content"]):
-            found.append(Turn(message["role"], text))
+            pieces.append(Turn(message["role"], text))
         if message.get("tool_calls"):
-            found.append(Turn("tool_calls", _json([call["function"] for call in message["tool_calls"]])))
-    return found
+            pieces.append(Turn("tool_calls", _json([call["function"] for call in message["tool_calls"]])))
+    return pieces
 
 
 def exact_digest(of: list[Turn]) -> int:
-    """64 bits over the turns, whatever their white space and Unicode form (NFC). Case counts."""
+    """A 64-bit digest of the turns that ignores white space and Unicode form (NFC), but not case."""
     normalised = [[turn.role, " ".join(_nfc(turn.text).split())] for turn in of]
     return int.from_bytes(hashlib.sha256(_json(normalised).encode()).digest()[:8], "big")
 
 
 def words(text: str) -> list[str]:
-    """Words and symbols as they stand: in code, arithmetic and puzzles about letters both carry the meaning."""
+    """Words and symbols with their case: in code, arithmetic and puzzles about letters both carry the meaning."""
     return _WORD_OR_SYMBOL.findall(_nfc(text))
 
 
 def folded_words(text: str) -> list[str]:
-    """Words without case, punctuation and Unicode variants (NFKC): for finding a text however it is typed."""
+    """Words without case, punctuation and Unicode variants (NFKC), to find a text however it is typed."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
@@ -131,7 +133,7 @@ def _nfc(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
-def _text(content: Any) -> str:
+def _text(content: Text) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 

@@ -30,20 +30,20 @@ def pack_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     pack_by_rank = np.empty(len(lengths), np.int32)  # by place in descending order of length
     rank = 0
     for length in range(longest, 0, -1):
-        left = counts[length]
-        counts[length] = rank  # from here on: the place of the next sequence of that length
-        while left > 0:
+        unplaced = counts[length]
+        counts[length] = rank  # from here on: the place of the next sequence of this length
+        while unplaced > 0:
             node = 1
             while node < leaves:
                 node *= 2
                 if free[node] < length:
                     node += 1
             # All that fit at once: the next of this length would be led to the same pack as long as it has room.
-            fitting = min(left, free[node] // length)
+            fitting = min(unplaced, free[node] // length)
             assert fitting > 0  # else the tree was too small, and this would never end
             pack_by_rank[rank : rank + fitting] = node - leaves
             rank += fitting
-            left -= fitting
+            unplaced -= fitting
             free[node] -= fitting * length
             while node > 1:
                 most = max(free[node], free[node ^ 1])

@@ -15,20 +15,29 @@ log = logging.getLogger(__name__)
 
 
 class Documents(NamedTuple):
-    """What is packed: rows of sources, or the first tokens of them."""
+    """The documents to pack: rows of sources, or the first tokens of rows."""
 
     source: np.ndarray  # int16, shape (documents,)
-    row: np.ndarray  # int64, shape (documents,): windows are counted on after the source's rows
+    row: np.ndarray  # int64, shape (documents,): windows are numbered after the source's rows
     num_tokens: np.ndarray  # int64, shape (documents,)
+
+
+class OverLongCounts(NamedTuple):
+    """Over-long rows of each source by what happened to them, and the windows of those that are split."""
+
+    dropped: dict[str, int]
+    truncated: dict[str, int]
+    split: dict[str, int]
+    windows: dict[str, int]
 
 
 class Fitted(NamedTuple):
     documents: Documents
-    counts: dict[str, dict[str, int]]  # dropped, truncated, split: over-long rows of each source; windows: what came
+    counts: OverLongCounts
 
 
 def windows_of(source: str) -> str:
-    """The name under which a source's windows are an input. No source is called so: a name has no spaces."""
+    """The name of a source's windows among the inputs. No source has this name, since names have no spaces."""
     return f"windows of {source}"
 
 
@@ -67,21 +76,22 @@ def fit(
         for whole, part in ((documents.row, stand_ins.row), (documents.num_tokens, stand_ins.num_tokens))
     )
     lost, kept = np.setdiff1d(too_long, stand_ins.of), np.unique(stand_ins.of)
-    counts = {
-        "dropped": _by_source(documents.source[lost], sources),
-        "truncated": _by_source(documents.source[kept], sources) if over_long == "truncate" else {},
-        "split": _by_source(documents.source[kept], sources) if over_long == "split" else {},
-        "windows": _by_source(documents.source[stand_ins.of], sources) if over_long == "split" else {},
-    }
+    kept_by_source = _by_source(documents.source[kept], sources)
+    counts = OverLongCounts(
+        dropped=_by_source(documents.source[lost], sources),
+        truncated=kept_by_source if over_long == "truncate" else {},
+        split=kept_by_source if over_long == "split" else {},
+        windows=_by_source(documents.source[stand_ins.of], sources) if over_long == "split" else {},
+    )
     if len(too_long):
         log.warning("over_long=%s rows=%d dropped=%d max_length=%d", over_long, len(too_long), len(lost), max_length)
     return Fitted(Documents(documents.source[of[order]], rows[order], lengths[order]), counts)
 
 
 class _StandIns(NamedTuple):
-    """What is packed in the place of over-long documents: of which (any number of times), row, and length."""
+    """The documents that are packed in place of over-long ones."""
 
-    of: np.ndarray
+    of: np.ndarray  # index of the over-long document that it replaces (may repeat)
     row: np.ndarray
     num_tokens: np.ndarray
 
@@ -119,9 +129,11 @@ def _split(documents: Documents, too_long: np.ndarray, inputs: Mapping[str, Path
     for number in np.unique(documents.source[too_long]):
         tokens, folder = inputs[sources[number]], inputs[windows_of(sources[number])]
         windows = read_windows(tokens, folder)
-        mine = too_long[documents.source[too_long] == number]
-        first, last = (np.searchsorted(windows.of_row, documents.row[mine], side=side) for side in ("left", "right"))
-        of = np.repeat(mine, last - first)
+        of_source = too_long[documents.source[too_long] == number]
+        first, last = (
+            np.searchsorted(windows.of_row, documents.row[of_source], side=side) for side in ("left", "right")
+        )
+        of = np.repeat(of_source, last - first)
         window = np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])
         parts.append((of, len(TokenShards(tokens)) + window, windows.num_tokens[window]))
     empty = [(np.zeros(0, dtype=np.int64),) * 3]

@@ -1,7 +1,7 @@
 """First-fit-decreasing packing: each sequence lands in exactly one pack, whole, and no pack is over capacity.
 
-The output is a plan of offsets into the token shards. Order within an epoch is not decided here: training
-shuffles packs, for packs in the order of their making are sorted by length.
+The output is a plan of row numbers in the token shards. Packs come out sorted by the length of their documents, so
+training shuffles them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sft_core.data.counts import Counts
 from sft_core.data.packing.over_long import Documents, fit
 from sft_core.data.tokens.lengths import by_length
 
@@ -21,6 +22,23 @@ if TYPE_CHECKING:
     from sft_core.store.stage import Build
 
 PLAN = pa.schema([("pack", pa.int32()), ("source", pa.int16()), ("row", pa.int32()), ("num_tokens", pa.int32())])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackCounts(Counts):
+    packs: int
+    documents: int
+    tokens: int
+    max_length: int
+    fill: float  # share of all packs' room
+    packs_by_fill: dict[str, int] = dataclasses.field(default_factory=dict)  # whole percents
+    packs_by_documents: dict[str, int] = dataclasses.field(default_factory=dict)  # see lengths.py
+    documents_by_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    attention_of_packs: dict[str, int] = dataclasses.field(default_factory=dict)  # least, mean, most token pairs
+    dropped: dict[str, int]  # over-long rows, by source
+    truncated: dict[str, int]
+    split: dict[str, int] = dataclasses.field(default_factory=dict)
+    windows: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def build_packs(
@@ -33,9 +51,9 @@ def build_packs(
     loss_scope: str,
     by_source: bool = False,
 ) -> dict[str, Any]:
-    """Writes packs.parquet: one row for each document, packs together. Raises ValueError when no row fits.
+    """Writes packs.parquet: one row for each document, sorted by pack. Raises ValueError when no row fits.
 
-    by_source: a pack holds rows of one source.
+    by_source: each pack has rows of one source only.
     """
     mixture = pq.read_table(build.inputs["mixture"] / "mixture.parquet", columns=["source", "row", "num_tokens"])
     fitted = fit(
@@ -56,24 +74,24 @@ def build_packs(
     write_plan(build.out, pack, source, row, lengths)
     num_tokens = int(lengths.sum())
     tokens_of_packs = np.bincount(pack, weights=lengths).astype(np.int64)
-    return {
-        "packs": num_packs,
-        "documents": len(lengths),
-        "tokens": num_tokens,
-        "max_length": max_length,
-        "fill": round(num_tokens / (num_packs * max_length), 6),
-        "packs_by_fill": _by_percent(tokens_of_packs, max_length),
-        "packs_by_documents": by_length(np.bincount(pack)),
-        "documents_by_tokens": by_length(lengths),
-        "attention_of_packs": _attention(pack, lengths),
-        **fitted.counts,
-    }
+    return PackCounts(
+        packs=num_packs,
+        documents=len(lengths),
+        tokens=num_tokens,
+        max_length=max_length,
+        fill=round(num_tokens / (num_packs * max_length), 6),
+        packs_by_fill=_by_percent(tokens_of_packs, max_length),
+        packs_by_documents=by_length(np.bincount(pack)),
+        documents_by_tokens=by_length(lengths),
+        attention_of_packs=_attention(pack, lengths),
+        **fitted.counts._asdict(),
+    ).to_json()
 
 
 def _attention(pack: np.ndarray, lengths: np.ndarray) -> dict[str, int]:
-    """Pairs of tokens of which one sees the other, in the cheapest, the mean and the costliest pack.
+    """Pairs of tokens of which one attends to the other: in the cheapest, the mean and the costliest pack.
 
-    Packs are equally long and differ in this: what the balance over ranks is about.
+    Packs have about the same length and differ in these pairs, which is why ranks need a balance.
     """
     tokens = lengths.astype(np.float64)
     pairs = np.bincount(pack, weights=tokens * (tokens + 1) / 2)
@@ -81,13 +99,13 @@ def _attention(pack: np.ndarray, lengths: np.ndarray) -> dict[str, int]:
 
 
 def _by_percent(num_tokens: np.ndarray, capacity: int) -> dict[str, int]:
-    """Packs by how many whole percent of the capacity are filled: 100 are full to the last token."""
+    """Packs by their fill in whole percents of the capacity; 100 is full to the last token."""
     percent, counts = np.unique(num_tokens * 100 // capacity, return_counts=True)
     return {str(value): count for value, count in zip(percent.tolist(), counts.tolist(), strict=True)}
 
 
 def write_plan(folder: Path, pack: np.ndarray, source: np.ndarray, row: np.ndarray, lengths: np.ndarray) -> int:
-    """Writes packs.parquet, packs together; each argument has shape (documents,). Returns the number of packs."""
+    """Writes packs.parquet, sorted by pack. Each array has shape (documents,). Returns the number of packs."""
     order = np.argsort(pack, kind="stable")
     columns = (pack[order], source[order], row[order], lengths[order])
     table = pa.table([pa.array(column) for column in columns], names=PLAN.names).cast(PLAN)
@@ -106,14 +124,14 @@ def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
         raise ValueError(f"capacity: found {capacity}; it is 1 to {np.iinfo(np.int32).max}")
     if len(lengths) and (lengths.min() < 1 or lengths.max() > capacity):
         raise ValueError(f"lengths: found {lengths.min()} to {lengths.max()}; each is 1 to {capacity}")
-    from sft_core.data.packing.first_fit import pack_decreasing  # compiles, so only where it is used
+    from sft_core.data.packing.first_fit import pack_decreasing  # import here: it compiles
 
     return pack_decreasing(np.ascontiguousarray(lengths, dtype=np.int32), capacity)
 
 
 @dataclasses.dataclass(frozen=True)
 class PackPlan:
-    """Which documents are in which pack. Pack p holds the entries offsets[p] to offsets[p + 1]."""
+    """The documents of each pack: pack p has the entries offsets[p] to offsets[p + 1]."""
 
     source: np.ndarray  # int16, shape (documents,)
     row: np.ndarray  # int32, shape (documents,)

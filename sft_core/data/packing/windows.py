@@ -1,12 +1,13 @@
-"""Over-long rows split at turns: windows of a conversation's exchanges that fit, each rendered as it is served.
+"""Over-long rows split at turns, into windows of a conversation that fit; each is rendered as it is served.
 
-An exchange is a user's turn and all that follows it up to the next one. A window is the conversation's head (system
-messages, tools) and as many whole exchanges as fit; each trained turn of the row is in one window, or is counted as
-lost where its exchange alone is too long.
+An exchange is a user's turn and the turns after it, up to the next user's turn. A window is the conversation's head
+(system messages, tools) and as many whole exchanges as fit. Each trained turn of the row is in one window, or counts as
+lost if its exchange alone is too long.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -17,27 +18,37 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sft_core.data.counts import Counts
 from sft_core.data.proof.mask import MaskProof
-from sft_core.data.rendering.build import RENDERED, add_row, chat_template, make_renderer
+from sft_core.data.rendering.build import RENDERED, TemplateArguments, add_row, chat_template, make_renderer
 from sft_core.data.rendering.policy import RowPolicy
 from sft_core.data.rendering.spans import RenderedRow, Renderer
 from sft_core.data.rendering.templates import TemplateError
-from sft_core.data.shards.parallel import Shard, build_shards, plan_shards, shard_folder, total
+from sft_core.data.shards.parallel import Shard, Tally, Work, build_shards, plan_shards, shard_folder, total
 from sft_core.data.shards.token_shards import TOKENS, WINDOWS, read_index
+from sft_core.data.sources.formats.canonical import Conversation, Message
 from sft_core.data.sources.rejects import Rejected
 from sft_core.data.tokenizer.encoded import encode_rows
-from sft_core.data.tokenizer.tokenizer import PieceEncoder, load_tokenizer
+from sft_core.data.tokenizer.tokenizer import PieceEncoder, TokenizerArguments, load_tokenizer
 from sft_core.data.tokenizer.tokenizer import stop_tokens as all_stop_tokens
 
 if TYPE_CHECKING:
     from sft_core.store.stage import Build
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WindowCounts(Counts):
+    rows: int  # over-long
+    windows: int
+    tokens: int  # of the windows
+    lost_turns: int  # trained turns of over-long rows that no window has
+
+
 def build_windows(
     build: Build,
     *,
-    tokenizer: dict[str, Any],
-    template: dict[str, Any],
+    tokenizer: TokenizerArguments,
+    template: TemplateArguments,
     stop_tokens: list[str],
     policy: dict[str, str],
     max_length: int,
@@ -46,9 +57,10 @@ def build_windows(
     with pq.ParquetFile(build.inputs["conversations"] / "conversations.parquet") as file:
         shards = plan_shards(file.num_row_groups)
     work = functools.partial(
-        _start, dict(build.inputs), tokenizer, template, stop_tokens, RowPolicy(**policy), max_length
+        _prepare_work, dict(build.inputs), tokenizer, template, stop_tokens, RowPolicy(**policy), max_length
     )
-    return total(build_shards(build.out, shards, work, runtime=build.runtime, desc="split at turns"))
+    tallies = build_shards(build.out, shards, work, runtime=build.runtime, desc="split at turns")
+    return WindowCounts(**total(tallies)).to_json()
 
 
 class _Splitter(NamedTuple):
@@ -57,7 +69,7 @@ class _Splitter(NamedTuple):
     proof: MaskProof
     max_length: int
 
-    def rows_that_fit(self, window: dict[str, Any]) -> list[RenderedRow] | None:
+    def rows_that_fit(self, window: Conversation) -> list[RenderedRow] | None:
         """The window's rows, or None when one of them is too long or the template refuses it."""
         try:
             rows = self.renderer.render(window)
@@ -65,30 +77,30 @@ class _Splitter(NamedTuple):
             return None
         columns: dict[str, list[Any]] = {name: [] for name in RENDERED.names}
         for row in rows:
-            add_row(columns, {"row_id": "", "prompt_hash": 0}, 0, None, row)
+            add_row(columns, "", 0, 0, None, row)
         return rows if encode_rows(self.encoder, columns).lengths.max() <= self.max_length else None
 
 
-def _start(
+def _prepare_work(
     inputs: dict[str, Path],
-    tokenizer: dict[str, Any],
-    template: dict[str, Any],
+    tokenizer: TokenizerArguments,
+    template: TemplateArguments,
     stop_tokens: list[str],
     policy: RowPolicy,
     max_length: int,
-) -> Any:
+) -> Work:
     vocabulary = load_tokenizer(**tokenizer)
-    made = chat_template(vocabulary, **template)
+    loaded = chat_template(vocabulary, **template)
     splitter = _Splitter(
-        make_renderer(vocabulary, made, policy, stop_tokens),
+        make_renderer(vocabulary, loaded, policy, stop_tokens),
         PieceEncoder(vocabulary),
-        MaskProof(vocabulary, made, all_stop_tokens(vocabulary, stop_tokens), policy),
+        MaskProof(vocabulary, loaded, all_stop_tokens(vocabulary, stop_tokens), policy),
         max_length,
     )
     return functools.partial(_split_shard, inputs, splitter)
 
 
-def _split_shard(inputs: dict[str, Path], splitter: _Splitter, shard: Shard, out: Path) -> dict[str, Any]:
+def _split_shard(inputs: dict[str, Path], splitter: _Splitter, shard: Shard, out: Path) -> Tally:
     counts = dict.fromkeys(("rows", "windows", "tokens", "lost_turns"), 0)
     lengths = read_index(inputs["tokens"], ["num_tokens"], [shard.number])["num_tokens"].to_numpy()
     first_row = 0
@@ -104,30 +116,30 @@ def _split_shard(inputs: dict[str, Path], splitter: _Splitter, shard: Shard, out
             here = lengths[first_row : first_row + len(rows["row_id"])]
             if (here > splitter.max_length).any():
                 talks = conversations.read_row_group(group, ["conversation"], use_threads=False)["conversation"]
-                made = _split_group(splitter, rows, here, talks.to_pylist(), counts)
-                _write(made, first_row, splitter, tokens, index, counts)
+                window_rows = _split_group(splitter, rows, here, talks.to_pylist(), counts)
+                _write(window_rows, first_row, splitter, tokens, index, counts)
             first_row += len(here)
     return counts
 
 
-class _Made(NamedTuple):
-    """A window's row: the row of the group that it is cut from, and the conversation that it stands for."""
+class _WindowRow(NamedTuple):
+    """A row of a window, and the row of the group that the window is cut from."""
 
     of_row: int
     row_id: str
-    window: dict[str, Any]
+    window: Conversation
     row: RenderedRow
 
 
 def _split_group(
     splitter: _Splitter, rows: dict[str, list[Any]], lengths: np.ndarray, talks: list[str], counts: dict[str, int]
-) -> list[_Made]:
-    made: list[_Made] = []
+) -> list[_WindowRow]:
+    window_rows: list[_WindowRow] = []
     members: dict[int, list[int]] = {}
     for row, place in enumerate(rows["conversation"]):
         members.setdefault(place, []).append(row)
-    for place, own_rows in members.items():
-        too_long = [number for number, row in enumerate(own_rows) if lengths[row] > splitter.max_length]
+    for place, member_rows in members.items():
+        too_long = [number for number, row in enumerate(member_rows) if lengths[row] > splitter.max_length]
         if not too_long:
             continue
         conversation = json.loads(talks[place])
@@ -137,38 +149,39 @@ def _split_group(
             windows = split_at_turns(conversation, turns, splitter.rows_that_fit)
             counts["rows"] += 1
             counts["lost_turns"] += len(turns) - sum(len(row.turns) for _, rows_of in windows for row in rows_of)
-            row_id = rows["row_id"][own_rows[number]]
-            made += [_Made(own_rows[number], row_id, window, row) for window, rows_of in windows for row in rows_of]
-    return made
+            of_row = member_rows[number]
+            row_id = rows["row_id"][of_row]
+            window_rows += [_WindowRow(of_row, row_id, window, row) for window, rows_of in windows for row in rows_of]
+    return window_rows
 
 
 def split_at_turns(
-    conversation: dict[str, Any],
+    conversation: Conversation,
     turns: list[int],
-    rows_that_fit: Callable[[dict[str, Any]], list[RenderedRow] | None],
-) -> list[tuple[dict[str, Any], list[RenderedRow]]]:
-    """Windows of the conversation that train `turns` (places of messages), each with its rows.
+    rows_that_fit: Callable[[Conversation], list[RenderedRow] | None],
+) -> list[tuple[Conversation, list[RenderedRow]]]:
+    """Windows of the conversation that train `turns` (numbers of messages), each with its rows.
 
-    rows_that_fit: a window's rows, or None when it is too long. Where an exchange alone is, as many of its turns as
-    fit are kept: up to the end of one of them, for a turn cut in two would teach not to stop.
+    rows_that_fit: gives a window's rows, or None when the window is too long. An exchange that alone is too long keeps
+    as many turns as fit. It ends with a whole turn, since a turn cut in two would teach not to stop.
     """
     messages = conversation["messages"]
     starts = [index for index, message in enumerate(messages) if message["role"] == "user"] or [0]
     num_head = next((index for index, message in enumerate(messages) if message["role"] != "system"), 0)
-    starts[0] = num_head  # what stands before the first user turn goes with its exchange
+    starts[0] = num_head  # turns before the first user turn belong to the first exchange
     ends = [*starts[1:], len(messages)]
     windows, exchange = [], 0
     while exchange < len(starts):
         best, best_end = None, exchange + 1
         for end in range(exchange + 1, len(starts) + 1):
-            found = _try(conversation, num_head, starts[exchange], ends[end - 1], turns, rows_that_fit)
-            if found is None:
+            window = _try(conversation, num_head, starts[exchange], ends[end - 1], turns, rows_that_fit)
+            if window is None:
                 break
-            best, best_end = found, end
+            best, best_end = window, end
         if best is None:
             stops = [turn + 1 for turn in turns if starts[exchange] <= turn < ends[exchange] - 1]
             tried = (_try(conversation, num_head, starts[exchange], stop, turns, rows_that_fit) for stop in stops[::-1])
-            best = next((found for found in tried if found is not None), None)
+            best = next((window for window in tried if window is not None), None)
         if best is not None and best[1]:
             windows.append(best)
         exchange = best_end
@@ -176,20 +189,23 @@ def split_at_turns(
 
 
 def _try(
-    conversation: dict[str, Any],
+    conversation: Conversation,
     num_head: int,
     start: int,
     end: int,
     turns: list[int],
-    rows_that_fit: Callable[[dict[str, Any]], list[RenderedRow] | None],
-) -> tuple[dict[str, Any], list[RenderedRow]] | None:
-    """The window of messages start to end behind the head, and its rows (none when it trains nothing)."""
+    rows_that_fit: Callable[[Conversation], list[RenderedRow] | None],
+) -> tuple[Conversation, list[RenderedRow]] | None:
+    """The window of the head and the messages start to end, and its rows (none when it trains nothing).
+
+    None when the window is too long.
+    """
     messages = conversation["messages"]
-    kept = [
+    kept: list[Message] = [
         message if index in turns or message["role"] != "assistant" else {**message, "train": False}
         for index, message in enumerate(messages[start:end], start)
     ]
-    window = {**conversation, "messages": [*messages[:num_head], *kept]}
+    window: Conversation = {**conversation, "messages": [*messages[:num_head], *kept]}
     if not any(start <= turn < end for turn in turns):
         return window, []
     rows = rows_that_fit(window)
@@ -197,26 +213,25 @@ def _try(
 
 
 def _write(
-    made: list[_Made],
+    window_rows: list[_WindowRow],
     first_row: int,
     splitter: _Splitter,
     tokens: pa.RecordBatchFileWriter,
     index: pq.ParquetWriter,
     counts: dict[str, int],
 ) -> None:
-    if not made:
+    if not window_rows:
         return
     columns: dict[str, list[Any]] = {name: [] for name in RENDERED.names}
-    windows: list[dict[str, Any]] = []
-    for one in made:
-        if not windows or windows[-1] is not one.window:
-            windows.append(one.window)
-        add_row(columns, {"row_id": one.row_id, "prompt_hash": 0}, len(windows) - 1, None, one.row)
+    windows: list[Conversation] = []
+    for window_row in window_rows:
+        if not windows or windows[-1] is not window_row.window:
+            windows.append(window_row.window)
+        add_row(columns, window_row.row_id, 0, len(windows) - 1, None, window_row.row)
     encoded = encode_rows(splitter.encoder, columns)
     splitter.proof.check(windows, columns, encoded)
     tokens.write_batch(encoded.as_batch(pa.array(columns["weights"], TOKENS.field("weights").type)))
-    index.write_table(
-        pa.table([[first_row + one.of_row for one in made], encoded.lengths, encoded.num_trained], schema=WINDOWS)
-    )
-    counts["windows"] += len(made)
+    of_row = [first_row + window_row.of_row for window_row in window_rows]
+    index.write_table(pa.table([of_row, encoded.lengths, encoded.num_trained], schema=WINDOWS))
+    counts["windows"] += len(window_rows)
     counts["tokens"] += len(encoded.ids)

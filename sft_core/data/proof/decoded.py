@@ -1,6 +1,6 @@
-"""Token rows read back: the bytes that their ids stand for, with a mark before each control token that is one.
+"""Token rows read back as the bytes of their ids, with a mark before each control token.
 
-Invariant: what is read depends on the ids alone. Text that merely looks like a control token has no mark.
+Invariant: the bytes depend on the ids alone. Text that only looks like a control token has no mark.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from sft_core.data.tokenizer.encoded import EncodedRows
 
 MARK = b"\xff"  # a byte that no UTF-8 text has
-_NO_MARK = b"\xfe"  # nor this one: it stands for a vocabulary's own token of the byte above
+_NO_MARK = b"\xfe"  # replaces that byte in the vocabulary; no UTF-8 text has it either
 WORD_START = "\u2581"  # what SentencePiece writes for a space
 
 
 class Piece(NamedTuple):
-    """A part of a row to be shown: all of one kind."""
+    """A part of a row to be shown. All of it is trained or none, and control tokens or text."""
 
     text: str
     is_trained: bool
@@ -32,18 +32,18 @@ class Piece(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A trained part of a row up to its first stop token: where it stands in tokens and in bytes."""
+    """A trained part of a row up to its first stop token: its place in tokens and in bytes."""
 
     first: int  # tokens: first to last, exclusive
     last: int
-    start: int  # bytes: start to end, of which the stop token is stop to end
+    start: int  # bytes: start to end, exclusive; the stop token is stop to end
     stop: int
     end: int
     is_stopped: bool  # whether its last token is a stop token
 
 
 class Vocabulary:
-    """The tokenizer's ids as bytes, and texts as they would be read back."""
+    """The tokenizer's ids as bytes, and texts as they read after encoding."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         control = control_tokens(tokenizer)
@@ -56,16 +56,16 @@ class Vocabulary:
         self._is_byte_level = "ByteLevel" in decoder_kinds(tokenizer)
 
     def is_blank(self, data: bytes) -> bool:
-        """Whether there are but control tokens and white space."""
+        """Whether the data has nothing but control tokens and white space."""
         return not self.control.sub("", data.replace(MARK, b"").decode("utf-8", "replace")).strip()
 
     def normalized(self, text: str) -> str:
-        """The text as ids that were made of it read, for a tokenizer that cannot write every text as it is."""
+        """The text as its ids read, for a tokenizer that cannot write every text unchanged."""
         text = text if self._normalizer is None else self._normalizer.normalize_str(text)
         return text if self._is_byte_level else text.replace(WORD_START, " ")
 
     def marked(self, text: str, *, normalize: bool = False) -> bytes:
-        """What a row of the text decodes to when each control token in it is one."""
+        """The bytes of a row of this text in which each control token is a token, not typed text."""
         parts, position = [], 0
         for match in self.control.finditer(text):
             parts += [text[position : match.start()], match[0]]
@@ -90,10 +90,10 @@ class DecodedRows:
         return bytes(self._data[start:end])
 
     def turns(self, stop_ids: np.ndarray) -> list[list[Turn]]:
-        """Those that each row trains."""
+        """The trained turns of each row."""
         trained, is_stop = self.encoded.trained != 0, np.isin(self.encoded.ids, stop_ids)
         row_starts = self.encoded.offsets
-        # A turn ends at a stop token, before a masked token and at the end of its row, and begins after those.
+        # A turn ends at a stop token, before a masked token and at the end of its row; the next turn begins after it.
         breaks = np.ones(len(trained) + 1, dtype=bool)
         breaks[1:-1] = is_stop[:-1] | (trained[:-1] != trained[1:])
         breaks[row_starts] = True
@@ -104,12 +104,12 @@ class DecodedRows:
         columns += [self._ends[place] - self._ends[before] for place in (first, last - 1, last)]
         turns: list[list[Turn]] = [[] for _ in range(len(self.encoded))]
         fields = zip(*(column.tolist() for column in (*columns, is_stop[last - 1])), strict=True)
-        for own_row, turn in zip(row.tolist(), map(Turn._make, fields), strict=True):
-            turns[own_row].append(turn)
+        for number, turn in zip(row.tolist(), map(Turn._make, fields), strict=True):
+            turns[number].append(turn)
         return turns
 
     def pieces(self, row: int, around: tuple[int, int] | None = None) -> list[Piece]:
-        """The row in pieces to be shown. around: only the tokens about these bytes of it; the others are counted."""
+        """The row in pieces to be shown. around: show only the tokens at these bytes, and count the others."""
         begin, end = self.encoded.offsets[row : row + 2]
         ends = self._ends[begin : end + 1] - self._ends[begin]
         num_tokens = len(ends) - 1
@@ -120,12 +120,12 @@ class DecodedRows:
         data, trained = self.row(row), self.encoded[row].trained != 0
         is_control = [data[ends[token] : ends[token] + 1] == MARK for token in range(first, last)]
         borders = np.flatnonzero(np.diff(np.array(is_control) * 2 + trained[first:last])) + 1 + first
-        pieces = [_left_out(first)] if first else []
+        pieces = [_ellipsis(first)] if first else []
         for start, stop in itertools.pairwise([first, *borders.tolist(), last]):
             text = data[ends[start] : ends[stop]].replace(MARK, b"").decode("utf-8", "replace")
             pieces.append(Piece(text, bool(trained[start]), is_control[start - first]))
-        return pieces + ([_left_out(num_tokens - last)] if last < num_tokens else [])
+        return pieces + ([_ellipsis(num_tokens - last)] if last < num_tokens else [])
 
 
-def _left_out(num_tokens: int) -> Piece:
+def _ellipsis(num_tokens: int) -> Piece:
     return Piece(f" [… {num_tokens:,} tokens …] ", False)

@@ -1,7 +1,7 @@
-"""What a template writes around what is said, learned from turns that are proved: a form, to be filled with texts.
+"""Forms: the text that a template writes around messages, with holes for their texts, learned from proved turns.
 
-A form that is filled with what other messages say is what the template would write for them, byte for byte. So a
-turn that equals a known form needs no further proof, and any other is proved in full.
+A form filled with the texts of other messages is what the template writes for them, byte for byte. So a turn that
+equals a filled form needs no further proof, and any other turn is proved in full.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 from sft_core.data.proof.decoded import MARK
 
-_MOST_FORMS = 8  # of a shape; one that no row has had for long makes room
-_FOUND = ("user", "tool")  # whose texts a form has holes for; others' may be left out of the history
-# How templates write a text: as it is, trimmed, inside of JSON. What an assistant says is never quoted.
+_MOST_FORMS = 8  # of a shape; the form that was used longest ago makes room
+_REQUIRED_ROLES = ("user", "tool")  # a form has holes for their texts; a history may lack the texts of others
+# How templates write a text: as it is, trimmed, inside JSON. No template quotes the text of an assistant.
 _WRITINGS = (lambda text: text, str.strip, lambda text: json.dumps(text, ensure_ascii=False)[1:-1])
-_SAID = 2  # of the writings
+_NUM_WRITINGS_SAID = 2  # of an assistant's text
 
 
 class Hole(NamedTuple):
-    """Where a text goes."""
+    """The place of a text in a form."""
 
     number: int
     writing: int
@@ -30,23 +30,23 @@ Pattern = tuple[bytes | Hole, ...]
 
 
 class Texts(NamedTuple):
-    """What the messages of a segment say: those before its trained turn, then the turn's own."""
+    """The texts of a segment's messages: of those before its trained turn, and of the turn."""
 
     history: list[str]
-    roles: list[str]  # who says each of history
+    roles: list[str]  # the role of each text of the history
     said: list[str]
 
 
 class Form(NamedTuple):
-    """A segment of a row: from the end of the trained turn before to the stop token of the next."""
+    """The form of a segment of a row: from the end of a trained turn to the stop token of the next."""
 
-    opening: tuple[Hole, ...] | None  # what stands somewhere before `history`, where a row begins; else None
+    opening: tuple[Hole, ...] | None  # texts before `history`, anywhere, if the segment begins a row; else None
     history: Pattern
     said: Pattern
 
 
 class Forms:
-    """Forms by shape: what else decides how a template writes a turn, and from where it is trained."""
+    """Forms by shape. A shape is everything but the texts that decides how a template writes and trains a turn."""
 
     def __init__(self) -> None:
         self._by_shape: dict[Hashable, list[Form]] = {}
@@ -56,7 +56,7 @@ class Forms:
         return shape in self._by_shape
 
     def fit(self, shape: Hashable, history: bytes, said: bytes, texts: Texts) -> bool:
-        """Whether the segment is a known form, filled with the texts."""
+        """Whether the segment equals a known form filled with the texts."""
         known = self._by_shape.get(shape, [])
         for place, form in enumerate(known):
             if said == _fill(form.said, texts.said) and _stands(form, history, texts.history):
@@ -66,17 +66,17 @@ class Forms:
         return False
 
     def learn(self, shape: Hashable, history: bytes, said: bytes, texts: Texts, *, is_first: bool) -> None:
-        """Takes the form of a proved segment, where each text that it is about can be found in it."""
-        own = _find(said, texts.said, _WRITINGS[:_SAID], required=range(len(texts.said)))
-        required = [number for number, role in enumerate(texts.roles) if role in _FOUND]
+        """Learns the form of a proved segment, if the segment has each required text."""
+        turn = _find(said, texts.said, _WRITINGS[:_NUM_WRITINGS_SAID], required=range(len(texts.said)))
+        required = [number for number, role in enumerate(texts.roles) if role in _REQUIRED_ROLES]
         before = _find(history, texts.history, _WRITINGS, required=required)
         known = self._by_shape.setdefault(shape, [])
-        if own is None or before is None:
+        if turn is None or before is None:
             return
         opening = None
         if is_first and "user" in texts.roles:
             opening, before = _without_opening(before, texts.roles.index("user"))
-        known.insert(0, Form(opening, before, own))
+        known.insert(0, Form(opening, before, turn))
         del known[_MOST_FORMS:]
         self.num_learned += 1
 
@@ -93,7 +93,7 @@ def _stands(form: Form, history: bytes, texts: Sequence[str]) -> bool:
     filled = _fill(form.history, texts)
     if form.opening is None:
         return history == filled
-    start = history.find(filled)  # the first: a row that begins with another turn has it twice
+    start = history.find(filled)  # the first place: a row that begins with another turn has the text twice
     if start < 0 or start + len(filled) != len(history):
         return False
     position = 0
@@ -106,7 +106,7 @@ def _stands(form: Form, history: bytes, texts: Sequence[str]) -> bool:
 
 
 def _find(data: bytes, texts: Sequence[str], writings: Sequence, *, required: Iterable[int]) -> Pattern | None:
-    """The data with holes where the texts stand, in their order; None when a required one does not."""
+    """The data with holes at the texts, in their order; None when it lacks a required text."""
     pattern: list[bytes | Hole] = []
     position = 0
     for number, text in enumerate(texts):
@@ -124,7 +124,7 @@ def _find(data: bytes, texts: Sequence[str], writings: Sequence, *, required: It
 
 
 def _without_opening(pattern: Pattern, first_user: int) -> tuple[tuple[Hole, ...] | None, Pattern]:
-    """The pattern from the last control token before what the first user says: tools differ from row to row."""
+    """The pattern from the last control token before the first user's text: tools before it differ from row to row."""
     places = (place for place, part in enumerate(pattern) if isinstance(part, Hole) and part.number >= first_user)
     user = next(places, 0)
     for place in range(user - 1, -1, -1):

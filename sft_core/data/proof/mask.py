@@ -1,15 +1,15 @@
-"""The mask proof: every tokenized row is held against the messages it came from, and a difference ends the build.
+"""The mask proof: every tokenized row is compared with the messages that it came from. A difference ends the build.
 
-What must hold is derived from the conversation, the ids read back, and the prompt as a server makes it; nothing here
-knows how spans are found. Of every row:
+The proof uses the conversation, the ids read back, and the prompt as a server makes it; it shares no code with the
+module that finds the spans. Of every row it checks:
 
-- the ids decode to its text, and what somebody typed is no control token;
-- what is trained are turns, each to its stop token, and each says what its message says (thinking by policy);
-- a turn stands after the messages before its own, and is trained from the end of its served prompt;
+- the ids decode to its text, and typed text is no control token;
+- the trained parts are turns up to their stop tokens, and each has the texts of its message (thinking by policy);
+- a turn comes after the messages before its own, and is trained from the end of its served prompt;
 - over a conversation's rows, each turn that is to be trained is trained once, with its weight.
 
-A turn that is no known form filled with what its messages say (see forms.py) is proved: its prompt is rendered anew.
-Where that is of a new shape, and for one conversation in 128, the prompt is tokenized too: the row begins with its ids.
+A turn that equals no known form filled with its texts (see forms.py) is proved: its prompt is rendered anew. For a turn
+of a new shape, and for one conversation in 128, the prompt is tokenized as well: the row begins with its ids.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from sft_core.data.proof.talk import Talk, spoken, thinking
 from sft_core.data.rendering.policy import RowPolicy
 from sft_core.data.rendering.templates import ChatTemplate, TemplateError
 from sft_core.data.shards.token_shards import TokenRow
+from sft_core.data.sources.formats.canonical import Conversation, Message
 from sft_core.data.sources.formats.tools import is_written, leaves
 
 if TYPE_CHECKING:
@@ -35,38 +36,38 @@ if TYPE_CHECKING:
 
     from sft_core.data.tokenizer.encoded import EncodedRows
 
-_AUDITED = 128  # one conversation in so many is proved, whatever its forms
-_EXCERPT = 1500  # bytes of a row that are shown on either side of a fault
+_AUDITED = 128  # one conversation in as many is proved in full, whatever its forms
+_EXCERPT = 1500  # bytes of a row to show on either side of a fault
 _QUOTED = 60  # characters of a row in a message
 
 
 class MaskProofFailed(ValueError):
-    """A row trains something else than its conversation says. `pieces`: the row around the fault, to be shown."""
+    """A row trains other text than its conversation has. `pieces`: the row around the fault, to be shown."""
 
     def __init__(self, fault: str, pieces: list[Piece]):
         shown = "".join(f"⟦{piece.text}⟧" if piece.is_trained else piece.text for piece in pieces)
         super().__init__(f"{fault}\nthe row, with what is trained in ⟦ ⟧:\n{shown.replace('⟧⟦', '')}")
         self.fault, self.pieces = fault, pieces
 
-    def __reduce__(self) -> Any:  # it comes out of a worker process
+    def __reduce__(self) -> Any:  # a worker process pickles it
         return type(self), (self.fault, self.pieces)
 
 
 class _Fault(Exception):
-    def __init__(self, what: str, at: int):
-        super().__init__(what)
-        self.at = at  # the byte of the row
+    def __init__(self, message: str, at: int):
+        super().__init__(message)
+        self.at = at  # a byte of the row
 
 
 @dataclasses.dataclass
 class _Row:
-    """A row as it is read back."""
+    """A row, read back."""
 
     data: bytes
     tokens: TokenRow
     turns: list[Turn]
     weights: list[float]
-    is_normalized: bool = False  # whether the tokenizer wrote its text in a normal form
+    is_normalized: bool = False  # whether the tokenizer changed its text to a normal form
 
 
 class MaskProof:
@@ -87,13 +88,13 @@ class MaskProof:
         self._forms, self._num_prompts = Forms(), 0
 
     def check(
-        self, conversations: list[dict[str, Any]], rows: dict[str, list[Any]], encoded: EncodedRows
+        self, conversations: list[Conversation], rows: dict[str, list[Any]], encoded: EncodedRows
     ) -> dict[str, int]:
-        """What was checked: {rows, turns, prompts, forms}. Raises MaskProofFailed.
+        """Counts of checked rows, turns, prompts and forms. Raises MaskProofFailed.
 
-        rows: the rendered rows by column, of which `conversation` numbers the conversations.
+        rows: the rendered rows by column; the column `conversation` has numbers of `conversations`.
         """
-        # Anew for each group: what is counted must not hang on what this process proved before.
+        # Reset for each row group, so that counts do not depend on which process got which group.
         self._forms, self._num_prompts = Forms(), 0
         assert len(encoded) == len(rows["conversation"]), "a row without its conversation would not be checked"
         decoded = DecodedRows(self._vocabulary, encoded)
@@ -102,19 +103,21 @@ class MaskProof:
         for row, conversation in enumerate(rows["conversation"]):
             members.setdefault(conversation, []).append(row)
         num_turns = 0
-        for place, (number, own_rows) in enumerate(members.items()):
+        for place, (number, member_rows) in enumerate(members.items()):
             talk = Talk(conversations[number], self._policy)
             num_turns += len(talk.waiting)
-            row = own_rows[0]
+            row = member_rows[0]
             try:
-                for row in own_rows:
+                for row in member_rows:
                     read = _Row(decoded.row(row), encoded[row], turns[row], rows["weights"][row])
                     self._check_row(talk, read, rows["text"][row], is_audited=place % _AUDITED == 0)
-                left = f"messages {talk.waiting} are to be trained and no row trains them"
-                _check(not talk.waiting, left, len(read.data))
+                untrained = f"messages {talk.waiting} are to be trained and no row trains them"
+                _check(not talk.waiting, untrained, len(read.data))
             except _Fault as fault:
-                what = f"mask proof: conversation {rows['row_id'][row]}: {fault}"
-                raise MaskProofFailed(what, decoded.pieces(row, (fault.at - _EXCERPT, fault.at + _EXCERPT))) from None
+                message = f"mask proof: conversation {rows['row_id'][row]}: {fault}"
+                raise MaskProofFailed(
+                    message, decoded.pieces(row, (fault.at - _EXCERPT, fault.at + _EXCERPT))
+                ) from None
         return {
             "rows": len(encoded),
             "turns": num_turns,
@@ -126,8 +129,8 @@ class MaskProof:
         plain = row.data.replace(MARK, b"")
         if plain != text.encode():
             row.is_normalized = True
-            found, expected = (self._said(side, row) for side in (plain.decode("utf-8", "replace"), text))
-            _check_same(found.encode(), expected.encode(), "the ids decode to another text")
+            actual, expected = (self._said(side, row) for side in (plain.decode("utf-8", "replace"), text))
+            _check_same(actual.encode(), expected.encode(), "the ids decode to another text")
         if talk.is_trained_whole:
             self._check_whole(talk, row)
         else:
@@ -149,20 +152,20 @@ class MaskProof:
 
     def _check_turns(self, talk: Talk, row: _Row, *, is_audited: bool) -> None:
         _check(bool(row.turns), "nothing of it is trained", 0)
-        found, position = [-1], 0
+        trained, position = [-1], 0  # messages
         for turn in row.turns:
             _check(turn.is_stopped, "what is trained does not end with a stop token", turn.end)
-            index = self._message(talk, row, found[-1], position, turn)
+            index = self._message(talk, row, trained[-1], position, turn)
             talk.waiting.remove(index)
-            found.append(index)
+            trained.append(index)
             position = turn.end
         _check(self._vocabulary.is_blank(row.data[position:]), "text follows the last turn that it trains", position)
-        _check_weights([talk.messages[index] for index in found[1:]], row)
+        _check_weights([talk.messages[index] for index in trained[1:]], row)
         if is_audited:
-            self._prove(talk, found[-1], row, row.turns[-1], with_ids=True)
+            self._prove(talk, trained[-1], row, row.turns[-1], with_ids=True)
 
     def _message(self, talk: Talk, row: _Row, last: int, position: int, turn: Turn) -> int:
-        """The message that a turn trains; last: the row's one before it. Raises _Fault when none may stand here."""
+        """The message that a turn trains. last: the row's trained message before it. Raises _Fault if none fits."""
         history, said = row.data[position : turn.start], row.data[turn.start : turn.stop]
         ahead = [index for index in talk.waiting if index > last]
         for index in ahead:
@@ -184,7 +187,7 @@ class MaskProof:
         raise faults[0] if faults else _Fault(self._unsaid(talk, last, said, row), turn.start)
 
     def _prove(self, talk: Talk, index: int, row: _Row, turn: Turn, *, with_ids: bool) -> None:
-        """Holds a turn against the prompt as a server makes it."""
+        """Compares a turn with its prompt as a server makes it."""
         self._num_prompts += 1
         name = f"messages[{index}]"
         served = _rendered(self._server.at_turn, talk.conversation, index, normalize=row.is_normalized)
@@ -199,7 +202,7 @@ class MaskProof:
             _check_same(row.data[: turn.stop], rendering[: turn.stop], f"{name} is not what the template writes")
             rest = rendering[turn.stop :]
             _check(self._vocabulary.is_blank(rest), f"{name} goes on after its stop token: {_quoted(rest)}", turn.end)
-        else:  # What is served is not what is shown later. Its end is, after a think block that the prompt opens.
+        else:  # The rendered and the served turn differ, but agree after an opened think block.
             said, closed = _text(row.data[len(prompt) : turn.end]), ""
             if self._server.opens_thinking(prompt):
                 closed = _text(self._vocabulary.marked("</think>"))
@@ -217,15 +220,15 @@ class MaskProof:
             expected = self._ids(prompt)
             _check(ids[: len(expected)].tolist() == expected, f"the served prompt of {name} has other ids", 0)
         expected = self._ids(row.data[max(turn.start, len(prompt)) : turn.end])
-        found = ids[turn.last - len(expected) : turn.last].tolist()
-        _check(found == expected, f"{name} has other ids than its text by itself", turn.start)
+        actual = ids[turn.last - len(expected) : turn.last].tolist()
+        _check(actual == expected, f"{name} has other ids than its text by itself", turn.start)
 
     def _ids(self, data: bytes) -> list[int]:
         (encoding,) = self._encoder.encode_batch_fast([data.replace(MARK, b"").decode()], add_special_tokens=False)
         return encoding.ids
 
     def _around(self, talk: Talk, index: int, said: bytes, row: _Row) -> list[str] | None:
-        """What a turn writes around what the message says; None when it does not say all of that, in order."""
+        """The turn's text around the message's texts; None when one is missing or the order differs."""
         text, message = _text(said), talk.messages[index]
         around, position = [], 0
         for part in spoken(message, self._policy):
@@ -241,7 +244,7 @@ class MaskProof:
         return around if all(is_written(value, written) for value in values) else None
 
     def _unsaid(self, talk: Talk, last: int, said: bytes, row: _Row) -> str:
-        """Why a trained turn is none of those that may stand there."""
+        """The fault of a trained turn that is none of the turns that may follow."""
         for index in sorted(range(len(talk.messages)), key=lambda index: -len("".join(talk.texts[index]))):
             name = f"messages[{index}], of the {talk.messages[index]['role']},"
             if self._around(talk, index, said, row) is not None:
@@ -262,12 +265,12 @@ class MaskProof:
         return Texts(history, texts.roles, said)
 
 
-def _check_weights(found: list[dict[str, Any]], row: _Row) -> None:
-    expected = [float(message.get("weight", 1.0)) for message in found]
+def _check_weights(trained: list[Message], row: _Row) -> None:
+    expected = [float(message.get("weight", 1.0)) for message in trained]
     if not row.weights and all(weight == 1 for weight in expected):
         return
-    # A weight is read for each run of trained tokens: two turns must not be one run.
-    num_runs = len(row.turns) - sum(one.last == other.first for one, other in itertools.pairwise(row.turns))
+    # Training reads a weight for each run of trained tokens: two turns must not be one run.
+    num_runs = len(row.turns) - sum(turn.last == other.first for turn, other in itertools.pairwise(row.turns))
     _check(
         num_runs == len(row.weights) == len(expected) and bool(np.allclose(row.weights, expected)),
         f"the turns' weights are {expected}; the row has {row.weights} for {num_runs} trained parts",
@@ -291,15 +294,15 @@ def _check(holds: bool, fault: str, at: int) -> None:
         raise _Fault(fault, at)
 
 
-def _check_same(found: bytes, expected: bytes, fault: str) -> None:
-    if found != expected:
-        pairs = enumerate(zip(found, expected, strict=False))
-        at = next((place for place, (one, other) in pairs if one != other), min(len(found), len(expected)))
-        raise _Fault(f"{fault}: it has {_quoted(found[at:])} where {_quoted(expected[at:])} is expected", at)
+def _check_same(actual: bytes, expected: bytes, fault: str) -> None:
+    if actual != expected:
+        pairs = enumerate(zip(actual, expected, strict=False))
+        at = next((place for place, (byte, other) in pairs if byte != other), min(len(actual), len(expected)))
+        raise _Fault(f"{fault}: it has {_quoted(actual[at:])} where {_quoted(expected[at:])} is expected", at)
 
 
 def _quoted(data: bytes) -> str:
-    """How a part of a row begins, and whether with a control token."""
+    """The beginning of a part of a row, for a message; it says whether that is a control token."""
     if not data:
         return "its end"
     kind = "the control token in " if data.startswith(MARK) else ""

@@ -1,21 +1,22 @@
-"""What a server makes of a conversation at one of its turns, as a trained row would be read back (see decoded.py).
+"""Prompts as a server makes them, in the bytes of a row that is read back (see decoded.py).
 
-Invariant: a control token that somebody typed has no mark here; those that the template writes have one.
+Invariant: control tokens of the template have a mark, and typed control tokens have none.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from sft_core.data.proof.decoded import Vocabulary
 from sft_core.data.rendering.policy import RowPolicy
-from sft_core.data.rendering.templates import ChatTemplate
+from sft_core.data.rendering.templates import ChatTemplate, PreparedConversation
+from sft_core.data.sources.formats.canonical import Conversation
 
-_THINKING = "reasoning_content"
+_THINKING: Final = "reasoning_content"
 _NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
-_BLOCK_BYTES = 256  # of a prompt's end, where an empty think block is looked for
+_BLOCK_BYTES = 256  # at a prompt's end, in which an empty think block is searched
 
 
 class Served(NamedTuple):
@@ -23,11 +24,13 @@ class Served(NamedTuple):
 
     prompt: bytes
     rendering: bytes
-    is_as_typed: bool  # whether the prompt is the text that a server tokenizes: nobody typed a control token
+    is_as_typed: (
+        bool  # whether the prompt is the text that a server tokenizes: the conversation has no typed control token
+    )
 
 
 class Server:
-    """Renders prompts by the recipe's template, thinking by its policy."""
+    """Renders prompts by the recipe's template and policy of thinking."""
 
     def __init__(self, vocabulary: Vocabulary, template: ChatTemplate, policy: RowPolicy):
         self._vocabulary, self._template, self._policy = vocabulary, template, policy
@@ -35,7 +38,7 @@ class Server:
         self._empty, self._closed = re.compile(rf"\s*{think}\s*{end}\s*"), re.compile(rf"\s*{end}\s*")
         self._empty_at_end, self._open_at_end = re.compile(rf"{think}\s*{end}\s*\Z"), re.compile(rf"{think}\s*\Z")
 
-    def at_turn(self, conversation: dict[str, Any], index: int, *, normalize: bool) -> Served:
+    def at_turn(self, conversation: Conversation, index: int, *, normalize: bool) -> Served:
         """Raises TemplateError when the template refuses the conversation."""
         safe, unused = self._without_control(conversation)
         prepared = self._prepared(safe, index)
@@ -43,7 +46,7 @@ class Server:
         prompt, rendering = (self._read(text, unused, normalize) for text in texts)
         return Served(prompt, rendering, safe == conversation)
 
-    def whole(self, conversation: dict[str, Any], *, normalize: bool) -> bytes:
+    def whole(self, conversation: Conversation, *, normalize: bool) -> bytes:
         """The rendering of all messages. Raises TemplateError."""
         safe, unused = self._without_control(conversation)
         # Before a first turn nothing is forgotten.
@@ -63,8 +66,8 @@ class Server:
     def opens_thinking(self, prompt: bytes) -> bool:
         return bool(self._open_at_end.search(_text(prompt[-_BLOCK_BYTES:])))
 
-    def _prepared(self, conversation: dict[str, Any], turn: int) -> Any:
-        """Without the thinking that the policy forgets: all of it, or what precedes the turn's last user."""
+    def _prepared(self, conversation: Conversation, turn: int) -> PreparedConversation:
+        """The conversation without the thinking that the policy forgets: all of it, or that before the last user."""
         messages, kwargs = conversation["messages"], conversation.get("kwargs", {})
         users = [number for number in range(turn) if messages[number]["role"] == "user"]
         last_user = users[-1] if users else 0
@@ -72,20 +75,22 @@ class Server:
         forgotten = {"keep": 0, "drop": len(messages), "only_last": last_user, "inline": len(messages)}[policy]
         if policy == "drop" and any(_THINKING in message for message in messages):
             kwargs = {**kwargs, "enable_thinking": False}
-        shown = [
+        shown: list[dict[str, object]] = [
             {key: value for key, value in message.items() if key != _THINKING or number >= forgotten}
             for number, message in enumerate(messages)
         ]
         if policy == "inline":
             for message, said in zip(shown, messages, strict=True):
                 if thought := said.get(_THINKING, "").strip():
-                    block, content = f"<think>\n{thought}\n</think>\n\n", message["content"]
-                    parts = isinstance(content, list)
-                    message["content"] = [{"type": "text", "text": block}, *content] if parts else block + content
+                    block, content = f"<think>\n{thought}\n</think>\n\n", said["content"]
+                    if isinstance(content, list):
+                        message["content"] = [{"type": "text", "text": block}, *content]
+                    else:
+                        message["content"] = block + content
         return self._template.prepare(shown, tools=conversation.get("tools"), kwargs=kwargs)
 
-    def _without_control(self, conversation: dict[str, Any]) -> tuple[dict[str, Any], str]:
-        """The conversation with an unused character inside of each control token that is typed in it."""
+    def _without_control(self, conversation: Conversation) -> tuple[Conversation, str]:
+        """The conversation with an unused character inside each typed control token, and that character."""
         text = json.dumps(conversation, ensure_ascii=False)
         unused = next(character for character in _NONCHARACTERS if character not in text)
 

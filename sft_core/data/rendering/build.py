@@ -1,22 +1,30 @@
-"""The render stage: a source's conversations as training rows of text, with what of it is trained."""
+"""The render stage: a source's conversations as training rows of text, with the spans that are trained."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sft_core.data.counts import Counts
 from sft_core.data.rendering.policy import RowPolicy
 from sft_core.data.rendering.spans import RenderedRow, Renderer
 from sft_core.data.rendering.templates import ChatTemplate, TemplateError
-from sft_core.data.shards.parallel import Shard, build_shards, plan_shards, shard_folders, total
+from sft_core.data.shards.parallel import Shard, Tally, Work, build_shards, plan_shards, shard_folders, total
 from sft_core.data.sources.rejects import Rejected, Rejects
-from sft_core.data.tokenizer.tokenizer import PieceEncoder, control_tokens, load_tokenizer, stop_tokens
+from sft_core.data.tokenizer.tokenizer import (
+    PieceEncoder,
+    TokenizerArguments,
+    control_tokens,
+    load_tokenizer,
+    stop_tokens,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,15 +35,33 @@ RENDERED = pa.schema(
     [
         ("row_id", pa.string()),
         ("prompt_hash", pa.uint64()),
-        ("conversation", pa.int32()),  # which of its row group's conversations; row groups go with those of the input
+        (
+            "conversation",
+            pa.int32(),
+        ),  # its number in its row group, which holds the conversations of the input's row group
         ("answer", pa.string()),
         ("text", pa.string()),
-        ("spans", pa.list_(pa.int32())),  # start, end, start, end, ... of what is trained, in characters
-        ("cuts", pa.list_(pa.int32())),  # where it is cut for tokenizing besides
+        ("spans", pa.list_(pa.int32())),  # start, end, start, end, ... of the trained spans, in characters
+        ("cuts", pa.list_(pa.int32())),  # further places at which the text is cut for tokenizing
         ("weights", pa.list_(pa.float32())),  # of each span; empty: all are 1
-        ("literals", pa.list_(pa.int32())),  # as spans, of control tokens that somebody typed
+        ("literals", pa.list_(pa.int32())),  # start, end, ... of control tokens that somebody typed
     ]
 )
+
+
+class TemplateArguments(TypedDict):
+    source: str | None  # None: the tokenizer's own template
+    kwargs: dict[str, Any]
+    date: str  # ISO
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RenderedCounts(Counts):
+    conversations: int  # read, the rejected ones among them
+    rows: int
+    conversations_split: int = 0  # into several rows
+    control_tokens_kept_as_text: int = 0
+    rejected: dict[str, int]  # by reason
 
 
 def make_renderer(
@@ -74,8 +100,8 @@ def chat_template(
 def build_rendered(
     build: Build,
     *,
-    tokenizer: dict[str, Any],
-    template: dict[str, Any],
+    tokenizer: TokenizerArguments,
+    template: TemplateArguments,
     stop_tokens: list[str],
     policy: dict[str, str],
     max_rejected_share: float,
@@ -84,22 +110,27 @@ def build_rendered(
     source = build.inputs["conversations"] / "conversations.parquet"
     with pq.ParquetFile(source) as file:
         num_groups, num_conversations = file.num_row_groups, file.metadata.num_rows
-    work = functools.partial(_start, source, tokenizer, template, stop_tokens, policy)
-    counted = build_shards(build.out, plan_shards(num_groups), work, runtime=build.runtime, desc="render")
+    work = functools.partial(_prepare_work, source, tokenizer, template, stop_tokens, policy)
+    counts = total(build_shards(build.out, plan_shards(num_groups), work, runtime=build.runtime, desc="render"))
     rejects = Rejects.join(shard_folders(build.out), build.out / "rejects.jsonl")
     rejects.check(num_rows=num_conversations, max_share=max_rejected_share, source="render")
-    return {"conversations": num_conversations, **total(counted), "rejected": rejects.counts}
+    of_all = {"conversations": num_conversations, "rejected": rejects.counts}
+    return RenderedCounts.from_json({**counts, **of_all}).to_json()
 
 
-def _start(
-    source: Path, tokenizer: dict[str, Any], template: dict[str, Any], stop_tokens: list[str], policy: dict[str, str]
-) -> Any:
+def _prepare_work(
+    source: Path,
+    tokenizer: TokenizerArguments,
+    template: TemplateArguments,
+    stop_tokens: list[str],
+    policy: dict[str, str],
+) -> Work:
     vocabulary = load_tokenizer(**tokenizer)
     renderer = make_renderer(vocabulary, chat_template(vocabulary, **template), RowPolicy(**policy), stop_tokens)
     return functools.partial(_render_shard, source, renderer)
 
 
-def _render_shard(source: Path, renderer: Renderer, shard: Shard, out: Path) -> dict[str, Any]:
+def _render_shard(source: Path, renderer: Renderer, shard: Shard, out: Path) -> Tally:
     counts = {"rows": 0, "conversations_split": 0, "control_tokens_kept_as_text": 0}
     with (
         pq.ParquetFile(source) as file,
@@ -118,23 +149,30 @@ def _render_shard(source: Path, renderer: Renderer, shard: Shard, out: Path) -> 
                 except Rejected as fault:
                     rejects.add(row["where"], fault)
                     continue
-                for one in rendered:
-                    add_row(columns, row, number, conversation.get("answer"), one)
-                    counts["control_tokens_kept_as_text"] += len(one.literals)
+                for rendered_row in rendered:
+                    add_row(
+                        columns, row["row_id"], row["prompt_hash"], number, conversation.get("answer"), rendered_row
+                    )
+                    counts["control_tokens_kept_as_text"] += len(rendered_row.literals)
                 counts["rows"] += len(rendered)
                 counts["conversations_split"] += len(rendered) > 1
-            # One row group for each of the input's, even an empty one: they are read side by side.
+            # Write a row group for each of the input's, even an empty one: both files are read side by side.
             writer.write_table(pa.table(columns, schema=RENDERED), row_group_size=max(1, len(columns["text"])))
     return counts
 
 
 def add_row(
-    columns: dict[str, list[Any]], row: dict[str, Any], number: int, answer: str | None, rendered: RenderedRow
+    columns: dict[str, list[Any]],
+    row_id: str,
+    prompt_hash: int,
+    number: int,
+    answer: str | None,
+    rendered: RenderedRow,
 ) -> None:
-    """Adds a rendered row to the columns of RENDERED. row: the conversation's row_id and prompt_hash."""
+    """Adds a rendered row to the columns of RENDERED. number: the conversation's in its row group."""
     values = (
-        row["row_id"],
-        row["prompt_hash"],
+        row_id,
+        prompt_hash,
         number,
         answer if rendered.is_last else None,
         rendered.text,

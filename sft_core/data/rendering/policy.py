@@ -1,4 +1,4 @@
-"""What a recipe chooses to train of a conversation."""
+"""The recipe's choice of what to train of a conversation."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ class RowPolicy:
     loss_scope: str = "assistant"  # every assistant turn; completion: the last one; all: every token
     thinking: str = "keep"  # see sft_core/data/rendering/thinking.py
     empty_thinking: str = "as_served"  # or trained, masked
-    served_prefix: str = "tokens"  # what a turn's prompt shares with the row before it; text: only its characters
+    served_prefix: str = "tokens"  # turns share a row if the served prompt has the row's tokens; text: its characters

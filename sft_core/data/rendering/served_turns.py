@@ -1,9 +1,9 @@
-"""What an assistant turn is when it is served, where the template renders it in another way.
+"""An assistant turn as it is served, also where the template renders the turn in another way.
 
-A rendered turn begins with its served prompt and ends with a stop token. Three styles of template break that, and
-what the model writes follows from them all the same: the prompt opens a think block that the rendered turn leaves out
+Most templates render a turn as its served prompt, the turn's text and a stop token. Three styles differ, and in each
+the text that the model writes can still be derived: the prompt opens a think block that the rendered turn leaves out
 (DeepSeek-R1; Nemotron's turns without thinking), the turn changes the history before it (gpt-oss drops the thinking of
-the steps that led to an answer), or the header of the next turn is what ends it (GLM).
+the steps that led to an answer), or the header of the next turn ends the turn (GLM).
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import cast
 
-from sft_core.data.rendering.templates import REASONING_KEYS, PreparedConversation, TemplateError
+from sft_core.data.rendering.templates import REASONING_KEYS, PreparedConversation, ServedMessage, TemplateError
 from sft_core.data.rendering.thinking import OPEN_AT_END, THINKING_KEY
 from sft_core.data.sources.rejects import Rejected
 
 _OPENING = re.compile(r"<think>\s*")
 _CLOSING = "</think>"
-_PROBE = "\ufdef"  # a noncharacter: nobody says it
+_PROBE = "\ufdef"  # a noncharacter, which no message has
 
 
 def served_turn(prepared: PreparedConversation, index: int) -> tuple[str, str]:
-    """The served prompt of a turn, and the text that begins with it and holds the turn as the model writes it.
+    """The served prompt of a turn, and that prompt followed by the turn as the model writes it.
 
-    Raises Rejected when that does not follow from the template.
+    Raises Rejected when the template does not determine them.
     """
     prompt, text = prepared.text(index, add_generation_prompt=True), prepared.text(index + 1)
     if text.startswith(prompt):
@@ -46,50 +46,52 @@ def served_turn(prepared: PreparedConversation, index: int) -> tuple[str, str]:
 
 
 def is_shown(prepared: PreparedConversation, index: int, keys: Iterable[str]) -> bool:
-    """Whether the turn shows what its message has in these keys, whatever that is."""
+    """Whether the turn's text has the values of these keys of its message, whatever the values are."""
     message = prepared.messages[index]
-    probed = _with(prepared, index, {**message, **{key: _PROBE for key in keys if key in message}})
+    probe = cast(ServedMessage, {**message, **{key: _PROBE for key in keys if key in message}})
+    probed = _with(prepared, index, probe)
     return _PROBE in served_turn(probed, index)[1]
 
 
 def _closing_the_block(said: str, thinking: str) -> str:
-    own = _OPENING.match(said)
-    said = said[own.end() :] if own else said
+    opening = _OPENING.match(said)
+    said = said[opening.end() :] if opening else said
     if said.startswith(_CLOSING):
         return thinking + said
-    return said if own else f"{thinking}\n{_CLOSING}\n\n{said}"
+    return said if opening else f"{thinking}\n{_CLOSING}\n\n{said}"
 
 
 def _after_dropped_thoughts(prepared: PreparedConversation, index: int, text: str) -> str | None:
-    """What follows the prompt of a history without thoughts, when the turn is rendered after that one in any case."""
+    """The turn after the prompt of a history without thoughts, if the template renders it after that history anyway."""
     history = [_without_thoughts(message) for message in prepared.messages[:index]]
     plain = dataclasses.replace(prepared, messages=[*history, prepared.messages[index]])
     prompt = plain.text(index, add_generation_prompt=True)
     return text[len(prompt) :] if plain.text(index + 1) == text and text.startswith(prompt) else None
 
 
-def _without_thoughts(message: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in message.items() if key not in REASONING_KEYS}
-    # What is said at a call is taken for a thought, too.
+def _without_thoughts(message: ServedMessage) -> ServedMessage:
+    kept = _without_reasoning(message)
+    # Such a template takes the content beside a call for a thought, too.
     return {**kept, "content": ""} if "tool_calls" in message else kept
 
 
+def _without_reasoning(message: ServedMessage) -> ServedMessage:
+    return cast(ServedMessage, {key: value for key, value in message.items() if key not in REASONING_KEYS})
+
+
 def next_header(prepared: PreparedConversation, index: int) -> str:
-    """What the template writes after the turn when a user, or the tool that was called, follows it."""
+    """The text that the template writes between the turn and a turn of the user, or of the called tool, after it."""
     role = "tool" if "tool_calls" in prepared.messages[index] else "user"
-    # Without thinking, which would be dropped as soon as a user follows.
-    said = [
-        {key: value for key, value in message.items() if key not in REASONING_KEYS} for message in prepared.messages
-    ]
-    plain = dataclasses.replace(prepared, messages=said)
+    # Leave out the thinking: a template may drop it as soon as a user follows.
+    plain = dataclasses.replace(prepared, messages=list(map(_without_reasoning, prepared.messages)))
     text = plain.text(index + 1)
     try:
         longer = _with(plain, index + 1, {"role": role, "content": _PROBE}).text(index + 2)
-    except TemplateError:  # it refuses such a turn there
+    except TemplateError:  # the template refuses such a turn there
         return ""
     return longer[len(text) :] if longer.startswith(text) else ""
 
 
-def _with(prepared: PreparedConversation, index: int, message: dict[str, Any]) -> PreparedConversation:
-    """The messages before index, and one more."""
+def _with(prepared: PreparedConversation, index: int, message: ServedMessage) -> PreparedConversation:
+    """The messages before `index`, and `message` after them."""
     return dataclasses.replace(prepared, messages=[*prepared.messages[:index], message])

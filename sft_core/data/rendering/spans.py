@@ -1,8 +1,8 @@
-"""Conversations as text with the character spans that are trained. Masks are born here and nowhere else.
+"""Conversations as text with the character spans that are trained. No other module makes masks.
 
-An assistant turn is trained from the end of its generation prompt to its stop token: exactly what the model
-writes when it is served. Both ends come out of rendering the conversation up to the turn, with and without it.
-A row holds several turns only where each of them, at its turn, is served just the tokens that stand before it.
+An assistant turn is trained from the end of its generation prompt to its stop token: exactly what the model writes
+when it is served. Rendering the conversation up to the turn, with and without it, gives both ends. Turns share a row
+only where the tokens of the row before each turn are the prompt that a server gives for it.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from sft_core.data.rendering.policy import RowPolicy
 from sft_core.data.rendering.served_turns import is_shown, next_header, served_turn
 from sft_core.data.rendering.templates import REASONING_KEYS, ChatTemplate, PreparedConversation
 from sft_core.data.rendering.thinking import THINKING_KEY, apply_policy, forget, history_start, trained_from
+from sft_core.data.sources.formats.canonical import Conversation, Message, Text
 from sft_core.data.sources.formats.tools import is_written, leaves
 from sft_core.data.sources.rejects import Rejected
 from sft_core.data.tokenizer.tokenizer import any_of
 
-# Noncharacters of Unicode, free for a program's own use; one marks control tokens that somebody typed.
+# Noncharacters of Unicode, which programs may use inside. One of them marks control tokens that somebody typed.
 _SENTINELS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
-_WINDOW = 256  # characters that are looked at around a border
-_SHORT = 16  # characters of a text that a template can have of its own
+_WINDOW = 256  # characters on either side of a border that decide on it
+_SHORT = 16  # characters: the template itself may contain a text as short as this
 
 
 @dataclasses.dataclass(frozen=True)
 class RenderedRow:
-    """One training row: its text, what of it is trained, and which control tokens in it are plain text.
+    """One training row: its text, the spans that are trained, and the control tokens that are plain text.
 
     Offsets count characters. The text is tokenized in pieces, cut at the spans' ends and at `cuts`.
     """
 
     text: str
     spans: list[tuple[int, int]]
-    literals: list[tuple[int, int]]
+    literals: list[tuple[int, int]]  # control tokens that somebody typed
     is_last: bool  # whether the conversation's last turn is trained in it
     cuts: list[int] = dataclasses.field(default_factory=list)
     weights: list[float] = dataclasses.field(default_factory=list)  # of each span; empty: all are 1
@@ -61,8 +62,8 @@ class _Turn:
 class Renderer:
     """Renders conversations by one template for one vocabulary.
 
-    is_boundary(before, after): whether a server that tokenizes both texts as one puts a border between tokens
-    where they meet; None lets turns share a row when their texts allow it.
+    is_boundary(before, after): whether a server that tokenizes both texts as one has a border between tokens where
+    they meet. None: turns share a row if their texts alone allow it.
     """
 
     template: ChatTemplate
@@ -79,11 +80,11 @@ class Renderer:
     def _control_in_json(self) -> re.Pattern[str]:
         return any_of([json.dumps(token, ensure_ascii=False)[1:-1] for token in self.control_tokens])
 
-    def render(self, conversation: dict[str, Any], source: str | None = None) -> list[RenderedRow]:
-        """The training rows of a conversation; each trained turn is in exactly one of them.
+    def render(self, conversation: Conversation, source: str | None = None) -> list[RenderedRow]:
+        """The training rows of a conversation. Each trained turn is in exactly one row.
 
-        More than one only where a turn's history is not what the turns before it were trained in: the template
-        drops old thinking, say. source: the conversation as JSON, where that is at hand.
+        There are several rows only where a turn's history differs from the text in which earlier turns are trained,
+        as with a template that drops old thinking. source: the conversation as JSON, if the caller has it.
         Raises Rejected, TemplateError, and ValueError when the stop token is not one at which serving stops.
         """
         source = source if source is not None else json.dumps(conversation, ensure_ascii=False)
@@ -108,7 +109,7 @@ class Renderer:
     def _whole(self, text: str, sentinel: str) -> RenderedRow:
         return self._unguarded(RenderedRow(text, [(0, len(text))], [], is_last=True), sentinel)
 
-    def _turns(self, conversation: dict[str, Any]) -> list[_Turn]:
+    def _turns(self, conversation: Conversation) -> list[_Turn]:
         """The turns to be trained, in order. Raises Rejected when there are none."""
         messages = conversation["messages"]
         indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -123,8 +124,8 @@ class Renderer:
         _check_history(messages[: indices[-1]], turns[-1].text)
         return turns
 
-    def _check_served(self, conversation: dict[str, Any], turns: list[_Turn], sentinel: str) -> None:
-        """Raises Rejected where a template reads what somebody typed: a server's prompt would be another text."""
+    def _check_served(self, conversation: Conversation, turns: list[_Turn], sentinel: str) -> None:
+        """Raises Rejected where the template acts on control tokens in a message: a served prompt would differ."""
         for turn in turns:
             forgotten = history_start(conversation["messages"], turn.index, self.policy.thinking)
             served = self._prepare(conversation, forgotten).text(turn.index, add_generation_prompt=True)
@@ -148,7 +149,7 @@ class Renderer:
         return rows[::-1]
 
     def _stays_cut(self, text: str, turn: _Turn, sentinel: str) -> bool:
-        """Whether a server that tokenizes the turn as history cuts it where it was cut when it was generated."""
+        """Whether a server that tokenizes the turn as history has the borders of the turn as it was written."""
         assert self.is_boundary is not None
         for cut in {turn.start, turn.prompt_end}:
             before, after = text[max(0, cut - _WINDOW) : cut], text[cut : cut + _WINDOW]
@@ -173,15 +174,15 @@ class Renderer:
         )
         return self._unguarded(guarded, sentinel)
 
-    def _prepare(self, conversation: dict[str, Any], forgotten: int) -> PreparedConversation:
+    def _prepare(self, conversation: Conversation, forgotten: int) -> PreparedConversation:
         return self.template.prepare(
             forget(conversation["messages"], forgotten) if forgotten else conversation["messages"],
             tools=conversation.get("tools"),
             kwargs=conversation.get("kwargs", {}),
         )
 
-    def _turn(self, prepared: PreparedConversation, messages: list[dict[str, Any]], index: int) -> _Turn:
-        """Where the turn stands in the text of the conversation up to it."""
+    def _turn(self, prepared: PreparedConversation, messages: list[Message], index: int) -> _Turn:
+        """The turn with its place in the text of the conversation up to it."""
         prompt, text = served_turn(prepared, index)
         text, stop, end = self._stopped(prepared, text, len(prompt), index)
         message = messages[index]
@@ -190,7 +191,7 @@ class Renderer:
         return _Turn(index, text, start, end, len(prompt), message.get("weight", 1.0))
 
     def _stopped(self, prepared: PreparedConversation, text: str, prompt_end: int, index: int) -> tuple[str, int, int]:
-        """The text with the turn's stop token, and where that is: the first such of the control tokens at its end."""
+        """The text up to the turn's stop token, and the start and end of that token, the first at the text's end."""
         closing, rest = [], len(text)
         for match in reversed(list(self.control.finditer(text, max(prompt_end, len(text) - _WINDOW)))):
             if text[match.end() : rest].strip():
@@ -205,7 +206,7 @@ class Renderer:
                     f"the template writes {inner[0]!r} inside of an assistant turn, and serving would stop there; "
                     "take it out of model.stop_tokens, or set another model.eos_token"
                 )
-            # What stands behind it, as an end of the whole text, is in no history.
+            # Text after the stop token, such as a final EOS, never appears in later turns, so cut it.
             return text if stop is closing[0] else text[: stop.end()], stop.start(), stop.end()
         header = next_header(prepared, index)
         following = self.control.search(header)
@@ -217,15 +218,15 @@ class Renderer:
                 f"messages[{index}]: the rendered turn ends without a stop token of the vocabulary; set "
                 "model.eos_token to the one that the template writes, and add it with model.add_special_tokens",
             )
-        found = closing[0][0]
+        ending = closing[0][0]
         raise ValueError(
-            f"the template ends an assistant turn with {found!r} but serving stops at "
+            f"the template ends an assistant turn with {ending!r} but serving stops at "
             f"{', '.join(map(repr, self.stop_tokens))}: a served model would not stop there; set model.eos_token: "
-            f"{found!r}, or add it to model.stop_tokens where turns end in several ways"
+            f"{ending!r}, or add it to model.stop_tokens where turns end in several ways"
         )
 
     def _guard(self, value: Any, sentinel: str) -> Any:
-        """A copy in which each control token in a string is broken by a sentinel after its first character."""
+        """A copy in which a sentinel follows the first character of each control token in a string."""
         if isinstance(value, str):
             return self.control.sub(lambda match: match[0][0] + sentinel + match[0][1:], value)
         if isinstance(value, list):
@@ -235,7 +236,7 @@ class Renderer:
         return value
 
     def _unguarded(self, row: RenderedRow, sentinel: str) -> RenderedRow:
-        """The row without sentinels, which become its literals; its offsets moved to the clean text."""
+        """The row without sentinels: offsets count the clean text, and the guarded tokens become literals."""
         parts = row.text.split(sentinel)
         if len(parts) == 1:
             return row
@@ -243,9 +244,9 @@ class Renderer:
         literals, position = [], 0
         for part in parts[:-1]:
             position += len(part)  # the sentinel's place: one character into the token
-            found = self.control.match(text, position - 1)
-            if found:
-                literals.append(found.span())
+            token = self.control.match(text, position - 1)
+            if token:
+                literals.append(token.span())
 
         def moved(offset: int) -> int:
             return offset - row.text.count(sentinel, 0, offset)
@@ -263,12 +264,12 @@ def _unused(text: str) -> str:
     raise Rejected("reserved_characters", "the row holds every noncharacter from U+FDD0 to U+FDEF")
 
 
-def _check_turn(prepared: PreparedConversation, message: dict[str, Any], said: str, index: int) -> None:
-    """Raises Rejected when the served turn does not say all that its message says."""
+def _check_turn(prepared: PreparedConversation, message: Message, said: str, index: int) -> None:
+    """Raises Rejected when the served turn lacks a part of its message."""
     where, thinking = f"messages[{index}]", message.get(THINKING_KEY, "").strip()
 
     def is_said(part: str, others: Sequence[str], keys: Sequence[str]) -> bool:
-        # It can stand by chance in what the template writes, when it is short, or in what else the turn says.
+        # A short text can be in the template by chance, and any text in another part of the turn.
         is_sure = len(part) > _SHORT and not any(part in other for other in others)
         is_all = not thinking and part == said.strip()
         return not part or (part in said and (is_sure or is_all or is_shown(prepared, index, keys)))
@@ -289,8 +290,8 @@ def _check_turn(prepared: PreparedConversation, message: dict[str, Any], said: s
             raise Rejected("template_drops_tool_calls", f"{where}: the rendered turn does not say all of {call!r}")
 
 
-def _check_history(messages: list[dict[str, Any]], text: str) -> None:
-    """Raises Rejected when the template leaves out what a user or a tool said: no answer without its question."""
+def _check_history(messages: list[Message], text: str) -> None:
+    """Raises Rejected when the template leaves out a turn of a user or a tool: no answer without its question."""
     for index, message in enumerate(messages):
         if message["role"] in ("user", "tool"):
             for part in _parts(message["content"]):
@@ -298,6 +299,6 @@ def _check_history(messages: list[dict[str, Any]], text: str) -> None:
                     raise Rejected("template_drops_turn", f"messages[{index}]: the rendering has no {part[:80]!r}")
 
 
-def _parts(content: Any) -> list[str]:
-    """The texts of a message without the white space around them, which templates trim."""
+def _parts(content: Text) -> list[str]:
+    """The texts of a message, without the white space around them, which templates trim."""
     return [part["text"].strip() for part in content] if isinstance(content, list) else [content.strip()]

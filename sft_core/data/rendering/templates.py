@@ -1,7 +1,7 @@
 """Chat templates rendered as transformers renders them, with the date frozen.
 
-Invariant: a rendering is a pure function of (source, special tokens, date, kwargs, conversation). The
-text is that of `tokenizer.apply_chat_template(..., tokenize=False)` on that date.
+Invariant: a rendering is a pure function of (source, special tokens, date, kwargs, conversation). It equals
+`tokenizer.apply_chat_template(..., tokenize=False)` on that date.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import functools
 import json
 import traceback
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import jinja2.ext
@@ -21,28 +21,30 @@ import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
-# What a template reads from the conversation itself; a kwarg of that name would have no effect.
+from sft_core.data.sources.formats.canonical import Message
+
+# The conversation gives a template these variables; a kwarg of that name would have no effect.
 RESERVED = ("messages", "tools", "add_generation_prompt")
 
-# Names that data sets use for a turn's thinking, the standard one first.
+# Names that data sets use for a turn's thinking, the standard name first.
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
-# What a message says to training alone.
+# Keys of a message that only training reads.
 TRAINING_KEYS = ("train", "weight")
 
-# What a template can raise on a conversation: its own raise_exception, an undefined name, or Python's errors.
+# Errors that a template can raise on a conversation: its raise_exception, an undefined name, or Python's errors.
 RENDER_FAILURES = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
 
 
 class TemplateError(ValueError):
-    """The template refused one conversation; the text is the template's own message."""
+    """The template refused one conversation. The text is the template's message."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja chat template with all that its output depends on, except the conversation.
+    """A Jinja chat template with everything that its output depends on, except the conversation.
 
     A `kwargs` entry of None counts as not given.
     Raises ValueError when `source` does not parse, naming the line.
@@ -59,24 +61,28 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: list[dict],
+        messages: Sequence[Mapping[str, Any]],
         *,
-        tools: list[dict] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         kwargs: Mapping[str, Any] = {},
         add_generation_prompt: bool = False,
     ) -> str:
         """The conversation as text; the row's `kwargs` override the recipe's.
 
-        An empty `messages` is left to the template: the prompt before a first assistant turn is a rendering.
+        `messages` may be empty: the prompt before a first assistant turn is a rendering, too.
         Raises TemplateError when the template refuses the conversation, ValueError for a reserved kwarg.
         """
         prepared = self.prepare(messages, tools=tools, kwargs=kwargs)
         return prepared.text(len(messages), add_generation_prompt=add_generation_prompt)
 
     def prepare(
-        self, messages: list[dict], *, tools: list[dict] | None = None, kwargs: Mapping[str, Any] = {}
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        kwargs: Mapping[str, Any] = {},
     ) -> PreparedConversation:
-        """The conversation ready to be rendered up to any turn. Raises as `render` does for tools and kwargs."""
+        """The conversation, ready to be rendered up to any turn. Raises as `render` does for tools and kwargs."""
         _refuse_reserved(kwargs)
         if not_dicts := [tool for tool in tools or () if not isinstance(tool, Mapping)]:
             raise TemplateError(f"tools: found {not_dicts[0]!r}; a tool is a JSON-schema dict.")
@@ -91,24 +97,28 @@ class ChatTemplate:
         return PreparedConversation(compile_template(self.source), variables, [_as_served(m) for m in messages])
 
 
+class ServedMessage(Message, total=False):
+    thinking: str  # reasoning_content under its other name
+
+
 @dataclass(frozen=True)
 class PreparedConversation:
-    """A conversation with the template's variables: what the texts up to each of its turns share."""
+    """A conversation with the template's variables: shared by the texts up to each of its turns."""
 
     template: jinja2.Template
-    variables: dict[str, Any]
-    messages: list[dict[str, Any]]
+    variables: Mapping[str, Any]
+    messages: list[ServedMessage]
 
     def text(self, num_messages: int, *, add_generation_prompt: bool = False) -> str:
-        """The first messages as text. Raises TemplateError when the template refuses them."""
-        given = {
+        """The first `num_messages` as text. Raises TemplateError when the template refuses them."""
+        variables = {
             **self.variables,
             "messages": self.messages[:num_messages],
             "add_generation_prompt": add_generation_prompt,
         }
         try:
             # A dict, not keywords: a variable named `self` must not clash with render's own argument.
-            return self.template.render(given)
+            return self.template.render(variables)
         except RENDER_FAILURES as error:
             raise _refusal(error) from error
 
@@ -120,12 +130,12 @@ def compile_template(source: str) -> jinja2.Template:
         template = _environment().from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"chat template, line {error.lineno}: {error.message}. Correct it.") from error
-    template.globals = dict(template.globals)  # Jinja chains two, and copies them one by one for each rendering
+    template.globals = dict(template.globals)  # Jinja has a chain of two, which it copies key by key for each rendering
     return template
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks what is trained; here its body is only rendered."""
+    """`{% generation %}...{% endgeneration %}` marks what other trainers train; here only its body is rendered."""
 
     tags = {"generation"}  # noqa: RUF012  (Jinja declares it on the instance)
 
@@ -145,7 +155,7 @@ class SandboxedNamespace(jinja2.utils.Namespace):
             _refuse_underscore(name)
         super().__init__(attributes)
 
-    # Jinja's own does each look-up in Python. Its namespaces have no public attribute but those that are set.
+    # Jinja's method does each look-up in Python. It is not needed: a namespace has no other public attributes.
     __getattribute__ = object.__getattribute__
 
     def __getattr__(self, name: str) -> Any:
@@ -170,9 +180,9 @@ class SandboxedDict:
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which decides by an object's type and an attribute's name: each such pair once.
+    """Jinja's sandbox, which decides once for each pair of an object's type and an attribute's name.
 
-    Asked anew for every look-up and call, as in Jinja, it costs most of a rendering.
+    Jinja decides anew at every look-up and call, which costs most of a rendering.
     """
 
     def __init__(self, **options: Any):
@@ -180,16 +190,16 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self._is_safe: dict[tuple[type, str], bool] = {}
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        asked = (type(obj), attr)
-        if asked not in self._is_safe:
-            self._is_safe[asked] = super().is_safe_attribute(obj, attr, value)
-        return self._is_safe[asked]
+        pair = (type(obj), attr)
+        if pair not in self._is_safe:
+            self._is_safe[pair] = super().is_safe_attribute(obj, attr, value)
+        return self._is_safe[pair]
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         if self._is_safe.get((type(obj), attribute)):
             try:
                 return getattr(obj, attribute)
-            except AttributeError:  # an object of that type had it before
+            except AttributeError:  # another object of that type has it
                 pass
         return super().getattr(obj, attribute)
 
@@ -199,7 +209,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             args = (context.eval_ctx, *args)
         elif kind is not types.BuiltinMethodType and obj is not SandboxedNamespace:
             return super().call(context, obj, *args, **kwargs)
-        # These are safe whatever they are, and want nothing of the context besides.
+        # Macros, built-in methods and namespaces are safe, and need nothing else of the context.
         for name in ("_block_vars", "_loop_vars"):
             kwargs.pop(name, None)
         return obj(*args, **kwargs)
@@ -220,7 +230,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 def _tojson(
     x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    # Jinja's own filter escapes <, > and & for HTML: `<b>` in a tool's schema would train as `\u003cb\u003e`.
+    # Jinja's filter escapes <, > and & for HTML: `<b>` in a tool's schema would train as `\u003cb\u003e`.
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -240,23 +250,23 @@ def _refuse_reserved(kwargs: Mapping[str, Any]) -> None:
 
 
 def _given(variables: Mapping[str, Any]) -> dict[str, Any]:
-    # Arrow unifies the rows' structs by filling None: `enable_thinking: None` must not read as false.
+    # Arrow fills the keys that a row lacks with None: `enable_thinking: None` must not read as false.
     return {name: value for name, value in variables.items() if value is not None}
 
 
-def _as_served(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message as `apply_chat_template` hands it on: no None, the reasoning under both names in use."""
+def _as_served(message: Mapping[str, Any]) -> ServedMessage:
+    """The message as `apply_chat_template` passes it on: without None, its reasoning under both names in use."""
     message = {name: value for name, value in message.items() if value is not None and name not in TRAINING_KEYS}
     reasoning = next((message[key] for key in REASONING_KEYS if key in message), None)
-    if reasoning is None:
-        return message
-    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    if reasoning is not None:
+        message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    return cast(ServedMessage, message)
 
 
 def _refusal(error: Exception) -> TemplateError:
-    own_message = isinstance(error, jinja2.TemplateError)
-    refusal = TemplateError(str(error) if own_message else f"{type(error).__name__}: {error}")
-    # A note, not part of the message: rejected rows are counted by message.
+    is_of_template = isinstance(error, jinja2.TemplateError)
+    refusal = TemplateError(str(error) if is_of_template else f"{type(error).__name__}: {error}")
+    # Keep the line out of the message, so that equal refusals have equal messages.
     frames = traceback.extract_tb(error.__traceback__)
     if lines := [frame.lineno for frame in frames if frame.filename == "<template>"]:
         refusal.add_note(f"chat template, line {lines[-1]}")

@@ -1,7 +1,7 @@
 """Work on a source in shards, over all cores: each shard is a folder, whole or absent, so a killed build goes on.
 
-A shard covers some row groups of the source's conversations. Which ones is a function of their number alone: neither
-the cores nor a restart changes what is written.
+A shard covers some row groups of the source's conversations. The number of row groups alone decides which, so neither
+the cores nor a restart changes the bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from sft_core.recipe.sections import Runtime
 
 log = logging.getLogger(__name__)
-MAX_SHARDS = 64  # a source's, while its row groups are not too many: readers hold a file open for each
-MAX_GROUPS = 100  # of a shard: what a kill can cost
+MAX_SHARDS = 64  # of a source: readers hold a file of each open. A source of too many row groups has more
+MAX_GROUPS = 100  # row groups of a shard: a kill loses as many
 
 
 class Shard(NamedTuple):
@@ -44,7 +44,8 @@ class Shard(NamedTuple):
     end_group: int
 
 
-Work = Callable[[Shard, Path], dict[str, Any]]  # writes a shard's files into a folder and counts what it did
+Tally = Mapping[str, int | Mapping[str, int]]  # counts of a shard: numbers, or numbers by name
+Work = Callable[[Shard, Path], Tally]  # writes a shard's files into a folder, and counts
 
 
 def plan_shards(num_groups: int) -> list[Shard]:
@@ -69,14 +70,14 @@ def shard_folders(folder: Path) -> list[Path]:
 
 def build_shards(
     out: Path, shards: list[Shard], work: Callable[[], Work], *, runtime: Runtime, desc: str
-) -> list[dict[str, Any]]:
-    """What `work()` counts for each shard, in order. Shards that stand in `out` already are not made again.
+) -> list[Tally]:
+    """The tally of each shard, in order. Shards that are in `out` already are not made again.
 
-    work: called once in each process, for what all of its shards share (a tokenizer); it must be picklable.
-    Raises what the work raises; shards that are done by then stay.
+    work: called once in each process, to load what its shards share (a tokenizer); it must be picklable.
+    Raises the errors of the work; finished shards stay.
     """
-    for left in out.glob(".unfinished-*"):
-        shutil.rmtree(left)
+    for unfinished in out.glob(".unfinished-*"):
+        shutil.rmtree(unfinished)
     missing = [shard for shard in shards if not shard_folder(out, shard).exists()]
     if len(missing) < len(shards):
         log.info("%s: shards_kept=%d shards_to_make=%d", desc, len(shards) - len(missing), len(missing))
@@ -87,38 +88,38 @@ def build_shards(
     return [json.loads((shard_folder(out, shard) / "counts.json").read_text()) for shard in shards]
 
 
-def total(counts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The sum of counts by name; a mapping of counts is summed by its own names."""
-    summed: dict[str, Any] = {}
-    for one in counts:
-        for name, value in one.items():
-            if isinstance(value, dict):
-                summed[name] = dict(sorted((Counter(summed.get(name, {})) + Counter(value)).items()))
+def total(tallies: Sequence[Tally]) -> dict[str, Any]:
+    """The sums of tallies by name. Numbers by name are summed by their names; sums of 0 are left out of those."""
+    sums: dict[str, Any] = {}
+    for tally in tallies:
+        for name, value in tally.items():
+            if isinstance(value, Mapping):
+                sums[name] = dict(sorted((Counter(sums.get(name, {})) + Counter(value)).items()))
             else:
-                summed[name] = summed.get(name, 0) + value
-    return summed
+                sums[name] = sums.get(name, 0) + value
+    return sums
 
 
 def _run(out: Path, shards: list[Shard], work: Callable[[], Work], num_workers: int) -> Iterator[None]:
     if num_workers <= 1:
         if shards:
-            one = work()
-            with _left_alone():
+            here = work()
+            with _without_garbage_search():
                 for shard in shards:
-                    _make(out, shard, one)
+                    _build_shard(out, shard, here)
                     yield
         return
     if sys.platform == "linux":
-        # Forked workers share what is loaded already. Nothing here runs threads that could hold a lock meanwhile.
+        # Forked workers share what is loaded. Forking is safe: no thread runs here that could hold a lock.
         context, ready = "fork", functools.partial(_same, work())
     else:
         context, ready = "spawn", work
     pool = concurrent.futures.ProcessPoolExecutor(
-        num_workers, multiprocessing.get_context(context), initializer=_start, initargs=(ready,)
+        num_workers, multiprocessing.get_context(context), initializer=_start_worker, initargs=(ready,)
     )
-    with _left_alone():
+    with _without_garbage_search():
         try:
-            waiting = {pool.submit(_make_in_worker, out, shard) for shard in shards}
+            waiting = {pool.submit(_build_in_worker, out, shard) for shard in shards}
             for done in concurrent.futures.as_completed(waiting):
                 yield done.result()
         except BrokenProcessPool as error:
@@ -132,9 +133,9 @@ def _run(out: Path, shards: list[Shard], work: Callable[[], Work], num_workers: 
 
 
 @contextlib.contextmanager
-def _left_alone() -> Iterator[None]:
-    """What is loaded by now is not looked through for garbage: that takes a tenth of the time, and a forked worker
-    would get a copy of all that it shares."""
+def _without_garbage_search() -> Iterator[None]:
+    """Garbage collection skips all objects that exist by now: visiting them takes a tenth of the time, and makes a
+    forked worker copy the memory that it shares."""
     gc.freeze()
     try:
         yield
@@ -149,22 +150,22 @@ def _same(work: Work) -> Work:
     return work
 
 
-def _start(work: Callable[[], Work]) -> None:
+def _start_worker(work: Callable[[], Work]) -> None:
     global _work
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells of an interrupt, once
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone reports an interrupt
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     _work = work()
 
 
-def _make_in_worker(out: Path, shard: Shard) -> None:
-    _make(out, shard, _work)
+def _build_in_worker(out: Path, shard: Shard) -> None:
+    _build_shard(out, shard, _work)
 
 
-def _make(out: Path, shard: Shard, work: Work) -> None:
+def _build_shard(out: Path, shard: Shard, work: Work) -> None:
     unfinished = out / f".unfinished-{shard.number:05}"
     unfinished.mkdir()
     counts = work(shard, unfinished)
     (unfinished / "counts.json").write_text(json.dumps(counts))
-    # Rename last: what a killed build left must not look like a shard.
+    # Rename last: the folder of a killed build must not look like a shard.
     unfinished.rename(shard_folder(out, shard))

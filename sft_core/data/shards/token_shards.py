@@ -1,4 +1,4 @@
-"""Token shards: int32 ids and a trained mask for each row, in Arrow files that a reader maps into memory."""
+"""Token shards: int32 ids and a trained mask for each row, in Arrow files that readers map into memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TokenRow:
 
 
 def read_index(folder: Path, columns: list[str] | None = None, shards: list[int] | None = None) -> pa.Table:
-    """The index of a source's shards, or of some of them: one row for each token row, in order."""
+    """The index of a source's shards, or of the given ones: a row for each token row, in order."""
     folders = shard_folders(folder)
     chosen = folders if shards is None else [folders[number] for number in shards]
     return pa.concat_tables(
@@ -61,7 +61,7 @@ def read_index(folder: Path, columns: list[str] | None = None, shards: list[int]
 
 
 class TokenShards:
-    """Rows of a source's outputs by number, mapped and not copied. Those of several outputs are counted on."""
+    """Token rows of a source by number, mapped and not copied; the rows of a second folder come after the first's."""
 
     def __init__(self, *folders: Path):
         self._batches: list[pa.RecordBatch] = []
@@ -85,7 +85,7 @@ class TokenShards:
     def num_targets(self, rows: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
         """Trained tokens among each row's first `num_tokens`: int64, shape (rows,).
 
-        The first token of all is left out, for nothing predicts it.
+        A row's first token does not count, for nothing predicts it.
         """
         counts, first = np.zeros(len(rows), np.int64), 0
         for batch, end in zip(self._batches, self._ends, strict=True):
@@ -104,9 +104,9 @@ def _values(column: pa.ListArray, row: int) -> np.ndarray:
 
 
 class Windows(NamedTuple):
-    """The windows of a source's over-long rows, in the order of those; a window's own row number is its place."""
+    """The windows of a source's over-long rows, in the order of the rows. A window's place here is its row number."""
 
-    of_row: np.ndarray  # int64, shape (windows,): which of the source's token rows it is cut from
+    of_row: np.ndarray  # int64, shape (windows,): the token row that the window is cut from
     num_tokens: np.ndarray  # int32, shape (windows,)
     num_trained: np.ndarray  # int32, shape (windows,)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from sft_core.data.counts import Counts
+from sft_core.data.sources.conversation_counts import ConversationCounts
 from sft_core.data.sources.formats.conversations import canonical, row_id, to_json
 from sft_core.data.sources.rejects import Rejected, Rejects
 from sft_core.data.sources.splits import prompt_hash
@@ -29,13 +28,6 @@ CONVERSATIONS = pa.schema(
         ("conversation", pa.string()),
     ]
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConversationCounts(Counts):
-    rows: int  # read from the source
-    conversations: int
-    rejected: dict[str, int]  # by reason
 
 
 def build_conversations(

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from sft_core.data.shards.token_shards import TOKENS, TokenRow
 from sft_core.data.tokenizer.tokenizer import Literals, PieceEncoder
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +47,7 @@ class EncodedRows:
 
 
 def encode_rows(encoder: PieceEncoder, rows: dict[str, list[Any]]) -> EncodedRows:
-    """Tokens of rendered rows (columns text, spans, cuts, literals): their pieces go to the tokenizer in one call."""
+    """Tokens of rendered rows (columns text, spans, cuts, literals). One call encodes the pieces of all rows."""
     pieces: list[str] = []
     trained: list[bool] = []
     literals: dict[int, Literals] = {}
@@ -76,7 +73,7 @@ def _cut(
     trained: list[bool],
     literals: dict[int, Literals],
 ) -> None:
-    """Adds the text's pieces in order, whether each is trained, and the literals inside it."""
+    """Appends the text's pieces in order, whether each is trained, and the literals inside it."""
     inside, start = False, 0
     cuts = [cut for cut in cuts if cut not in spans]
     for end in sorted([*spans, *cuts, len(text)]) if cuts else [*spans, len(text)]:

@@ -1,6 +1,6 @@
-"""The recipe's tokenizer, and the encoding of pieces in which control tokens typed by a person stay text.
+"""The recipe's tokenizer, and the encoding of pieces in which typed control tokens stay text.
 
-Invariant: a control token's id comes from the template alone, never from what a message says.
+Invariant: only the template produces ids of control tokens, never the text of a message.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from sft_core.data.tokenizer.word_cache import WordCache, cuts_at_words, settings
+from sft_core.data.tokenizer.word_cache import Component, WordCache, cuts_at_words, settings
 from sft_core.data.tokenizer.word_ends import first_word, last_word
 
 if TYPE_CHECKING:
@@ -23,10 +23,20 @@ if TYPE_CHECKING:
 
 _WORD_START = "\u2581"  # what SentencePiece writes for a space
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-_BORDER = "\ufdd1"  # a noncharacter of Unicode: texts that hold it are encoded one by one
+_BORDER = "\ufdd1"  # a noncharacter of Unicode: texts with it are encoded one by one
 _WORDS_A_TEXT = 1024
-_TEXTS_A_CALL = 256  # their encodings are held at a time, with all that a tokenizer keeps of each token
+_TEXTS_A_CALL = 256  # bounds the memory: a tokenizer keeps far more of each token than its id
 Literals = list[tuple[int, int]]  # character ranges of a piece that look like control tokens and are text
+
+
+class TokenizerArguments(TypedDict):
+    """The keyword arguments of load_tokenizer."""
+
+    path: str
+    revision: str | None
+    add_special_tokens: list[str]
+    eos_token: str | None
+    trust_remote_code: bool
 
 
 def load_tokenizer(
@@ -53,13 +63,13 @@ def load_tokenizer(
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """The added tokens that a template writes; runs of white space, which some vocabularies add, are text."""
+    """The added tokens that a template writes, with their ids. Added runs of white space are text and left out."""
     added = tokenizer.added_tokens_decoder.items()
     return {token.content: index for index, token in added if token.content.strip()}
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerFast, extra: list[str]) -> tuple[str, ...]:
-    """Where serving stops: the end token first, then the recipe's others. Raises ValueError for an unknown one."""
+    """The tokens at which serving stops, the end token first. Raises ValueError for an unknown token."""
     known = control_tokens(tokenizer)
     for token in extra:
         if token not in known:
@@ -68,14 +78,14 @@ def stop_tokens(tokenizer: PreTrainedTokenizerFast, extra: list[str]) -> tuple[s
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that finds any of the texts, the longest first; of none of them it finds nothing."""
+    """A pattern that matches any of the texts, the longest first. Without texts it matches nothing."""
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
 
 
 class PieceEncoder:
-    """Token ids of text pieces, each encoded by itself as a served prompt and a generated answer are.
+    """Token ids of text pieces. Each piece is encoded by itself, as a served prompt and a generated answer are.
 
-    Raises ValueError for a tokenizer that puts a space in front of each piece: its pieces do not add up.
+    Raises ValueError for a tokenizer that puts a space in front of each piece: the pieces would not add up to the text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
@@ -97,12 +107,12 @@ class PieceEncoder:
         )
 
     def is_boundary(self, before: str, after: str) -> bool:
-        """Whether both texts, tokenized as one, have the first one's own tokens and then others.
+        """Whether the tokens of both texts together begin with the tokens of `before` alone.
 
-        before, after: without control tokens, which are borders in any case.
+        before, after: without control tokens, at which there is always a border.
         """
         if self._text_only.cuts_at_words:
-            before, after = last_word(before), first_word(after)  # all that can be one with the other
+            before, after = last_word(before), first_word(after)  # no other words can merge
         return self._is_boundary(before, after)
 
     @functools.lru_cache(maxsize=10_000)  # noqa: B019  (an encoder lives as long as its process's work)
@@ -111,8 +121,8 @@ class PieceEncoder:
         return both.startswith(alone)
 
     def encode(self, pieces: list[str], literals: Mapping[int, Literals]) -> list[bytes]:
-        """Ids of each piece as int32; the ranges in `literals`, by the piece's number, are encoded as text even
-        where they look like control tokens."""
+        """Ids of each piece as int32. literals: by number of the piece, ranges that are text although they look like
+        control tokens."""
         encoded = self._whole.encode(pieces)
         for number, ranges in literals.items():
             encoded[number] = self._with_literals(pieces[number], ranges)
@@ -133,25 +143,25 @@ class PieceEncoder:
 
 
 class _TextEncoder:
-    """Ids of texts by a tokenizer that knows these added tokens; the others are text like any other."""
+    """Ids of texts by a tokenizer that knows `added` alone; all other added tokens are text."""
 
     def __init__(self, tokenizer: Tokenizer, added: dict[int, AddedToken]):
         from tokenizers import AddedToken
 
         tokens = [token for _, token in sorted(added.items())]
         self._tokenizer = _with_added(tokenizer, tokens)
-        # Another for words in a row: in a text of somebody's, the border is a character like any other.
+        # A tokenizer of its own for joined words: in a message, the border is a character like any other.
         self._of_words = _with_added(tokenizer, [*tokens, AddedToken(_BORDER, normalized=False)])
         self._border_id = self._of_words.token_to_id(_BORDER)
-        # Without the control tokens, those added after them move up, onto the control tokens' own ids.
+        # Removing control tokens renumbers the added tokens after them; `_true_ids` maps them back.
         ids = {self._tokenizer.token_to_id(token.content): index for index, token in added.items()}
-        self._true_ids = {found: index for found, index in ids.items() if found != index}
+        self._true_ids = {renumbered: index for renumbered, index in ids.items() if renumbered != index}
         self.cuts_at_words = cuts_at_words(self._tokenizer, added.values())
         words = WordCache(self._encode_words, [token.content for token in added.values()])
         self.encode = words.encode if self.cuts_at_words else self.encode_anew
 
     def encode_anew(self, texts: list[str]) -> list[bytes]:
-        """Ids of each text, as int32, by the library."""
+        """Ids of each text, as int32, without the cache of words."""
         encoded = []
         for start in range(0, len(texts), _TEXTS_A_CALL):
             part = texts[start : start + _TEXTS_A_CALL]
@@ -161,7 +171,7 @@ class _TextEncoder:
         return encoded
 
     def _encode_words(self, words: list[str]) -> list[bytes]:
-        """As _encode, of many short texts in a few long ones: an encoding of its own takes longer than a word."""
+        """As encode_anew, for many short texts: joins them, since an encoding for each would take longer."""
         if self._true_ids or any(_BORDER in word for word in words):
             return self.encode_anew(words)
         encoded: list[bytes] = []
@@ -184,22 +194,22 @@ class _TextEncoder:
 def _with_added(tokenizer: Tokenizer, added: list[AddedToken]) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    made = Tokenizer(tokenizer.model)  # shared: a vocabulary takes a while to build
+    copy = Tokenizer(tokenizer.model)  # share the model: a vocabulary takes a while to build
     for part in ("normalizer", "pre_tokenizer", "decoder"):
-        setattr(made, part, getattr(tokenizer, part))
-    made.add_tokens(added)
-    return made
+        setattr(copy, part, getattr(tokenizer, part))
+    copy.add_tokens(added)
+    return copy
 
 
 def pack(ids: list[int]) -> bytes:
-    """int32, one after another."""
+    """The ids as int32, one after another."""
     return array.array("i", ids).tobytes()
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
-    """What each id stands for in UTF-8, so that the text of ids is their bytes one after another.
+    """The bytes of each id in UTF-8: the text of several ids is their bytes one after another.
 
-    Raises ValueError for a vocabulary that cannot be read that way.
+    Raises ValueError for a vocabulary of another kind.
     """
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -217,12 +227,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
 
 
 def decoder_kinds(tokenizer: PreTrainedTokenizerFast) -> set[str]:
-    """What its decoder is made of: ByteLevel, Metaspace, Sequence, ..."""
+    """The types of the decoder and of its parts: ByteLevel, Metaspace, Sequence, ..."""
     return _decoders(settings(tokenizer.backend_tokenizer)["decoder"] or {})
 
 
-def _decoders(state: dict[str, Any]) -> set[str]:
-    return {state.get("type", ""), *(kind for part in state.get("decoders", []) for kind in _decoders(part))}
+def _decoders(decoder: Component) -> set[str]:
+    return {decoder.get("type", ""), *(kind for part in decoder.get("decoders", []) for kind in _decoders(part))}
 
 
 def _byte_level(alphabet: dict[str, int], token: str) -> bytes:

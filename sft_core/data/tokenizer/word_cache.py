@@ -1,9 +1,9 @@
-"""Ids of words that were seen before: a text is cut where its tokenizer cuts in any case, and each part encoded once.
+"""A cache of the ids of words: texts are cut where their tokenizer cuts in any case, and each word is encoded once.
 
-Byte-pair encoding merges within the parts that a pre-tokenizer makes. Those of GPT-2, GPT-4, Llama 3, Qwen, gpt-oss,
-DeepSeek and their kin, listed here, all end a part where a word ends (see word_ends). And what they look ahead for,
-a last white space before something else, is the same for a text that ends there.
-Invariant: the ids are the tokenizer's own. One of another kind is asked for each text whole.
+Byte-pair encoding merges within the parts that a pre-tokenizer makes. The pre-tokenizers listed here (of GPT-2, GPT-4,
+Llama 3, Qwen, gpt-oss, DeepSeek and their kin) all end a part where a word ends (see word_ends). They look ahead only
+for the last white space before other text, and find it as well where the text ends there.
+Invariant: the ids equal the tokenizer's for the whole text. A tokenizer of another kind has no cache.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sft_core.data.tokenizer.word_table import WordTable
 
 _MOST_KNOWN = 1 << 19  # words whose ids are kept
-_MOST_BYTES = 1 << 24  # of them; 50 MB with their ids and places
+_MOST_BYTES = 1 << 24  # of those words; 50 MB with their ids and places
 _CHARACTERS_AT_ONCE = 1 << 18
 
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -47,14 +47,14 @@ DEEPSEEK = (
     + _WHITE_SPACE
 )
 PATTERNS = (GPT_2, LLAMA_3, QWEN, GPT_OSS, MISTRAL, DEEPSEEK)
-# Those that come before one of these, in DeepSeek's: they part digits and scripts of East Asia from the rest.
+# DeepSeek's has these before its last pattern: they separate digits and scripts of East Asia from the rest.
 BEFORE = (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+")
 
 
 class WordCache:
-    """Encodes texts by `encode`, which is asked for each distinct word of theirs.
+    """Encodes texts by `encode`, which it calls for each distinct word.
 
-    encode: int32 ids of each text, of the tokenizer that `cuts_at_words` was asked about. added: its added tokens.
+    encode: gives the int32 ids of each text, by a tokenizer for which `cuts_at_words` holds. added: its added tokens.
     """
 
     def __init__(self, encode: Callable[[list[str]], list[bytes]], added: Iterable[str]):
@@ -80,9 +80,10 @@ class WordCache:
         from sft_core.data.tokenizer.word_table import WordTable, ends_of_words, gather
 
         parts = [self._added.split(text) if self._added else [text] for text in texts]
-        data = [part.encode() for one in parts for part in one]
+        data = [part.encode() for text_parts in parts for part in text_parts]
         part_ends = np.cumsum([len(part) for part in data])
-        is_added = np.concatenate([np.arange(len(one)) % 2 == 1 for one in parts])  # they stand between the others
+        # A split by a group alternates between text and match.
+        is_added = np.concatenate([np.arange(len(text_parts)) % 2 == 1 for text_parts in parts])
         text = np.frombuffer(b"".join(data), np.uint8)
         ends = ends_of_words(text, part_ends, is_added)
         if self._words is None or len(self._words) > _MOST_KNOWN or self._words.num_bytes > _MOST_BYTES:
@@ -90,7 +91,8 @@ class WordCache:
         numbers = self._words.number(text, ends)
         self._learn(self._words.words(len(self._ends)))
         ids = gather(self._ids, self._ends, numbers)
-        num_words = np.searchsorted(ends, part_ends[np.cumsum([len(one) for one in parts]) - 1], side="right")
+        last_parts = np.cumsum(list(map(len, parts))) - 1
+        num_words = np.searchsorted(ends, part_ends[last_parts], side="right")
         num_ids = np.concatenate([[0], np.cumsum(np.diff(self._ends, prepend=0)[numbers])])
         bounds = [0, *(ids.itemsize * num_ids[num_words]).tolist()]
         return [ids.data.cast("B")[start:end].tobytes() for start, end in itertools.pairwise(bounds)]
@@ -103,7 +105,7 @@ class WordCache:
 
 
 def cuts_at_words(tokenizer: Tokenizer, added: Iterable[AddedToken]) -> bool:
-    """Whether the tokenizer, which knows these added tokens, is of the kind whose words can be encoded one by one."""
+    """Whether words can be encoded one by one by this tokenizer, which knows these added tokens."""
     from tokenizers import models
 
     state = settings(tokenizer)
@@ -113,24 +115,39 @@ def cuts_at_words(tokenizer: Tokenizer, added: Iterable[AddedToken]) -> bool:
         and not tokenizer.model.dropout
         and (state["normalizer"] is None or state["normalizer"] == {"type": "NFC"})
         and _is_known(state["pre_tokenizer"] or {})
-        # These are found before anything else: the longest first, whatever stands around them.
+        # Such tokens are found before anything else, the longest first, whatever text is around them.
         and not any(token.lstrip or token.rstrip or token.single_word for token in added)
         and len({token.normalized for token in added}) <= 1
         and not (state["normalizer"] and any(token.normalized for token in added))
     )
 
 
-def settings(tokenizer: Tokenizer) -> dict[str, Any]:
-    """How it prepares a text for its model and writes one, as in its JSON: normalizer, pre_tokenizer, decoder."""
+class Component(TypedDict, total=False):
+    """A normalizer, pre-tokenizer or decoder, as in the tokenizer's JSON. Types have further keys of their own."""
+
+    type: str
+    pretokenizers: list[Component]
+    decoders: list[Component]
+
+
+class Settings(TypedDict):
+    normalizer: Component | None
+    pre_tokenizer: Component | None
+    decoder: Component | None
+
+
+def settings(tokenizer: Tokenizer) -> Settings:
+    """The settings around the tokenizer's model, as in its JSON."""
     from tokenizers import Tokenizer, models
 
-    without_vocabulary = Tokenizer(models.BPE())  # which takes a while to write and to read
+    without_vocabulary = Tokenizer(models.BPE())  # a vocabulary takes a while to write and to read
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         setattr(without_vocabulary, part, getattr(tokenizer, part))
-    return json.loads(without_vocabulary.to_str())
+    loaded: Settings = json.loads(without_vocabulary.to_str())
+    return loaded
 
 
-def _is_known(pre_tokenizer: dict[str, Any]) -> bool:
+def _is_known(pre_tokenizer: Component) -> bool:
     parts = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
     match parts[-1]:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:

@@ -1,8 +1,8 @@
-"""Where words end: at places at which every listed pre-tokenizer (see word_cache) ends a part.
+"""Where words end: at places at which every pre-tokenizer listed in word_cache ends a part.
 
 - after an ASCII letter that another ASCII character follows, if that is neither a letter nor an apostrophe;
 - after an ASCII digit that another ASCII character follows, if that is neither a digit nor a letter;
-- before an ASCII digit that an ASCII symbol stands before;
+- before an ASCII digit that follows an ASCII symbol;
 - before a space that an ASCII letter or symbol follows.
 
 Each end lies before an ASCII character, so a word of a UTF-8 text is UTF-8 too.
@@ -39,21 +39,21 @@ def _is_end(before: int, here: int, after: int) -> bool:
 
 
 KIND_OF_BYTE = _kinds()  # uint8, shape (256,)
-# Whether a word ends before a byte: bool, [kind of the one before it, its kind, kind of the one after it]. A text goes
-# on with bytes that are not ASCII, as far as this asks.
+# Whether a word ends before a byte: bool, [kind of the byte before it, its kind, kind of the byte after it]. After the
+# last byte of a text, NOT_ASCII stands for the next.
 IS_END = np.array([_is_end(*kinds) for kinds in itertools.product(KINDS, repeat=3)]).reshape(3 * (len(KINDS),))
 
 _KIND_OF_BYTE, _IS_END = KIND_OF_BYTE.tolist(), IS_END.tolist()
 
 
 def first_word(text: str) -> str:
-    """Of a text without added tokens."""
+    """The first word of a text without added tokens."""
     data = text.encode()
     return data[: next((place for place in range(1, len(data)) if _ends_at(data, place)), None)].decode()
 
 
 def last_word(text: str) -> str:
-    """Of a text without added tokens."""
+    """The last word of a text without added tokens."""
     data = text.encode()
     return data[next((place for place in range(len(data) - 1, 0, -1) if _ends_at(data, place)), 0) :].decode()
 

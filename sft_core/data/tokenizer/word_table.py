@@ -11,10 +11,10 @@ _FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3
 def ends_of_words(text: np.ndarray, part_ends: np.ndarray, is_whole: np.ndarray) -> np.ndarray:
     """Where each word ends: int64, shape (words,).
 
-    text: uint8, the parts one after another. part_ends: int64, shape (parts,). is_whole: bool, shape (parts,): the part
-    is one word, whatever is in it. An empty part has no words.
+    text: uint8, the parts one after another. part_ends: int64, shape (parts,). is_whole: bool, shape (parts,): whether
+    the whole part is one word. An empty part has no words.
     """
-    # What comes from another module is an argument: compiled code is kept until its own module changes.
+    # Pass the tables of the other module as arguments: Numba keeps compiled code until this module changes.
     return _ends_of_words(text, part_ends, is_whole, KIND_OF_BYTE, IS_END, NOT_ASCII)
 
 
@@ -74,7 +74,7 @@ def _number(
     known_ends: np.ndarray,
     num_known: int,
 ) -> tuple[np.ndarray, int]:
-    """The number of each word, and how many words are known then. Words that are not known yet are written down."""
+    """The number of each word, and how many words are known afterwards. New words are added to the table."""
     numbers = np.empty(len(ends), np.int32)
     mask = len(slots) - 1
     start = 0
@@ -129,7 +129,7 @@ def gather(values: np.ndarray, ends: np.ndarray, numbers: np.ndarray) -> np.ndar
 
 
 class WordTable:
-    """Numbers distinct words from 0 on, in the order in which they come."""
+    """Numbers distinct words from 0 on, in the order of their first use."""
 
     def __init__(self) -> None:
         self._slots = np.full(1 << 12, -1, np.int32)  # more than twice the words: open addressing
@@ -143,7 +143,7 @@ class WordTable:
 
     @property
     def num_bytes(self) -> int:
-        """Of all words together."""
+        """The size of all words together."""
         return int(self._ends[self._num_words - 1]) if self._num_words else 0
 
     def number(self, text: np.ndarray, ends: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""The tokenize stage: rendered rows as token shards, proved row by row against what the conversation says.
+"""The tokenize stage: rendered rows as token shards, each row proved against its conversation.
 
-Invariant: a mask changes only where a piece ends, and pieces are encoded one by one, so no token straddles
-the border between what is trained and what is not.
+Invariant: a mask changes only where a piece ends, and pieces are encoded one by one, so no token crosses the border of
+a trained span.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_core.data.proof.mask import MaskProof
-from sft_core.data.rendering.build import chat_template
+from sft_core.data.rendering.build import RenderedCounts, TemplateArguments, chat_template
 from sft_core.data.rendering.policy import RowPolicy
-from sft_core.data.shards.parallel import Shard, build_shards, plan_shards, shard_folder, total
+from sft_core.data.shards.parallel import Shard, Tally, Work, build_shards, plan_shards, shard_folder, total
 from sft_core.data.shards.token_shards import INDEX, TOKENS
+from sft_core.data.sources.conversation_counts import ConversationCounts
 from sft_core.data.tokenizer.encoded import EncodedRows, encode_rows
-from sft_core.data.tokenizer.tokenizer import PieceEncoder, load_tokenizer
+from sft_core.data.tokenizer.tokenizer import PieceEncoder, TokenizerArguments, load_tokenizer
 from sft_core.data.tokenizer.tokenizer import stop_tokens as all_stop_tokens
 from sft_core.data.tokens.lengths import by_length
 from sft_core.data.tokens.sample import first_row
+from sft_core.data.tokens.token_counts import EarlierCounts, ProofCounts, TokenCounts
 
 if TYPE_CHECKING:
     from sft_core.store.stage import Build
@@ -33,47 +35,52 @@ if TYPE_CHECKING:
 def build_tokens(
     build: Build,
     *,
-    tokenizer: dict[str, Any],
-    template: dict[str, Any],
+    tokenizer: TokenizerArguments,
+    template: TemplateArguments,
     stop_tokens: list[str],
     policy: dict[str, str],
 ) -> dict[str, Any]:
     """Writes shards of tokens.arrow and index.parquet: one row for each rendered row, in the same order.
 
-    Counts what became of the source's rows in the steps before as well, and holds a row of it to look at.
-    Raises MaskProofFailed when a row does not train exactly what its conversation says, with that row.
+    The counts include those of the stages before, and a row to look at. Raises MaskProofFailed, with the row, when a
+    row does not train exactly what its conversation says.
     """
     conversations = build.inputs["conversations"] / "conversations.parquet"
     with pq.ParquetFile(conversations) as file:
         shards = plan_shards(file.num_row_groups)
     work = functools.partial(
-        _start, conversations, build.inputs["rendered"], tokenizer, template, stop_tokens, RowPolicy(**policy)
+        _prepare_work, conversations, build.inputs["rendered"], tokenizer, template, stop_tokens, RowPolicy(**policy)
     )
     counts = total(build_shards(build.out, shards, work, runtime=build.runtime, desc="tokenize"))
-    return {**counts, "source": _source(build), "sample": first_row(build.inputs["rendered"])}
+    proof = ProofCounts.from_json(counts.pop("proof"))
+    return TokenCounts(
+        **counts, proof=proof, source=_earlier_counts(build), sample=first_row(build.inputs["rendered"])
+    ).to_json()
 
 
-def _source(build: Build) -> dict[str, Any]:
-    """What became of the source's rows before, from the manifests of these steps: those of an older build of the same
-    bytes may be gone when a card is drawn."""
+def _earlier_counts(build: Build) -> EarlierCounts:
+    """The counts of download and render. They are copied, because their manifests may be gone when a card is drawn."""
     conversations = build.manifests["conversations"]
-    downloaded, rendered = conversations["counts"], build.manifests["rendered"]["counts"]
-    return {
-        "pin": conversations["identity"]["section"]["pin"],
-        **{name: downloaded[name] for name in ("rows", "conversations")},
-        **{name: rendered[name] for name in ("conversations_split", "control_tokens_kept_as_text")},
-        "rejected": {"download": downloaded["rejected"], "render": rendered["rejected"]},
-    }
+    downloaded = ConversationCounts.from_json(conversations["counts"])
+    rendered = RenderedCounts.from_json(build.manifests["rendered"]["counts"])
+    return EarlierCounts(
+        pin=conversations["identity"]["section"]["pin"],
+        rows=downloaded.rows,
+        conversations=downloaded.conversations,
+        conversations_split=rendered.conversations_split,
+        control_tokens_kept_as_text=rendered.control_tokens_kept_as_text,
+        rejected={"download": downloaded.rejected, "render": rendered.rejected},
+    )
 
 
-def _start(
+def _prepare_work(
     conversations: Path,
     rendered: Path,
-    tokenizer: dict[str, Any],
-    template: dict[str, Any],
+    tokenizer: TokenizerArguments,
+    template: TemplateArguments,
     stop_tokens: list[str],
     policy: RowPolicy,
-) -> Any:
+) -> Work:
     vocabulary = load_tokenizer(**tokenizer)
     proof = MaskProof(
         vocabulary, chat_template(vocabulary, **template), all_stop_tokens(vocabulary, stop_tokens), policy
@@ -83,9 +90,10 @@ def _start(
 
 def _tokenize_shard(
     conversations: Path, rendered: Path, encoder: PieceEncoder, proof: MaskProof, shard: Shard, out: Path
-) -> dict[str, Any]:
+) -> Tally:
     counts = dict.fromkeys(("rows", "tokens", "trained_tokens", "duplicated_tokens"), 0)
-    proved, lengths = [], []
+    proved: list[Tally] = []
+    lengths: list[Tally] = []
     with (
         pq.ParquetFile(conversations) as said,
         pq.ParquetFile(shard_folder(rendered, shard) / "rendered.parquet") as source,
@@ -120,7 +128,7 @@ def _as_index(rows: pa.Table, encoded: EncodedRows) -> pa.Table:
 
 
 def _duplicated(conversation: np.ndarray, index: pa.Table) -> int:
-    """Context that stands in more than one row: the untrained tokens of all rows of a conversation but its longest."""
+    """Context tokens that stand in several rows: the untrained tokens of a conversation's rows but the longest."""
     untrained = index["num_tokens"].to_numpy() - index["num_trained"].to_numpy()
     longest = np.zeros(int(conversation.max()) + 1, dtype=np.int64)
     np.maximum.at(longest, conversation, untrained)

@@ -1,4 +1,4 @@
-"""Histograms of lengths, small enough for a manifest: four bins an octave, so that 50 tokens and 50,000 both show.
+"""Histograms of lengths, small enough for a manifest: four bins an octave, so that 50 and 50,000 tokens both show.
 
 >>> by_length(np.array([0, 3, 39, 40, 47, 48]))
 {'0': 1, '3': 1, '32': 1, '40': 2, '48': 1}
@@ -12,10 +12,10 @@ _SHIFT = 3  # the bits of a length that its bin keeps: the leading one, and two 
 
 
 def by_length(lengths: np.ndarray) -> dict[str, int]:
-    """How many lengths are in each bin, by the bin's lower bound: text, as JSON's names are. lengths: at least 0."""
+    """The number of lengths in each bin, by the bin's lower bound as text, as JSON's names are. lengths: at least 0."""
     num_bits = np.frexp(lengths.astype(np.float64))[1]
     shift = np.maximum(num_bits - _SHIFT, 0)
-    # Bins by number: those of single lengths come first, then four an octave.
+    # Bins by number: first bins of a single length, then four an octave.
     counts = np.bincount(4 * shift + (lengths >> shift))
     return {str(_lower(number)): int(counts[number]) for number in np.flatnonzero(counts).tolist()}
 
@@ -26,5 +26,5 @@ def _lower(number: int) -> int:
 
 
 def end_of(lower: int) -> int:
-    """The bin's upper bound, which is in the next one."""
+    """The bin's upper bound (exclusive)."""
     return lower + (1 << max(lower.bit_length() - _SHIFT, 0))

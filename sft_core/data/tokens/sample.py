@@ -1,4 +1,4 @@
-"""A row to look at: small enough for a manifest, whatever its length, with what of it is trained."""
+"""A row to look at, with its trained parts, cut so that it fits into a manifest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_PIECES, MAX_CHARACTERS = 24, 800  # of a row, and of each of its pieces
 
 
 def first_row(rendered: Path) -> list[tuple[str, bool]]:
-    """The first row of an output of the render stage: text and whether it is trained, piece after piece."""
+    """The first row of an output of the render stage, in pieces: text, and whether it is trained."""
     for shard in shard_folders(rendered):
         with pq.ParquetFile(shard / "rendered.parquet") as file:
             for batch in file.iter_batches(batch_size=1, columns=["text", "spans"]):
@@ -24,16 +24,16 @@ def first_row(rendered: Path) -> list[tuple[str, bool]]:
 
 
 def pieces(text: str, spans: list[int]) -> list[tuple[str, bool]]:
-    """The text cut at the spans' borders (start, end, start, end, ...); the middle of what is long is left out."""
-    found = [
+    """The text cut at the spans' borders (start, end, start, end, ...). Long pieces and rows lose their middle."""
+    cut = [
         (_shortened(text[start:end]), number % 2 == 1)
         for number, (start, end) in enumerate(itertools.pairwise([0, *spans, len(text)]))
         if end > start
     ]
-    if len(found) <= MAX_PIECES:
-        return found
+    if len(cut) <= MAX_PIECES:
+        return cut
     half = MAX_PIECES // 2
-    return [*found[:half], (f"\n[... {len(found) - 2 * half:,} pieces ...]\n", False), *found[-half:]]
+    return [*cut[:half], (f"\n[... {len(cut) - 2 * half:,} pieces ...]\n", False), *cut[-half:]]
 
 
 def _shortened(text: str) -> str:
