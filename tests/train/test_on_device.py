@@ -296,14 +296,14 @@ def test_router_loss_is_the_models_own_and_is_trained(device: str, train: Callab
 def test_training_goes_on_from_its_checkpoint_as_if_it_had_not_ended(device: str, train: Callable[..., Run]) -> None:
     data = recipe(runtime={"save_steps": 2, "keep_checkpoints": 3})
     run = train(data)
-    weights, losses = load_file(run.model / "model.safetensors"), losses_of(run)
+    weights, losses, events = load_file(run.model / "model.safetensors"), losses_of(run), run.events
     assert [step_of(checkpoint) for checkpoint in numbered(run.folder / "checkpoints")] == [2, 4, 6]
     for step in (4, 6):
         shutil.rmtree(run.folder / "checkpoints" / f"checkpoint-{step}")
     shutil.rmtree(run.model)
     again = train(data, run.folder)
     found = load_file(again.model / "model.safetensors")
-    assert losses_of(again)[:2] == losses[:2] and len(losses) == 6
+    assert again.events[:2] == events[:2] and len(events) == 6, "their times too: these steps are not trained again"
     assert losses_of(again) == pytest.approx(losses, rel=0 if device == "cpu" else HALF)
     for name, value in weights.items():  # flash attention's backward pass adds in any order
         assert torch.equal(found[name], value) or (
@@ -318,13 +318,13 @@ def test_selection_keeps_the_best_weights_and_their_losses_are_right(
     run = train(
         recipe(
             dataset_mixture={"selection_share": 0.2},
-            training={"max_steps": 8, "learning_rate": 0.1, "lr_scheduler_type": "constant"},
+            training={"max_steps": 8, "learning_rate": 0.4, "lr_scheduler_type": "constant"},
             evaluation={"during_training": during},
         )
     )
     events = read_events(run.folder / "logs" / "selection.jsonl")
     best = min(events[1:], key=lambda event: event["loss"])
-    assert best["step"] > 0 and len(events) > 3
+    assert 0 < best["step"] < 8 and len(events) > 3, "without a worse end nothing is kept"
     stored = load_file(run.folder / "checkpoints" / f"checkpoint-{best['step']}" / "model.safetensors")
     ended = load_file(run.model / "model.safetensors")
     assert all(stored[name].equal(ended[name]) for name in ended)
