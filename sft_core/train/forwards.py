@@ -12,6 +12,7 @@ import numpy as np
 from sft_core.data.packing.plan import PackPlan
 from sft_core.train.flops import training_flops
 from sft_core.train.models.attention import KNOWS_DOCUMENTS
+from sft_core.train.schedule import largest_divisor
 
 if TYPE_CHECKING:
     from sft_core.recipe.sections import Runtime, Training
@@ -84,15 +85,6 @@ def busiest_packs(
     states = shape.num_parameters() * bytes_a_parameter(training, runtime, dtype)
     room = USED_SHARE * memory - states - one.weight_copies
     return max(1, min(wanted, int(room // (one.layers + one.head + one.mask))))
-
-
-def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor that is at most `most`; 1 where that is less.
-
-    >>> largest_divisor(12, 5)
-    4
-    """
-    return next(divisor for divisor in range(max(1, min(most, number)), 0, -1) if number % divisor == 0)
 
 
 def in_forwards(schedule: np.ndarray, num_ranks: int, packs: int) -> np.ndarray:

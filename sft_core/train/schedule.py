@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sft_core.data.packing.balance import grouped_order
 from sft_core.train.flops import pair_flops
+
+if TYPE_CHECKING:
+    pass
 
 EMPTY = -1  # a slot without a pack: the last batch of an epoch is smaller, never filled up with repeats
 
@@ -53,3 +56,12 @@ def order_coefficients(model: Any) -> tuple[float, float]:
     only the ratio of the two matters, and between full packs, equal in tokens, not even that.
     """
     return 6.0 * model.num_parameters(), pair_flops(model.config)
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor that is at most `most`; 1 where that is less.
+
+    >>> largest_divisor(12, 5)
+    4
+    """
+    return next(divisor for divisor in range(max(1, min(most, number)), 0, -1) if number % divisor == 0)

@@ -16,8 +16,9 @@ from sft_core.data.packing.plan import PackPlan
 from sft_core.recipe.sections import Runtime, Training
 from sft_core.train.assemble import log_balance
 from sft_core.train.checkpoints import numbered, step_of
-from sft_core.train.forwards import busiest_packs, in_forwards, largest_divisor, packs_a_forward
+from sft_core.train.forwards import busiest_packs, in_forwards, packs_a_forward
 from sft_core.train.models.model import skeleton
+from sft_core.train.schedule import largest_divisor
 from tests.train.tiny import Run, tiny_recipe
 
 VARLEN = {"model": {"attn_implementation": "varlen"}}

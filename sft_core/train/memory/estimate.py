@@ -12,7 +12,7 @@ from humanize import naturalsize
 from sft_core.recipe.rank_strategies import STRATEGIES
 from sft_core.train.accelerator import computes_in_half, liger
 from sft_core.train.flops import training_flops
-from sft_core.train.schedule import num_steps_of
+from sft_core.train.schedule import largest_divisor, num_steps_of
 
 if TYPE_CHECKING:
     from sft_core.recipe.recipe import PhaseRecipe
@@ -86,7 +86,6 @@ def attention_on_gpu(recipe: PhaseRecipe, shape: Any) -> str:
 
 def most_packs_a_forward(recipe: PhaseRecipe, attention: str) -> int:
     """As forwards.packs_a_forward decides it for full packs; shorter ones are more, and hold no more tokens."""
-    from sft_core.train.forwards import largest_divisor
     from sft_core.train.models.attention import KNOWS_DOCUMENTS
 
     wanted = recipe.runtime.tokens_per_forward
