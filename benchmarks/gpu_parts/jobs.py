@@ -92,12 +92,10 @@ class Work:
         )
 
     def estimated_gib(self) -> float:
-        """Of the states and a forward; its activations grow with its packs, the copies of weights do not."""
-        found = estimate(self.recipe().for_phase(ONLY), self._shape(), None)
-        assert found.activations is not None, found.why_unknown
-        copies = found.activations.weight_copies
-        of_forward = copies + (found.activations.total - copies) * (self.packs_a_forward or 1)
-        return (found.states + of_forward) / 2**30
+        """Of the states and a forward of so many packs."""
+        counted = estimate(self.recipe().for_phase(ONLY), self._shape(), None)
+        assert counted.activations is not None, counted.why_unknown
+        return (counted.states + counted.activations.total) / 2**30
 
     def num_parameters(self) -> int:
         return self._shape().num_parameters()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -16,9 +17,13 @@ from sft_core.data.packing.plan import PackPlan
 from sft_core.recipe.sections import Runtime, Training
 from sft_core.train.assemble import log_balance
 from sft_core.train.checkpoints import numbered, step_of
+from sft_core.train.collate import Batch, collate
 from sft_core.train.forwards import busiest_packs, in_forwards, packs_a_forward
+from sft_core.train.loss import Forward, trained_token_nll
 from sft_core.train.models.model import skeleton
+from sft_core.train.objectives.sft import Sft
 from sft_core.train.schedule import largest_divisor
+from tests.train.test_loss import random_documents, tiny_model
 from tests.train.tiny import Run, tiny_recipe
 
 VARLEN = {"model": {"attn_implementation": "varlen"}}
@@ -49,6 +54,25 @@ def test_objective_is_the_same_whatever_a_forward_holds(
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6), f"{step=}"
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5), f"{step=}"
         assert {name for name in found if "loss/" in name} == {name for name in expected if "loss/" in name}
+
+
+@pytest.mark.parametrize("kind", ["llama", "smollm3", "qwen2"])
+def test_gradient_of_a_forward_is_the_sum_over_its_packs(kind: str) -> None:
+    model = tiny_model(kind, "varlen")
+    packs = [random_documents(*lengths) for lengths in ((40, 9, 1, 14), (64,), (5, 6, 50))]
+
+    def gradients(*batches: Batch) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        for batch in batches:
+            nll_N = trained_token_nll(model, batch, Forward("bounds"))
+            Sft().total(nll_N, batch).backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        return {name: parameter.grad for name, parameter in model.named_parameters()}  # type: ignore[misc]
+
+    expected, found = gradients(*map(collate, packs)), gradients(collate(*packs))
+    assert len(found) > 20
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
 
 
 def test_resume_at_the_same_value_is_bit_equal_also_where_auto_would_choose_another(
