@@ -84,8 +84,8 @@ def activation_bytes(
             _choose_kernels(model.train(), attention=attention, checkpointing=checkpointing, liger=liger, device=device)
             return _count(model, tokens, max(1, round(trained_share * (tokens - 1))), bf16, device)
     except Exception as error:  # the code of any model and any operation: there is no list of what they raise
-        what = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UnknownActivations(f"{type(shape).__name__} does not run without memory: {what}") from error
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UnknownActivations(f"{type(shape).__name__} does not run on fake tensors: {reason}") from error
 
 
 def _choose_kernels(model: Any, *, attention: str, checkpointing: bool, liger: bool, device: str) -> None:
