@@ -39,7 +39,7 @@ OWNED = frozenset(
 
 
 def check_extra(extra: dict[str, Any]) -> None:
-    """Raises ValueError for a key that SFTConfig lacks or the recipe or pipeline sets, and for a value of a wrong type."""
+    """Raises ValueError for a key that SFTConfig lacks or that is in OWNED, and for a value of a wrong type."""
     if not extra:
         return
     from pydantic import TypeAdapter, ValidationError

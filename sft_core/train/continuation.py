@@ -68,8 +68,8 @@ def resumable(folder: Path, strategy: str, num_ranks: int) -> Path | None:
         )
     if STRATEGIES[strategy].fixed_ranks and written.num_ranks != num_ranks:
         raise ValueError(
-            f"runtime.num_processes: found {_ranks(num_ranks)}, and {writer}; {strategy} resumes only with that number. "
-            f"{advice}"
+            f"runtime.num_processes: found {_ranks(num_ranks)}, and {writer}; {strategy} resumes only with that "
+            f"number. {advice}"
         )
     log.info("resume checkpoint=%s", checkpoint.name)
     return checkpoint

@@ -42,7 +42,8 @@ def test_resumable_in_the_way_it_was_written_is_the_checkpoint(
             ("zero2", 2),
             ("zero2", 4),
             "runtime.num_processes: found 4 ranks, and checkpoint-7 was written under zero2 by 2 ranks; zero2 resumes "
-            "only with that number. Continue with runtime.distributed: zero2 and 2 ranks (runtime.num_processes), or remove ",
+            "only with that number. Continue with runtime.distributed: zero2 and 2 ranks "
+            "(runtime.num_processes), or remove ",
         ),
         (("zero3", 2), ("zero3", 1), "runtime.num_processes: found 1 rank, and checkpoint-7 was written under zero3 "),
         (

@@ -161,7 +161,7 @@ def test_demands_that_a_device_cannot_meet_are_refused_before_any_work(device: s
             try_recipe(model={"attn_implementation": "flash_attention_2"})
     whole = {"model": {"attn_implementation": "varlen"}, "training": {"bf16": False}}
     if device == "cuda":
-        with pytest.raises(ValueError, match="varlen computes in half precision alone"):
+        with pytest.raises(ValueError, match="varlen computes only in half precision"):
             try_recipe(**whole)
     else:
         assert try_recipe(**whole) == []
