@@ -94,7 +94,7 @@ def row(kind: str) -> dict[str, Any]:
             by_positions = None
     return {
         "kind": kind,
-        "documents": f"together, by {isolation.told_by}" if isolation.told_by else "one a forward",
+        "documents": f"together, by {isolation.document_inputs}" if isolation.document_inputs else "one a forward",
         "ours": difference(ours, expected),
         "positions": by_positions,
     }

@@ -5,8 +5,7 @@
     python flows/sft_flow.py run --limit 200 --set training.learning_rate=1e-3
     python flows/sft_flow.py card view train
 
-Each step ensures its output in the store, so what is there already is not made again, fills its card, and
-names the next.
+Each step builds its output unless the store has it already, fills its card, and names the next step.
 """
 
 import os
@@ -16,14 +15,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("METAFLOW_USER", os.environ.get("USER") or "sft")  # Metaflow does not start without a name
-os.environ.setdefault("METAFLOW_RUN_MAX_WORKERS", "2")  # tasks at a time share the machine's cores
-os.environ.setdefault("METAFLOW_RESUME_MAX_WORKERS", os.environ["METAFLOW_RUN_MAX_WORKERS"])  # a resume is as a run
+os.environ.setdefault("METAFLOW_RUN_MAX_WORKERS", "2")  # parallel tasks share the machine's cores
+os.environ.setdefault("METAFLOW_RESUME_MAX_WORKERS", os.environ["METAFLOW_RUN_MAX_WORKERS"])  # a resume runs as many
 os.environ.setdefault("METAFLOW_RUN_MAX_NUM_SPLITS", "1000")  # sources of a recipe, or its tasks; Metaflow stops at 100
 os.environ.setdefault("METAFLOW_RESUME_MAX_NUM_SPLITS", os.environ["METAFLOW_RUN_MAX_NUM_SPLITS"])
-os.environ.setdefault("SFT_STARTED_BY", str(os.getpid()))  # by the scheduler, whose tasks end with it
+os.environ.setdefault("SFT_STARTED_BY", str(os.getpid()))  # the scheduler's pid: its tasks end with it
 os.environ.setdefault("TQDM_DISABLE", "1")  # a task's log is no terminal
 if sys.stdout.isatty():
-    os.environ.setdefault("TTY_COMPATIBLE", "1")  # but one that is read in a terminal may have colours
+    os.environ.setdefault("TTY_COMPATIBLE", "1")  # but this one is shown in a terminal, so allow colours
 
 from metaflow import (  # noqa: E402
     Config,
@@ -46,7 +45,7 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
 
 def asks(work):
-    """What the recipe's runtime.resources want of a cluster for a task of this kind of work."""
+    """The decorator with the recipe's runtime.resources for this kind of work, which a cluster reads."""
     amounts = ("cpu", "memory", "gpu", "shared_memory")
     return resources(**{name: config_expr(f"recipe.runtime.resources.{work}.{name}") for name in amounts})
 
@@ -61,7 +60,7 @@ class SFTFlow(FlowSpec):
 
     @step
     def start(self):
-        """Resolve what the recipe's names point to, and refuse bad input before any work."""
+        """Pin the commits and digests of the recipe's names, and refuse bad input before any work."""
         from steps.runs.tags import tag_run
         from steps.start import prepare
 
@@ -106,7 +105,7 @@ class SFTFlow(FlowSpec):
     @card(type="blank", id="mixture")
     @step
     def mix(self, inputs):
-        """Which rows of which source are trained on, without duplicates and report prompts where the recipe says so."""
+        """Choose the rows to train on from each source; remove duplicates and report prompts if the recipe says so."""
         from steps.cards import mixture
         from steps.cards.pieces import of_phase
         from steps.mix import MIXTURE
@@ -146,14 +145,14 @@ class SFTFlow(FlowSpec):
     @card(type="blank", id="training", refresh_interval=2)
     @step
     def train(self):
-        """The next round of training: one phase after another, each with as many as its search asks for."""
+        """Train the next round. Phases follow one another; a phase with a search has as many rounds as it asks for."""
         self.train_round()
         self.verdict = "again" if self.rounds_left else "done"
         self.next({"again": self.train, "done": self.evaluate_all}, condition="verdict")
 
     @step
     def to_nodes(self):
-        """A condition and a gang cannot stand in one step."""
+        """Start the gang of nodes. Metaflow does not allow a condition and a gang in one step."""
         self.next(self.train_on_nodes, num_parallel=self.pinned.recipe.runtime.num_nodes)
 
     @asks("train")
@@ -171,14 +170,14 @@ class SFTFlow(FlowSpec):
 
     @step
     def join_nodes(self, inputs):
-        """The gang's tasks become one again."""
+        """Join the gang's tasks."""
         kept = ["pins", "recipe_name", "trained", "num_rounds"]
         self.merge_artifacts(inputs, include=kept)
         self.next(self.evaluate_all)
 
     @step
     def evaluate_all(self):
-        """The checkpoint of each phase, and the tasks in shares. A condition and a foreach cannot stand in one step."""
+        """Divide the tasks into shares. Metaflow does not allow a condition (in `train`) and a foreach in one step."""
         from steps.task_shares import shares_of
         from steps.train import checkpoint_of
 
@@ -228,7 +227,7 @@ class SFTFlow(FlowSpec):
         self.released = self.ensure(RELEASED, pinned, **part)
         self.checkpoint = str(self.store.path(self.ref(self.released)) / "model")
         self.hub_url = None
-        if pinned.recipe.hub and not self.failed:  # what others see is whole
+        if pinned.recipe.hub and not self.failed:  # publish only complete scores
             self.pushed = self.ensure(PUSHED, pinned)
             self.hub_url = self.store.manifest(self.ref(self.pushed))["counts"]["url"]
         self.next(self.end)
@@ -259,7 +258,7 @@ class SFTFlow(FlowSpec):
         else:
             with training.live_card(self.store, pinned, part, current.card):
                 self.trained = self.ensure(train.TRAINED, pinned, **part)
-        known = self.progress  # a search has decided what comes next
+        known = self.progress  # read again: a search may have decided on further rounds
         self.num_rounds += 1
         self.rounds_left = len(known.rounds) - self.num_rounds
         current.card.extend(search.card(known, pinned.phase_name(part)))
@@ -267,14 +266,14 @@ class SFTFlow(FlowSpec):
 
     @property
     def progress(self):
-        """The rounds of training that are known by now, read off the store."""
+        """The rounds of training that are decided so far, read from the store."""
         from steps.search import progress
 
         return progress(self.store, self.without_rounds)
 
     @property
     def pinned(self):
-        """The recipe with what its names stand for; with a search its rounds are looked up, so ask once a step."""
+        """The recipe with its pins. With a search each access reads its rounds from the store, so access it once."""
         pinned = self.without_rounds
         return self.progress.pinned if pinned.recipe.has_search else pinned
 

@@ -1,4 +1,4 @@
-"""What of a recipe needs a GPU: `auto` takes what is there; a demand that cannot be met is told before any work."""
+"""The parts of a recipe that need a GPU. `auto` uses what is there; an unmet demand is an error before any work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sft_core.recipe.recipe import PhaseRecipe
 
 log = logging.getLogger(__name__)
-HALF_ONLY = ("varlen", "flash_attention_2")  # attention whose kernels take half precision alone
+HALF_ONLY = ("varlen", "flash_attention_2")  # attention whose kernels take only half precision
 
 
 def has_gpu() -> bool:
@@ -35,7 +35,7 @@ def liger(asked: bool | str) -> bool:
 
 
 def unmet_demands(recipe: PhaseRecipe, *, on_gpu: bool | None = None) -> str | None:
-    """What this machine, which trains, cannot do. on_gpu: whether it has a GPU; None: as has_gpu sees it."""
+    """The recipe's demands that this machine, which trains, does not meet. on_gpu: it has a GPU; None: ask has_gpu."""
     lora, attention = recipe.training.lora, recipe.model.attn_implementation
     strategy = STRATEGIES[recipe.runtime.distributed]
     if has_gpu() if on_gpu is None else on_gpu:
@@ -48,8 +48,8 @@ def unmet_demands(recipe: PhaseRecipe, *, on_gpu: bool | None = None) -> str | N
             )
         if attention in HALF_ONLY and not computes_in_half(recipe):
             return (
-                f"model.attn_implementation: {attention} computes in half precision alone on a GPU; set training.bf16: "
-                "true, or another one"
+                f"model.attn_implementation: {attention} computes only in half precision on a GPU; set training.bf16: "
+                "true, or choose another attention"
             )
         return None
     demands = {
@@ -64,11 +64,11 @@ def unmet_demands(recipe: PhaseRecipe, *, on_gpu: bool | None = None) -> str | N
     asked = [name for name, is_asked in demands.items() if is_asked]
     if not asked:
         return None
-    return f"{'; '.join(asked)}: needs a GPU, and this machine has none; to train here set it otherwise"
+    return f"{'; '.join(asked)}: needs a GPU, and this machine has none; to train here choose another value"
 
 
 def check_machine(recipe: PhaseRecipe) -> None:
-    """Raises ValueError for what this machine, which trains, cannot do."""
+    """Raises ValueError if this machine, which trains, does not meet the recipe's demands."""
     if unmet := unmet_demands(recipe):
         raise ValueError(unmet)
 
@@ -83,8 +83,8 @@ def slow_precision(recipe: PhaseRecipe) -> str | None:
     if not has_gpu() or computes_in_half(recipe):
         return None
     return (
-        "training.bf16 is false: a GPU multiplies matrices in TF32 then, at half the speed of bfloat16 and with twice "
-        "the memory for activations, and attention that knows documents (varlen) is not to be had. Set training.bf16: "
+        "training.bf16 is false: a GPU then multiplies matrices in TF32, at half the speed of bfloat16 and with twice "
+        "the memory for activations, and varlen attention is not available. Set training.bf16: "
         "true; weights and optimizer stay fp32"
     )
 

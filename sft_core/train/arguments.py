@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sft_core.recipe.sections import Runtime, Training
 
-# Set from the recipe or by what the pipeline guarantees; anything else of SFTConfig is free.
+# Fields of SFTConfig that the recipe's keys set or the pipeline fixes; training.extra may set all others.
 OWNED = frozenset(
     {
         "accelerator_config", "activation_checkpointing", "assistant_only_loss", "auto_find_batch_size",
@@ -39,7 +39,7 @@ OWNED = frozenset(
 
 
 def check_extra(extra: dict[str, Any]) -> None:
-    """Raises ValueError for a key that SFTConfig does not have or that the recipe owns, and for a wrong type."""
+    """Raises ValueError for a key that SFTConfig lacks or that is in OWNED, and for a value of a wrong type."""
     if not extra:
         return
     from pydantic import TypeAdapter, ValidationError
@@ -81,8 +81,8 @@ def training_arguments(
 ) -> SFTConfig:
     """SFTConfig for one pack a micro-batch; accumulation follows from the global batch and the ranks that divide it.
 
-    On a GPU products of fp32 matrices are TF32's, copies to the device do not make the host wait, and a process loads
-    the next batches: all free in `extra`.
+    On a GPU fp32 matrices are multiplied in TF32, the host does not wait for copies to the device, and a process loads
+    the next batches; `extra` can change all three.
     """
     import torch
     from trl import SFTConfig
@@ -109,7 +109,7 @@ def training_arguments(
         seed=training.seed,
         logging_steps=runtime.logging_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # else the host waits for each loss, and a loss that is not finite is logged as 0
+        logging_nan_inf_filter=False,  # True makes the host wait for each loss, and logs infinite losses as 0
         router_aux_loss_coef=0.0,  # PackTrainer adds the router's loss itself
         save_strategy="steps",
         save_steps=runtime.save_steps,
@@ -126,8 +126,8 @@ def training_arguments(
     )
 
 
-def gpu_arguments(capability: tuple[int, int]) -> dict[str, Any]:
-    """What is set on a GPU of that compute capability."""
+def gpu_arguments(capability: tuple[int, int]) -> dict[str, int | dict[str, bool]]:
+    """The SFTConfig arguments for a GPU of this compute capability."""
     return {
         "tf32": capability >= (8, 0),
         "accelerator_config": {"non_blocking": True},

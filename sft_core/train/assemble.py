@@ -1,4 +1,4 @@
-"""What stands before the first step of a rank: the schedule, the start model, its trainer."""
+"""Prepares a rank's training: the schedule, the start model, the trainer."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ NUM_RANKS = "WORLD_SIZE"  # torchrun's variable
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """What is trained in which order, as far as it stands before the model is loaded.
+    """The packs of each step, planned before the model is loaded.
 
-    shape: the start model without weights. schedule: pack numbers by step, shape (steps, global_batch_size). costs: of
-    each pack, by which the schedule puts packs of like cost into one batch.
+    shape: the start model without weights. schedule: pack numbers by step, shape (steps, global_batch_size). costs: the
+    cost of each pack; the schedule puts packs of similar cost into one batch.
     """
 
     shape: Any
@@ -61,7 +61,7 @@ class TrainingPlan:
 
 
 def plan_training(job: TrainJob) -> TrainingPlan:
-    """Raises ValueError where a document is longer than the model's context."""
+    """The plan of a job's training. Raises ValueError if a document is longer than the model's context."""
     model, training = job.spec.model, job.spec.training
     shape = skeleton(
         path=model.path, revision=model.revision, config=model.config, trust_remote_code=model.trust_remote_code
@@ -80,7 +80,7 @@ def plan_training(job: TrainJob) -> TrainingPlan:
         global_batch_size=training.global_batch_size,
         num_epochs=training.num_train_epochs,
         max_steps=training.max_steps,
-        seed=training.seed + job.round,  # each roll-out goes through its rows in another order
+        seed=training.seed + job.round,  # each roll-out orders its rows differently
     )
     return TrainingPlan(shape, collator, training_flops(shape), costs, schedule)
 
@@ -99,7 +99,7 @@ def online_schedule(job: TrainJob, plan: TrainingPlan, sampler: Sampler) -> Onli
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The start model, how it is run, and the checkpoint that training resumes from, if any."""
+    """The start model, the Trainer's arguments, and the checkpoint that training resumes from, if any."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -110,7 +110,7 @@ class Start:
 
 
 def load_start(job: TrainJob, plan: TrainingPlan) -> Start:
-    """Loads the model on all ranks together, and joins them."""
+    """Loads the start model and connects the ranks. All ranks call it together."""
     spec, training = job.spec, job.spec.training
     num_ranks, half = int(os.environ.get(NUM_RANKS, "1")), spec.computes_in_half
     num_data_ranks = STRATEGIES[job.runtime.distributed].num_data_ranks(num_ranks)
@@ -123,7 +123,7 @@ def load_start(job: TrainJob, plan: TrainingPlan) -> Start:
         load_in_4bit=training.lora is not None and training.lora.load_in_4bit,
         half=half,
     )
-    # Before the arguments: they may switch on ZeRO-3, under which the ranks would share a small model, too.
+    # Try the small model before TrainingArguments switch on ZeRO-3: after that each rank holds only a share of it.
     of_class = class_isolation_here(plan.shape.config, spec.model, half=half)
     # Draw random weights before TrainingArguments switch on ZeRO-3's sharded initialisation: after that each rank draws
     # different numbers for its shard. Load a file's weights afterwards: then transformers loads a rank's share alone.
@@ -131,7 +131,7 @@ def load_start(job: TrainJob, plan: TrainingPlan) -> Start:
     arguments = training_arguments(
         training, job.runtime, num_steps=len(plan.schedule), num_data_ranks=num_data_ranks, staging=job.out / "staging"
     )
-    # The arguments have joined the ranks. One reads for all: a checkpoint has many gigabytes.
+    # TrainingArguments have connected the ranks. Rank 0 checks for all: a checkpoint has many gigabytes.
     checkpoint = on_first_rank(lambda: resumable(job.out / "checkpoints", job.runtime.distributed, num_ranks))
     model, tokenizer = loaded or load()
     model.config.use_cache = False
@@ -141,7 +141,7 @@ def load_start(job: TrainJob, plan: TrainingPlan) -> Start:
         plan=plan.collator.plan,
         packs_a_rank=training.global_batch_size // num_data_ranks,
         attention=model.config._attn_implementation,
-        together=of_class is None or of_class.told_by is not None,
+        together=of_class is None or of_class.document_inputs is not None,
         busiest=_busiest(job, plan.shape, model.config._attn_implementation),
     )
     arguments.per_device_train_batch_size = number
@@ -156,7 +156,7 @@ def selection_of(
     watch: Callable[[int], Watch] | None,
     answers: Callable[..., AnswerScorer | None] | None,
 ) -> Selection | None:
-    """What is evaluated while training goes on; None where the job evaluates nothing. watch, answers: see `trained`."""
+    """The evaluations during training; None if the job has none. watch, answers: see main.trained."""
     asked, batch_size = job.spec.selection, job.spec.training.global_batch_size
     if asked is None:
         return None
@@ -165,7 +165,7 @@ def selection_of(
     steps_per_epoch = math.ceil(len(plan.collator.plan) / batch_size)
     scorer = None
     if answers is not None:
-        forward = plan.flops.of(1.0, 0.0, 1.0) / 3  # a forward pass is a third of what training takes
+        forward = plan.flops.of(1.0, 0.0, 1.0) / 3  # a forward pass takes a third of the training's FLOPs
         scorer = answers(collator.plan, tokenizer=start.tokenizer, flops_a_token=forward)
     return Selection(
         SelectionLosses(collator),
@@ -181,7 +181,7 @@ def selection_of(
 def make_trainer(
     job: TrainJob, plan: TrainingPlan, start: Start, online: OnlineSchedule | None, selection: Selection | None
 ) -> PackTrainer:
-    """online: what draws the packs while training goes on; None: the plan's schedule stands."""
+    """The trainer of a job. online: draws the packs during training; None: the plan's schedule is fixed."""
     spec, out, lora = job.spec, job.out, job.spec.training.lora
     number = start.arguments.per_device_train_batch_size
     num_ranks = STRATEGIES[job.runtime.distributed].num_data_ranks(int(os.environ.get(NUM_RANKS, "1")))
@@ -216,10 +216,9 @@ def make_trainer(
 
 
 def bytes_on_disk(num_parameters: int, job: TrainJob) -> int:
-    """At most what checkpoints and models take.
+    """The most bytes that checkpoints and models take.
 
-    Beside the checkpoints that are kept there is the one that is staged, and the best one. LoRA's do not count: they
-    are small.
+    Beside the kept checkpoints there are a staged one and the best one. LoRA's checkpoints are small and count as 0.
     """
     spec = job.spec
     bytes_a_parameter = STRATEGIES[job.runtime.distributed].checkpoint_bytes
@@ -229,7 +228,7 @@ def bytes_on_disk(num_parameters: int, job: TrainJob) -> int:
 
 
 def class_isolation_here(config: Any, model: ModelLoader, *, half: bool) -> Isolation | None:
-    """What the model's class does with packed documents, with the attention and on the device that this rank takes."""
+    """Whether the model's class isolates packed documents, with this rank's attention and device."""
     trust, on_gpu = model.trust_remote_code, torch.cuda.is_available()
     return class_isolation(
         config,
@@ -243,16 +242,18 @@ def class_isolation_here(config: Any, model: ModelLoader, *, half: bool) -> Isol
 def log_balance(
     path: Path, costs: np.ndarray, schedule: np.ndarray, num_ranks: int, strategy: str, packs_a_forward: int = 1
 ) -> None:
-    """Writes how evenly the schedule's FLOPs lie on these ranks, for the card. costs: of each pack."""
+    """Writes how evenly the schedule spreads FLOPs over the ranks, for the card. costs: of each pack."""
     slots = np.where(schedule == EMPTY, 0.0, costs[schedule])
     slots = slots.reshape(len(slots), -1, packs_a_forward, num_ranks).sum(axis=2).reshape(len(slots), -1)
     ratio = slowest_over_mean(slots, num_ranks, each_micro_step=STRATEGIES[strategy].shards_weights)
     event = {"ranks": num_ranks, "packs_a_step": schedule.shape[1], "slowest_over_mean": round(ratio, 6)}
-    path.write_text(json.dumps(event) + "\n")  # a whole line, as in a log, of which a card never reads half a line
+    path.write_text(
+        json.dumps(event) + "\n"
+    )  # a line of JSON, as in a log: a card that reads meanwhile skips a half-written line
 
 
 def _busiest(job: TrainJob, shape: Any, attention: str) -> Callable[[int], int]:
-    """How many packs of so many tokens keep this rank's GPU busy; 1 without a GPU."""
+    """A function from tokens per pack to the number of packs that keep this rank's GPU busy; 1 without a GPU."""
     if not torch.cuda.is_available():
         return lambda longest: 1
     device = torch.device("cuda", _local_rank())

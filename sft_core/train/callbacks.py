@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer: what begins with training, what a request to stop does, and the lines of the log."""
+"""Callbacks of the Trainer: a function at the start of training, a request to stop, and the lines of the log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PRINTED = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "trained_tokens
 
 
 class AtTrainBegin(TrainerCallback):
-    """Calls a function when the Trainer has set its sums to zero, before the first step."""
+    """Calls a function after the Trainer has set its sums to zero, before the first step."""
 
     def __init__(self, function: Callable[[], None]):
         self._function = function
@@ -40,7 +40,7 @@ class StopRequest(TrainerCallback):
 
 
 class LogEvents(TrainerCallback):
-    """Writes what the Trainer logs of training into a file, and prints it in short. On the first rank."""
+    """Writes the Trainer's training metrics to a file, and prints a short line. Rank 0 only."""
 
     def __init__(self, path: Path):
         self._log = LogFile(path)

@@ -1,4 +1,4 @@
-"""Training checkpoints that are whole or absent: staged, digested, renamed; a torn one is never loaded."""
+"""Training checkpoints that are complete or absent: staged, digested, renamed. A damaged one is never loaded."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def discard_staged(folder: Path) -> None:
 
 
 def publish(staged: Path, folder: Path, *, keep: int, best: int | None = None) -> Path:
-    """Move a staged checkpoint-N into `folder` and remove all but the newest `keep` and that of step `best`.
+    """Moves a staged checkpoint-N into `folder`, and removes all but the newest `keep` and that of step `best`.
 
-    Those after N go too: a run is before them only because they are damaged, and they would be kept in place of N.
+    Checkpoints after N are removed too: a run trains step N again only because they are damaged, and they would count
+    among the newest.
     """
     write_digests(staged)
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,16 +56,16 @@ def publish(staged: Path, folder: Path, *, keep: int, best: int | None = None) -
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint whose bytes are those that were written. Skips damaged checkpoints with a warning."""
+    """The newest checkpoint whose digests match. Skips damaged checkpoints with a warning."""
     for checkpoint in reversed(numbered(folder)):
         if is_whole(checkpoint):
             return checkpoint
-        log.warning("checkpoint=%s is damaged and passed over", checkpoint.name)
+        log.warning("checkpoint=%s is damaged and skipped", checkpoint.name)
     return None
 
 
 def worth_keeping(folder: Path) -> list[Path]:
-    """The newest checkpoint, and the best one that it knows of."""
+    """The newest checkpoint, and the best one so far by its trainer state."""
     newest = numbered(folder)[-1:]
     if not newest:
         return []

@@ -1,7 +1,7 @@
-"""Packs as model inputs: documents one after another, positions restarting, and what is trained of them.
+"""Packs as model inputs: concatenated documents, positions that restart at each, and the trained tokens.
 
-Whatever the loss and the log need to count is counted here, on the CPU: on a GPU each look at a tensor's values would
-make the host wait for the device.
+All counts for the loss and the log are made here, on the CPU: reading a tensor's values on a GPU would make the host
+wait for the device.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Literal, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from sft_core.data.packing.plan import PackPlan
 from sft_core.data.shards.token_shards import TokenRow, TokenShards
 from sft_core.train.schedule import EMPTY
 
-# How a model is told where documents begin: by restarting positions; by their bounds too, as kernels for packed
-# documents take them; or by each token's document as well, as recurrent layers take it.
+# The inputs that mark the bounds of documents. positions: positions restart at 0 in each document. bounds: these and
+# cu_seq_lens, for attention kernels of packed documents. sequences: all these and seq_idx, for recurrent layers.
 DocumentInputs = Literal["positions", "bounds", "sequences"]
+
+ModelInputs = dict[str, torch.Tensor | int]  # by the argument of the model's forward; int: lengths and booleans
 
 # T tokens of D documents in P packs, N of them trained (the targets).
 
@@ -39,15 +41,15 @@ class Batch(TypedDict):
     document: torch.Tensor  # int64, (N,)
     lengths: np.ndarray  # int64, (D,): tokens of each document
     num_targets: np.ndarray  # int64, (D,)
-    pack_sizes: np.ndarray  # int64, (P,): documents of each pack; none where nothing is trained
-    weight: NotRequired[float]  # the sum of all weights; not of a part of a batch
+    pack_sizes: np.ndarray  # int64, (P,): documents of each pack; P is 0 if nothing is trained
+    weight: NotRequired[float]  # the sum of all weights; absent in a part of a batch
 
 
 class PackCollator:
     """Turns slots of the schedule into one sequence of their packs' documents.
 
-    transformers isolates documents when positions restart at 0, no attention mask is given and no cache is
-    used; so no mask is given here.
+    Gives no attention mask: transformers isolates documents only if positions restart at 0 and there is neither a mask
+    nor a cache.
     """
 
     def __init__(self, plan: PackPlan, shards: Sequence[TokenShards]):
@@ -65,7 +67,7 @@ class PackCollator:
 
     @functools.cached_property
     def num_trained(self) -> np.ndarray:
-        """Of each document of the plan: int64, shape (documents,). Reads every mask, once."""
+        """Trained tokens of each document of the plan: int64, shape (documents,). Reads every mask, once."""
         counts = np.zeros(len(self.plan.row), np.int64)
         for number, shards in enumerate(self._shards):
             here = self.plan.source == number
@@ -77,7 +79,7 @@ class PackCollator:
         return self.of_packs([range(offsets[pack], offsets[pack + 1]) for pack in packs if pack != EMPTY])
 
     def of_packs(self, packs: Iterable[Iterable[int]]) -> Batch:
-        """The same of packs of the plan's documents, each given by the numbers of its own."""
+        """The batch of packs that are given by the numbers of their documents in the plan."""
         return collate(*([self._document(int(entry)) for entry in pack] for pack in packs))
 
     def _document(self, entry: int) -> tuple[TokenRow, int]:
@@ -86,12 +88,12 @@ class PackCollator:
 
 
 def slot_alone(slots: list[dict[str, int]]) -> dict[str, torch.Tensor]:
-    """The numbers of slots, where what is in them is not known when they are loaded: int64, shape (slots,)."""
+    """The numbers of slots whose packs are drawn only after the loader reads them: int64, shape (slots,)."""
     return {"slot": torch.tensor([slot["pack"] for slot in slots])}
 
 
 def collate(*packs: list[tuple[TokenRow, int]]) -> Batch:
-    """One sequence of packs of documents with their source numbers; without any, two tokens that train nothing."""
+    """One sequence of packs of documents, each with its source number; without packs two tokens that train nothing."""
     documents = [document for pack in packs for document in pack]
     pack_sizes = [len(pack) for pack in packs if pack]
     if not documents:
@@ -125,7 +127,7 @@ def collate(*packs: list[tuple[TokenRow, int]]) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """The batch with its tensors on a device; the copies of pinned ones do not make the host wait."""
+    """The batch with its tensors on a device. The host does not wait for copies of pinned tensors."""
     moved = {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
@@ -133,25 +135,24 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
     return cast(Batch, moved)
 
 
-def model_inputs(batch: Batch, told_by: DocumentInputs, *, alone: bool = False) -> dict[str, Any]:
-    """What a model's forward takes of the batch. use_cache is off: with a cache transformers lets documents of a pack
-    attend to each other.
+def model_inputs(batch: Batch, document_inputs: DocumentInputs, *, alone: bool = False) -> ModelInputs:
+    """The arguments of a model's forward. use_cache is off: with a cache transformers lets documents see each other.
 
-    alone: the batch is one document. Then the model counts positions by itself, and not every model begins at 0
-    (RoBERTa's begin behind the padding token's id).
+    alone: the batch is one document. Then the model counts positions itself: not every model begins at 0 (RoBERTa
+    begins after the padding token's id).
     """
-    inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+    inputs: ModelInputs = {"input_ids": batch["input_ids"], "use_cache": False}
     if not alone:
         inputs["position_ids"] = batch["position_ids"]
-    if told_by == "positions":
+    if document_inputs == "positions":
         return inputs
     bounds, longest = batch["bounds"], int(batch["lengths"].max())
     inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-    return inputs if told_by == "bounds" else inputs | {"seq_idx": batch["seq_idx"]}
+    return inputs if document_inputs == "bounds" else inputs | {"seq_idx": batch["seq_idx"]}
 
 
 def documents_alone(batch: Batch) -> Iterator[Batch]:
-    """Each document as a batch of its own, without a look at the device."""
+    """A separate batch for each document. Reads no values on the device."""
     starts, firsts = (np.concatenate([[0], np.cumsum(batch[name])]) for name in ("lengths", "num_targets"))
     for number in range(len(batch["lengths"])):
         tokens = slice(int(starts[number]), int(starts[number + 1]))

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the Trainer's own state: which ranks wrote it, and the sums of the log's next line.
+"""The part of a checkpoint beside the Trainer's state: the ranks that wrote it, and sums for the log's next line.
 
 Invariant: a resumed run writes the log that it would have written without the interruption, speeds aside.
 """
@@ -19,11 +19,11 @@ _FILE = "continuation.json"
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """What the ranks of a resumed run begin with.
+    """The state with which the ranks of a resumed run begin.
 
-    losses, sums: by rank, since the log's last line, which was at step `logged`. losses is the Trainer's running sum of
-    a loss that each rank scales by the number of ranks, sums is LossBySource's. packs_a_forward: a resumed run keeps
-    it, because another number of packs in a forward rounds otherwise.
+    losses, sums: by rank, since the log's last line, which was at step `logged`. losses: the Trainer's running sum of a
+    loss that each rank scales by the number of ranks. sums: LossBySource's. packs_a_forward: a resumed run keeps it,
+    because another number of packs in a forward rounds differently.
     """
 
     strategy: str
@@ -41,7 +41,7 @@ class Continuation:
         return cls(**json.loads((checkpoint / _FILE).read_text()))
 
     def share(self, rank: int, num_ranks: int) -> tuple[float, list[list[float]]]:
-        """(loss, sums) with which a rank goes on. Their total over the ranks is the same for any number of ranks."""
+        """(loss, sums) from which a rank continues. Their totals over ranks do not depend on the number of ranks."""
         mine = range(rank, self.num_ranks, num_ranks)
         loss = sum(self.losses[old] for old in mine) * (num_ranks / self.num_ranks)
         num_sources = len(self.sums[0][0])
@@ -49,10 +49,9 @@ class Continuation:
 
 
 def resumable(folder: Path, strategy: str, num_ranks: int) -> Path | None:
-    """The newest whole checkpoint. Raises ValueError where this strategy or number of ranks cannot resume from it.
+    """The newest complete checkpoint, if any. Raises ValueError if this strategy or number of ranks cannot resume it.
 
-    Without the check, the Trainer under ddp would silently begin with a new optimizer and schedule, because it does not
-    read DeepSpeed's.
+    Without the check the Trainer under ddp silently starts a new optimizer and schedule: it does not read DeepSpeed's.
     """
     checkpoint = latest(folder)
     if checkpoint is None:
@@ -62,15 +61,15 @@ def resumable(folder: Path, strategy: str, num_ranks: int) -> Path | None:
     as_written = f"runtime.distributed: {written.strategy}"
     if (writers := STRATEGIES.get(written.strategy)) is not None and writers.fixed_ranks:
         as_written += f" and {_ranks(written.num_ranks)} (runtime.num_processes)"
-    advice = f"Go on with {as_written}, or remove {folder} to train from the start"
+    advice = f"Continue with {as_written}, or remove {folder} to train from the start"
     if written.strategy != strategy:
         raise ValueError(
-            f"runtime.distributed: found {strategy}, and {writer}; each keeps an optimizer its way. {advice}"
+            f"runtime.distributed: found {strategy}, and {writer}; each saves the optimizer in another format. {advice}"
         )
     if STRATEGIES[strategy].fixed_ranks and written.num_ranks != num_ranks:
         raise ValueError(
-            f"runtime.num_processes: found {_ranks(num_ranks)}, and {writer}; {strategy} resumes on as many only. "
-            f"{advice}"
+            f"runtime.num_processes: found {_ranks(num_ranks)}, and {writer}; {strategy} resumes only with that "
+            f"number. {advice}"
         )
     log.info("resume checkpoint=%s", checkpoint.name)
     return checkpoint

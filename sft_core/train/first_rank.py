@@ -1,4 +1,4 @@
-"""Work that the first of all ranks does alone, on whichever node: each rank has its answer, or its error."""
+"""Runs a function on rank 0 only; every rank gets its answer, or its error."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ def on_first_rank(function: Callable[[], Answer]) -> Answer:
         raise error
     answer, failure = message
     if failure is not None:
-        # With its traceback: the launcher shows the error of the rank that fails first, and that may be this one.
+        # Include rank 0's traceback: the launcher shows the error that is written first, which may be this rank's.
         raise RuntimeError(f"the first rank failed:\n{failure.rstrip()}")
     return answer

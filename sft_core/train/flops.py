@@ -1,4 +1,4 @@
-"""Floating-point operations of training: of each token, of each pair that attention joins, of each trained token."""
+"""FLOPs of training: per token, per pair of tokens in attention, per trained token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Flops:
     parameters with each token, those of the head with trained tokens alone, for no other logits are made.
     """
 
-    token: float  # without the embedding, which is looked up; of experts those that a token uses
+    token: float  # without the embedding, which is looked up; of the experts only those that a token uses
     pair: float
     trained_token: float  # the head
 
@@ -53,7 +53,7 @@ def training_flops(model: Any) -> Flops:
 
 
 def _expert_shares(model: Any) -> dict[int, float]:
-    """Of each expert's parameter, by its id, how many of the tokens it is multiplied with.
+    """The share of tokens that each expert's parameter is multiplied with, by the parameter's id.
 
     Experts are stacked in one parameter of shape (experts, ..., ...) or are a list of modules named `experts`.
     """
@@ -74,7 +74,7 @@ def _expert_shares(model: Any) -> dict[int, float]:
 
 
 def pair_flops(config: Any) -> float:
-    """6 * layers * attention width: what a document of L tokens takes L squared times.
+    """6 * layers * attention width: the FLOPs of attention in a document of L tokens, divided by L squared.
 
     PaLM (arXiv 2204.02311, appendix B) counts 12 * layers * heads * head size * T a token at sequence length T, as
     nanoGPT does, over the whole T x T square; half of the 12 is here, for causal attention needs only the triangle,

@@ -1,4 +1,4 @@
-"""How many packs of a rank's step are one forward: over one pack of a small model a GPU waits for its launches."""
+"""How many packs share one forward: with one pack of a small model, a GPU waits for kernel launches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sft_core.recipe.sections import Runtime, Training
 
 BUSY_S, REACHED, UNKNOWN_PEAK = 0.1, 0.4, 100e12
-USED_SHARE = 0.75  # of the memory: the allocator leaves gaps, and an estimate is one
+USED_SHARE = 0.75  # of the memory: the allocator leaves gaps, and the estimate has errors
 DOCUMENTS_A_PACK = 8  # attention is the smaller part; how many documents there are matters little
 log = logging.getLogger(__name__)
 
@@ -33,12 +33,13 @@ def packs_a_forward(
     together: bool,
     busiest: Callable[[int], int],
 ) -> int:
-    """A divisor of a rank's packs of a step, so that every rank makes as many forwards of as many packs.
+    """Packs of one forward: a divisor of packs_a_rank, so that all forwards of all ranks have equally many.
 
-    asked: runtime.tokens_per_forward. written: what the checkpoint says that training goes on from; "auto" keeps to it,
-    for another number rounds otherwise. attention, together: with attention that knows documents packs cost what they
-    cost alone; an L x L mask, or documents that get a forward each, would make them dearer. busiest: of the tokens of
-    the longest pack, how many packs `auto` wants at most.
+    asked: runtime.tokens_per_forward. written: the number in the checkpoint that training resumes from; "auto" keeps
+    it, because another number rounds differently. attention, together: several packs share a forward only if attention
+    takes the bounds of documents and documents share forwards; otherwise an L x L mask or a forward per document makes
+    several packs cost more than each alone. busiest: maps the tokens of the longest pack to the number of packs that
+    `auto` wants at most.
     """
     if attention not in KNOWS_DOCUMENTS or not together:
         if asked != "auto":
@@ -49,7 +50,7 @@ def packs_a_forward(
     longest = int(np.add.reduceat(plan.num_tokens.astype(np.int64), plan.offsets[:-1]).max())
     number = largest_divisor(packs_a_rank, busiest(longest) if asked == "auto" else int(asked) // longest)
     if written is not None and number != written:
-        log.warning("packs_a_forward=%d and the checkpoint's is %d: the same but for rounding", number, written)
+        log.warning("packs_a_forward=%d, the checkpoint has %d: results differ by rounding", number, written)
     return number
 
 
@@ -64,11 +65,11 @@ def busiest_packs(
     memory: float,
     peak: float | None,
 ) -> int:
-    """How many packs of so many tokens keep a GPU busy, of those that fit into its memory; at least 1.
+    """How many packs of `longest` tokens keep a GPU busy, limited to those that fit into its memory; at least 1.
 
-    A forward and backward of a layer is some 40 launches of 5 to 10 microseconds, whatever the tokens: BUSY_S of work
-    at the speed that is reached hides them. shape: the model without weights. dtype: of its weights. memory: the
-    device's bytes. peak: its FLOP/s by the data sheet, where that is known.
+    A layer's forward and backward are some 40 launches of 5 to 10 microseconds, for any number of tokens; BUSY_S of
+    work at the share REACHED of the peak hides them. shape: the model without weights. dtype: of its weights. memory:
+    the device's bytes. peak: its FLOP/s by the data sheet; None: unknown.
     """
     from sft_core.train.memory.activations import UnknownActivations
     from sft_core.train.memory.estimate import activations_of, bytes_a_parameter
@@ -78,20 +79,20 @@ def busiest_packs(
     if wanted == 1:
         return 1
     try:
-        one = activations_of(training, runtime, shape, tokens=longest, dtype=dtype, attention=attention)
+        of_pack = activations_of(training, runtime, shape, tokens=longest, dtype=dtype, attention=attention)
     except UnknownActivations as unknown:
-        log.info("packs_a_forward=1: what several take is not known (%s)", unknown)
+        log.info("packs_a_forward=1: the memory of several packs is unknown (%s)", unknown)
         return 1
     states = shape.num_parameters() * bytes_a_parameter(training, runtime, dtype)
-    room = USED_SHARE * memory - states - one.weight_copies
-    return max(1, min(wanted, int(room // (one.layers + one.head + one.mask))))
+    room = USED_SHARE * memory - states - of_pack.weight_copies
+    return max(1, min(wanted, int(room // (of_pack.layers + of_pack.head + of_pack.mask))))
 
 
 def in_forwards(schedule: np.ndarray, num_ranks: int, packs: int) -> np.ndarray:
     """The slots in the order in which the loader reads them: int64, shape (steps, global_batch_size).
 
-    Slot j * ranks + r is rank r's at micro-step j (schedule.step_packs). The loader hands batches of `packs` neighbours
-    to one rank after another: so a rank's next packs stand side by side.
+    Slot j * ranks + r belongs to rank r at micro-step j (schedule.step_packs). The loader deals batches of `packs`
+    neighbours to one rank after another, so the packs of a rank's forward are put side by side.
     """
     steps, size = schedule.shape
     by_rank = schedule.reshape(steps, size // (packs * num_ranks), packs, num_ranks)

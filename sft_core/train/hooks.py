@@ -1,12 +1,12 @@
-"""What may take part in a training: who draws its packs, who watches its losses, who scores its answers.
+"""Interfaces that training calls: Sampler draws its packs, Watch follows its losses, AnswerScorer scores its answers.
 
-Training calls these and knows no implementation. sft_core/search and sft_core/evaluate implement them.
+sft_core/search and sft_core/evaluate implement them; training imports no implementation.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,36 +22,36 @@ Block = list[list[Pack]]  # the global batch of each of some optimizer steps
 
 
 class Sampler(Protocol):
-    """Draws what is trained, block by block, and learns from what is measured between two blocks.
+    """Draws the packs to train on, block by block, and learns from measurements between two blocks.
 
-    Its methods are called in turn: next_block, probes, learn, next_block, ... The same measurements lead to the same
-    blocks, so a resumed training replays its sampler.
+    Its methods are called in turn: next_block, probes, learn, next_block, ... The same measurements must lead to the
+    same blocks: a resumed training replays its sampler.
     """
 
     def next_block(self) -> Block | None:
-        """The next optimizer steps; None when there is nothing left to train."""
+        """The packs of the next optimizer steps; None if training is over."""
 
     def probes(self) -> list[Pack] | None:
-        """The packs of which one step's gain is measured before the next block; None: every document's loss is."""
+        """The packs on which to measure a step's gain before the next block; None: measure every document's loss."""
 
     def learn(self, measured: np.ndarray) -> None:
         """Takes in gains, shape (probes,), or losses per trained token, shape (documents,)."""
 
     def shares(self) -> dict[str, float]:
-        """What the next block is drawn from: of each task, its share of what is trained."""
+        """The share of each task among the packs of the next block."""
 
 
 class Watch(Protocol):
-    """Looks at the selection losses of a training under way, keeps weights of it, and may end it."""
+    """Follows the selection losses during training, saves weights, and may end the training."""
 
-    def begin(self, past: list[dict[str, Any]]) -> None:
+    def begin(self, past: Sequence[Mapping[str, Any]]) -> None:
         """past: the events that `see` returned so far, up to the checkpoint that training resumes from."""
 
-    def see(self, step: int, losses: RowLosses, save: Callable[[Path], None]) -> dict[str, Any]:
-        """The event to log for an evaluation. save: writes the present weights to a folder, on all ranks together."""
+    def see(self, step: int, losses: RowLosses, save: Callable[[Path], None]) -> dict[str, object]:
+        """The event to log for an evaluation. save: writes the weights to a folder; all ranks call it together."""
 
     def saved(self) -> None:
-        """A checkpoint is whole: the training will not go back to what was before it. On the first rank only."""
+        """A checkpoint is complete: training will not resume from an earlier step. Called on rank 0 only."""
 
     @property
     def is_decided(self) -> bool:
@@ -62,7 +62,7 @@ class AnswerScorer(Protocol):
     """Scores what the model answers to the selection rows."""
 
     def ready(self, model: Any) -> contextlib.AbstractContextManager[None]:
-        """Reads the questions. Scores are asked for inside."""
+        """Reads the questions; `score` is called inside this context."""
 
     def score(
         self,
@@ -73,7 +73,7 @@ class AnswerScorer(Protocol):
         num_ranks: int,
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     ) -> tuple[np.ndarray, float]:
-        """Scores of the rows, shape (rows,), NaN of rows without a question; and the FLOPs that answering took.
+        """The scores of the rows, shape (rows,), NaN for rows without a question; and the FLOPs of answering.
 
-        losses: of the same weights, with num_correct. The ranks share the rows; all get the result.
+        losses: of the same weights, with num_correct. Each rank answers some of the rows; all ranks get the result.
         """

@@ -1,4 +1,4 @@
-"""The job of a training's ranks: what the recipe asks for, and where its inputs are on this machine.
+"""The job of a training's ranks: the recipe's settings, and the paths of inputs on this machine.
 
 Invariant: jobs are written to logs/job.json and read from it here alone.
 """
@@ -18,7 +18,7 @@ Job = TypeVar("Job")
 
 @dataclasses.dataclass(frozen=True)
 class ModelLoader:
-    """Where the start model is, and how its weights are loaded. `config`: random weights in place of a file's."""
+    """The path of the start model, and how to load its weights. config: use random weights instead of a file's."""
 
     path: str | None
     revision: str | None
@@ -48,9 +48,9 @@ class SelectionSpec:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSpec:
-    """What a recipe asks of a training.
+    """The settings of a training that do not depend on the machine.
 
-    rank_module: the module that each rank runs. num_models: how many models' weights, without an optimizer, lie on the
+    rank_module: the module that each rank runs. num_models: how many models (weights without an optimizer) are on the
     disk at once.
     """
 
@@ -89,7 +89,7 @@ class TrainJob:
 
 
 def job_path(out: Path) -> Path:
-    """Where the job of a training in `out` is."""
+    """The path of the job of a training in `out`."""
     return out / "logs" / "job.json"
 
 

@@ -1,6 +1,6 @@
-"""Start the training ranks, wait for them, and leave none behind.
+"""Starts the training ranks, waits for them, and leaves no process behind.
 
-On several nodes each starts its own ranks: the first node builds the output, the others join its training.
+On several nodes each node starts its own ranks: the first node builds the output, the others join its training.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from sft_core.train.strategy import environment
 
 if TYPE_CHECKING:
     from sft_core.recipe.sections import Runtime
-    from sft_core.store.stage import Build
+    from sft_core.store.stage import Build, Json
 
 log = logging.getLogger(__name__)
 START = "start model"  # among the inputs of a build: the checkpoint of the phase before
-KEEP_S = 2.0  # between two looks for a new checkpoint
-LOOK_S = 1.0  # between two looks at what another node does
+KEEP_S = 2.0  # between two checks for a new checkpoint
+LOOK_S = 1.0  # between two checks of the files of another node
 STARTED_WITHIN_S = 1800.0  # the first node may have to download its inputs
 STORED_WITHIN_S = 7200.0  # and to upload its output
 
 
-def build_trained(build: Build, *, job: TrainSpec, round: int) -> dict[str, Any]:
-    """Trains in a process group of its own and leaves model/ and logs/. Raises RuntimeError with the rank's error."""
+def build_trained(build: Build, *, job: TrainSpec, round: int) -> dict[str, Json]:
+    """Trains in a separate process group, and writes model/ and logs/. Raises RuntimeError with the rank's error."""
     train_job = job_here(build, from_start(build, job), round)
     return launch(build, train_job, train_job)
 
@@ -68,15 +68,15 @@ def job_here(build: Build, spec: TrainSpec, round: int) -> TrainJob:
     )
 
 
-def launch(build: Build, job: TrainJob, of_ranks: object) -> dict[str, Any]:
-    """Runs the ranks of a job to their end, and returns the counts of what they trained.
+def launch(build: Build, job: TrainJob, of_ranks: object) -> dict[str, Json]:
+    """Runs the ranks of a job to their end, and returns the counts for the manifest.
 
-    of_ranks: the job that the ranks read: this one, or one that holds it. Raises RuntimeError with the rank's error.
+    of_ranks: the job that the ranks read: `job`, or a job that contains it. Raises RuntimeError with the rank's error.
     """
     out, output = build.out, build.out / "logs" / "train.log"
     for stale in (*out.glob("error-rank*.txt"), stop_request(out)):
         stale.unlink(missing_ok=True)
-    path = write_job(of_ranks, out)  # after that: the ranks of other nodes begin, and may leave their errors
+    path = write_job(of_ranks, out)  # after the removal: ranks of other nodes start now, and may write errors
     with sigterm_asks_to_stop(out), kept_checkpoints(build):
         run_ranks(path, job.spec.rank_module, job.runtime, out, log=output)
     if job.spec.training.lora is not None:
@@ -104,8 +104,8 @@ def join_training(out: Path, runtime: Runtime, rank_module: str, is_done: Callab
     job = job_path(out)
     if not comes_true(lambda: job.exists() or is_done(), STARTED_WITHIN_S):
         raise FileNotFoundError(
-            f"{job}: not there after {STARTED_WITHIN_S:.0f} s; the first node writes it, so the folder is not the same "
-            "on all nodes: runtime.store (of a URL: SFT_CACHE) has to be on a file system that they share"
+            f"{job}: not there after {STARTED_WITHIN_S:.0f} s. The first node writes it, so the nodes do not see the "
+            "same folder: put runtime.store (SFT_CACHE if the store is a URL) on a file system that all nodes share"
         )
     if is_done():
         return
@@ -116,7 +116,7 @@ def join_training(out: Path, runtime: Runtime, rank_module: str, is_done: Callab
 
 
 def comes_true(condition: Callable[[], bool], within_s: float) -> bool:
-    """Waits for the condition; False where it does not hold in time."""
+    """Waits for the condition. Returns False if it does not hold within the time."""
     end = time.monotonic() + within_s
     while not condition():
         if time.monotonic() > end:
@@ -131,13 +131,13 @@ def num_threads(runtime: Runtime) -> int:
 
 
 def token_folders(inputs: Mapping[str, Path], source: str) -> list[Path]:
-    """Where the source's rows are, in the order in which a plan numbers them: its tokens, and its windows if any."""
+    """The folders of a source's rows, in the order in which a plan numbers them: tokens, then windows if any."""
     return [inputs[name].resolve() for name in (source, windows_of(source)) if name in inputs]
 
 
 @contextlib.contextmanager
 def kept_checkpoints(build: Build) -> Iterator[None]:
-    """Uploads whole checkpoints of a store behind a URL while the ranks train on, so that they outlive this machine."""
+    """Uploads complete checkpoints during training if the store is a URL, so that they outlive this machine."""
     if build.upload is None:
         yield
         return
@@ -146,14 +146,14 @@ def kept_checkpoints(build: Build) -> Iterator[None]:
     def keep_newest() -> None:
         kept: set[Path] = set()
         while True:
-            is_last = ended.wait(KEEP_S)  # before the look, so that it finds a checkpoint of the ranks' last moment
+            is_last = ended.wait(KEEP_S)  # before the check, so that it includes the ranks' last checkpoint
             for checkpoint in worth_keeping(build.out / "checkpoints"):
                 if checkpoint not in kept:
                     try:
                         build.keep(checkpoint)
                         kept.add(checkpoint)
                     except OSError as error:
-                        log.warning("checkpoint=%s could not be kept: %s", checkpoint.name, error)
+                        log.warning("checkpoint=%s was not uploaded: %s", checkpoint.name, error)
             if is_last:
                 return
 
@@ -168,14 +168,16 @@ def kept_checkpoints(build: Build) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sigterm_asks_to_stop(out: Path) -> Iterator[None]:
-    """On SIGTERM (a machine that is taken back) the ranks save a checkpoint and end; a retry resumes from it."""
+    """On SIGTERM (the machine is reclaimed) the ranks save a checkpoint and end; a retry resumes from it."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
 
     def ask(signum: int, frame: Any) -> None:
         stop_request(out).touch()
-        os.write(1, b"SIGTERM: the ranks save a checkpoint after this step, and end\n")  # print may be at work
+        os.write(
+            1, b"SIGTERM: the ranks save a checkpoint after this step, and end\n"
+        )  # not print: the signal may interrupt a print
 
     before = signal.signal(signal.SIGTERM, ask)
     try:
@@ -185,32 +187,32 @@ def sigterm_asks_to_stop(out: Path) -> Iterator[None]:
 
 
 def torchrun(runtime: Runtime) -> list[str]:
-    """The command that starts this node's ranks; `node_environment` says which of how many nodes it is."""
+    """The arguments of Python that start this node's ranks. `node_environment` sets which of how many nodes it is."""
     alone = [] if "PET_NNODES" in os.environ else ["--standalone"]
     return ["-m", "torch.distributed.run", *alone, f"--nproc_per_node={runtime.num_processes}"]
 
 
 def node_environment(*, node: int, num_nodes: int, address: str, port: int) -> dict[str, str]:
-    """The environment by which torchrun (torch 2.13) knows its node: each option's name after PET_.
+    """The environment that tells torchrun (torch 2.13) its node: each option is a variable PET_<OPTION>.
 
-    address, port: of the first node, where all ranks meet.
+    address, port: of the first node, to which all ranks connect.
     """
     options = {"nnodes": num_nodes, "node_rank": node, "master_addr": address, "master_port": port}
     return {f"PET_{name.upper()}": str(value) for name, value in options.items()}
 
 
 def variables(out: Path, *, num_threads: int, distributed: str | None = None) -> dict[str, str]:
-    """The environment of a rank. Without `distributed`: of a process that knows no other ranks."""
+    """The environment of a rank. Without `distributed`: of a process that trains without other ranks."""
     return {
         "TENSORBOARD_LOGGING_DIR": str((out / "logs" / "tensorboard").resolve()),
         **os.environ,
         STARTED_BY: str(os.getpid()),
         "OMP_NUM_THREADS": str(num_threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait cost a shared machine most of its speed
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow a shared machine down
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "TQDM_DISABLE": "1",
-        "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",  # one for each call of DeepSpeed's
+        "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",  # DeepSpeed causes one warning a call
         **(environment(distributed) if distributed is not None else {}),
     }
 
@@ -222,9 +224,9 @@ def run_ranks(job: Path, rank_module: str, runtime: Runtime, out: Path, *, log: 
 
 
 def run(arguments: list[str], variables: dict[str, str], out: Path, *, log: Path | None) -> None:
-    """Runs Python in a process group of its own. Its output goes to this process's output, and to the log.
+    """Runs Python in a separate process group. Its output goes to this process's output and to the log.
 
-    out: where ranks leave their errors. Raises RuntimeError with the error of the rank that failed first.
+    out: the folder where ranks write their errors. Raises RuntimeError with the error of the rank that failed first.
     """
     process = subprocess.Popen(
         [sys.executable, *arguments],

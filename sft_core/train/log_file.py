@@ -1,15 +1,16 @@
-"""What happened while training, one JSON object a line; a resumed run takes back what its checkpoint does not know."""
+"""Logs of training, one JSON object a line. A resumed run removes the lines after its checkpoint's step."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events so far. A line that is being written, or that a full disk cut short, is left out."""
+    """The events so far. Skips incomplete lines: one being written, or one cut short by a full disk."""
     events = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -24,7 +25,7 @@ class LogFile:
         self._path = path
 
     def rewind(self, step: int) -> None:
-        """Takes back what came after that step."""
+        """Removes the events after that step."""
         if not self._path.exists():
             return
         kept = [event for event in read_events(self._path) if event["step"] <= step]
@@ -32,6 +33,6 @@ class LogFile:
         rewritten.write_text("".join(json.dumps(event) + "\n" for event in kept))
         rewritten.replace(self._path)
 
-    def add(self, event: dict[str, Any]) -> None:
+    def add(self, event: Mapping[str, object]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(event) + "\n")

@@ -1,4 +1,4 @@
-"""The loss of trained tokens, and nothing but them: logits are made for their positions alone."""
+"""The loss of the trained tokens. Logits are computed only at their positions."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sft_core.train.models.router import RouterLoss
 class Forward:
     """How a model is run over a batch.
 
-    told_by: how it is told where documents begin. alone: each document is a forward of its own, since in this model
-    documents see each other whatever it is told. fused_head: it has head.add_fused_head's, which on a GPU never holds
-    all logits at once. router: the loss of a mixture of experts' router; None: there is none.
+    document_inputs: the inputs that mark the bounds of documents. alone: each document gets its own forward, because in
+    this model documents see each other with any inputs. fused_head: the model has head.add_fused_head's, which on a GPU
+    never holds all logits at once. router: the loss of a mixture of experts' router; None: there is none.
     """
 
-    told_by: DocumentInputs = "positions"
+    document_inputs: DocumentInputs = "positions"
     alone: bool = False
     fused_head: bool = False
     router: RouterLoss | None = None
@@ -38,7 +38,10 @@ class Losses(NamedTuple):
 def trained_losses(
     model: torch.nn.Module, batch: Batch, forward: Forward, *, num_forwards: int | None = None
 ) -> Losses:
-    """num_forwards: where each document is a forward and ranks share the weights, how many of them each rank makes."""
+    """The losses of a batch.
+
+    num_forwards: how many forwards each rank makes, if each document gets one and ranks share the weights.
+    """
     nll, router_logits = [], []
     for part in _parts(batch, forward, num_forwards):
         outputs = _run(model, part, forward)
@@ -65,10 +68,10 @@ def _parts(batch: Batch, forward: Forward, num_forwards: int | None) -> Iterator
         yield batch
         return
     parts = list(documents_alone(batch))
-    if forward.router is None:  # which counts all tokens, trained or not
+    if forward.router is None:  # a router's loss needs documents without trained tokens, too
         parts = [part for part in parts if len(part["targets"])] or parts[:1]
     yield from parts
-    for _ in range(len(parts), num_forwards or 0):  # the other ranks wait in each forward for this one
+    for _ in range(len(parts), num_forwards or 0):  # fill up: in each forward the other ranks wait for this rank
         yield _without_targets(parts[0])
 
 
@@ -87,7 +90,7 @@ def _without_targets(part: Batch) -> Batch:
 
 
 def _run(model: torch.nn.Module, batch: Batch, forward: Forward) -> Any:
-    inputs = model_inputs(batch, forward.told_by, alone=forward.alone)
+    inputs = model_inputs(batch, forward.document_inputs, alone=forward.alone)
     if forward.router is not None:
         inputs["output_router_logits"] = True
     if forward.fused_head:
@@ -103,7 +106,7 @@ def _nll(outputs: Any, batch: Batch) -> torch.Tensor:
 
 def _logits(outputs: Any, batch: Batch) -> torch.Tensor:
     logits = outputs["logits"][0]
-    if len(logits) != len(batch["targets"]):  # its class makes those of all tokens, whatever it is asked
+    if len(logits) != len(batch["targets"]):  # this class ignores logits_to_keep
         logits = logits[batch["targets"] - 1]
     return logits.float()
 

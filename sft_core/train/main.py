@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Stopped(RuntimeError):
-    """Training ended before its last step because somebody asked for it."""
+    """Training ended before its last step on request (a SIGTERM)."""
 
 
 @contextlib.contextmanager
@@ -37,21 +37,21 @@ def as_rank(out: Path) -> Iterator[None]:
         with _alone(out) if rank == 0 else contextlib.nullcontext():
             yield
     except BaseException:
-        # The launcher shows this instead of its own and the other ranks' noise.
+        # The launcher shows this file instead of torchrun's and the other ranks' output.
         (out / f"error-rank{rank}.txt").write_text(traceback.format_exc())
         raise
 
 
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Raises RuntimeError when another trainer is at work in this folder."""
+    """Holds the folder's lock. Raises RuntimeError if another trainer runs in this folder."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(out / "trainer.lock")
     try:
         lock.acquire(timeout=60)
     except Timeout:
-        raise RuntimeError(f"another trainer is at work in {out}; end it first") from None
+        raise RuntimeError(f"another trainer runs in {out}; end it first") from None
     try:
         yield
     finally:
@@ -66,7 +66,7 @@ def main(job_path: Path) -> None:
 
 
 def train(job: TrainJob) -> None:
-    """Trains to the end of the schedule, from the last whole checkpoint if any, and writes model/."""
+    """Trains to the end of the schedule, from the newest complete checkpoint if any, and writes model/."""
     trainer = trained(job)
     trainer.load_best()
     trainer.save_weights(job.out / "model")
@@ -82,9 +82,9 @@ def trained(
 ) -> PackTrainer:
     """The trainer after its last step.
 
-    watch(steps_per_epoch): who looks at the selection losses. sampler(packs, num_steps): who draws what is trained;
-    None: a schedule that stands from the start. answers(selection_rows, tokenizer=, flops_a_token=): who scores what
-    the model answers; None: nobody. Raises Stopped when training was asked to stop.
+    watch(steps_per_epoch): returns the Watch of the selection losses. sampler(packs, num_steps): returns the Sampler
+    that draws the packs; None: the schedule is fixed from the start. answers(selection_rows, tokenizer=,
+    flops_a_token=): returns the AnswerScorer; None: answers are not scored. Raises Stopped on a request to stop.
     """
     import torch
 
@@ -112,7 +112,9 @@ def trained(
     trainer.train_from(start.checkpoint)
     step, num_steps = trainer.state.global_step, len(plan.schedule)
     if stop_request(job.out).exists() and step < num_steps:
-        raise Stopped(f"stopped at step {step} of {num_steps}, as asked; its checkpoint is whole: a retry goes on")
+        raise Stopped(
+            f"stopped at step {step} of {num_steps}, as asked; its checkpoint is complete: a retry resumes from it"
+        )
     return trainer
 
 

@@ -1,7 +1,7 @@
 """Merges a trained LoRA adapter into its base: `python -m sft_core.train.merge JOB.json`.
 
-A process of its own, after the ranks: it loads the base anew, whole and in the recipe's dtype, whatever share of it or
-however few bits of it a rank held.
+It runs in a separate process after the ranks, and loads the whole base again in the recipe's dtype: a rank may hold
+only a share of it, or 4-bit weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training on packs that a sampler draws while training goes on; it learns between two blocks of optimizer steps."""
+"""Training on packs that a sampler draws during training. The sampler learns after each block of optimizer steps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sft_core.train.log_file import LogFile, read_events
 
 
 class OnlineSchedule(TrainerCallback):
-    """The packs of each step so far, as the sampler drew them.
+    """The packs that the sampler has drawn for each step so far.
 
-    Each measurement is a line of the log. A resumed training replays the lines up to its checkpoint's step, and so
-    draws the same packs. costs: FLOPs of each document, shape (documents,).
+    Each measurement is a line of the log. A resumed training replays the lines up to its checkpoint's step, so it draws
+    the same packs. costs: FLOPs of each document, shape (documents,).
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class OnlineSchedule(TrainerCallback):
         self._num_steps, self._batch_size, self._costs = num_steps, global_batch_size, costs
         self._steps: list[list[Pack]] = []
         self._measuring_flops = 0.0
-        self.is_over = False  # whether nothing is left after the steps so far
-        # The trainer sets both: only it has the model. Gains of one step on each pack; losses of all documents.
+        self.is_over = False  # whether the sampler draws nothing after the steps so far
+        # The trainer sets both, because it has the model: the gain of one step on each pack; the loss of each document.
         self.measure_gains: Callable[[list[Pack]], np.ndarray] | None = None
         self.measure_losses: Callable[[], np.ndarray] | None = None
 
@@ -48,7 +48,7 @@ class OnlineSchedule(TrainerCallback):
 
     def _pack(self, slot: int) -> Pack:
         step, place = divmod(slot, self._batch_size)
-        packs = self._steps[step] if step < len(self._steps) else []  # the trainer looks ahead, past the end too
+        packs = self._steps[step] if step < len(self._steps) else []  # the trainer reads ahead, also past the end
         return packs[place] if place < len(packs) else np.empty(0, np.int64)
 
     def flops(self, step: int) -> tuple[float, float]:
@@ -57,9 +57,9 @@ class OnlineSchedule(TrainerCallback):
         return float(sum(self._costs[pack].sum() for pack in packs)), self._measuring_flops
 
     def begin(self, step: int, *, writes: bool) -> bool:
-        """Replays the sampler up to `step`. Returns True where it has no batches left.
+        """Replays the sampler up to `step`. Returns True if it has no batches left.
 
-        writes: this rank, the first, truncates the log after `step`.
+        writes: this is rank 0, which truncates the log after `step`.
         """
         past = [event for event in read_events(self._path) if event["step"] <= step]
         if writes:
@@ -92,18 +92,18 @@ class OnlineSchedule(TrainerCallback):
 
     def _probe(self) -> list[Pack] | None:
         probes = self._sampler.probes()
-        # Forward and backward count as three forward passes; a gain takes them and one more forward pass.
+        # self._costs count a forward and backward, three forward passes. A gain takes one forward pass more.
         documents = np.arange(len(self._costs)) if probes is None else np.concatenate(probes)
         self._measuring_flops += float(self._costs[documents].sum()) * (1 / 3 if probes is None else 4 / 3)
         return probes
 
 
 def step_gain(wrapped: Any, loss: Callable[[], torch.Tensor], *, max_grad_norm: float) -> float:
-    """The share of a loss by which one optimizer step on it lowers it. The step is undone.
+    """The share by which one optimizer step on a loss lowers that loss. The step is undone.
 
-    wrapped: accelerate's optimizer, of the parameters that the loss depends on.
+    wrapped: accelerate's optimizer of the parameters on which the loss depends.
     """
-    optimizer: torch.optim.Optimizer = wrapped.optimizer  # accelerate's own would wait for the end of an accumulation
+    optimizer: torch.optim.Optimizer = wrapped.optimizer  # accelerate's wrapper steps only when accumulation ends
     with undone(optimizer):
         before = loss()
         before.backward()
@@ -117,7 +117,7 @@ def step_gain(wrapped: Any, loss: Callable[[], torch.Tensor], *, max_grad_norm: 
 
 @contextlib.contextmanager
 def undone(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Undoes the optimizer's steps inside: afterwards weights and optimizer state are bit for bit what they were."""
+    """Undoes the optimizer's steps inside: restores weights and optimizer state bit for bit."""
     parameters = _parameters(optimizer)
     weights = [parameter.detach().clone() for parameter in parameters]
     states = [

@@ -1,8 +1,9 @@
-"""What a model's class tells before anything is made for it: tried on a small one, where a run starts and in a plan."""
+"""Checks of a model's class by a small model of it, at the start of a run and in a plan, before any work is done."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
     from sft_core.recipe.recipe import PhaseRecipe
 
 log = logging.getLogger(__name__)
-LONG = 16_384  # tokens of a pack, from which a mask of all pairs takes 256 MiB and more
+LONG = 16_384  # tokens of a pack; from here on a mask of all pairs takes at least 256 MiB
 
 
-def try_class(recipe: PhaseRecipe, loader: dict[str, Any], *, here: bool = True) -> list[str]:
-    """What there is to say of the model that the recipe trains and scores; nothing where all is as one expects.
+def try_class(recipe: PhaseRecipe, loader: Mapping[str, Any], *, here: bool = True) -> list[str]:
+    """Warnings about the model that the recipe trains and scores.
 
-    loader: PinnedRecipe.model_loader. here: this machine is the one that trains. Raises ValueError for what the class
-    cannot do, and OSError or ValueError where its config cannot be read.
+    loader: PinnedRecipe.model_loader. here: this machine trains. Raises ValueError if the class cannot run as the
+    recipe asks, and OSError or ValueError if the model's config cannot be read.
     """
     trust = loader["trust_remote_code"]
     config = read_config(loader["path"], loader["revision"], loader["config"], trust)
@@ -33,37 +34,41 @@ def try_class(recipe: PhaseRecipe, loader: dict[str, Any], *, here: bool = True)
     half = recipe.training.bf16 or recipe.model.dtype == "bfloat16"
     router_loss(config, recipe.training.router_aux_loss_coef)
     _check_attention(asked, config, kind, trust)
-    told = _of_device(recipe) if here else []
+    warnings = _of_device(recipe) if here else []
     on_gpu = here and torch.cuda.is_available()
     attention: str = asked
     if asked != "flash_attention_2":  # which a CPU does not run
         chosen = choose_attention(asked, config, half=half, trust_remote_code=trust)
         device = "cuda" if on_gpu else "cpu"
-        found = class_isolation(config, attention=chosen, trust_remote_code=trust, half=half and on_gpu, device=device)
-        if found is None:
-            told.append(
-                f"documents of a pack: no small model of this kind ({kind}) can be built to try whether they see each "
-                "other; training and evaluation try the model itself"
+        isolation = class_isolation(
+            config, attention=chosen, trust_remote_code=trust, half=half and on_gpu, device=device
+        )
+        if isolation is None:
+            warnings.append(
+                f"documents of a pack: no small {kind} model can be built to test whether they see each other; "
+                "training and evaluation test the model itself"
             )
-        elif found.told_by is None:
-            told.append(
-                f"documents of a pack see each other in this model ({kind}, {found.attention}), so each is trained and "
-                "scored in a forward of its own: right, and slower"
+        elif isolation.document_inputs is None:
+            warnings.append(
+                f"documents of a pack see each other in this model ({kind}, {isolation.attention}), so each is trained "
+                "and scored in its own forward, which is correct and slower"
             )
-        if found is not None:
-            _check_router(config, chosen, found, recipe.training.router_aux_loss_coef, trust)
-        attention = chosen or (found.attention if found is not None else "sdpa")
+        if isolation is not None:
+            _check_router(config, chosen, isolation, recipe.training.router_aux_loss_coef, trust)
+        attention = chosen or (isolation.attention if isolation is not None else "sdpa")
     if attention not in (*KNOWS_DOCUMENTS, "flex_attention") and recipe.packing.max_length > LONG:
-        told += _of_long_mask(recipe, config, attention, half=half, trust=trust, here=here)
-    return told
+        warnings += _of_long_mask(recipe, config, attention, half=half, trust=trust, here=here)
+    return warnings
 
 
 def _check_router(
     config: Any, attention: str | None, isolation: Isolation, coefficient: float | None, trust: bool
 ) -> None:
-    """Raises ValueError where the router's loss of a small model of the class is not what the model computes of it."""
+    """Raises ValueError if the router's loss of a small model of the class differs from the model's."""
     model = small_model(config, attention=attention, trust_remote_code=trust)
-    router = None if model is None else router_loss(model.config, coefficient)  # it has fewer experts a token
+    router = (
+        None if model is None else router_loss(model.config, coefficient)
+    )  # the small model uses fewer experts per token
     if router is not None:
         with one_thread():
             check_router(model, router, isolation.forward, device="cpu")
@@ -72,21 +77,20 @@ def _check_router(
 def _of_long_mask(
     recipe: PhaseRecipe, config: Any, attention: str, *, half: bool, trust: bool, here: bool
 ) -> list[str]:
-    """What a mask of all pairs of tokens takes, and what does without it; nothing where the GPU to come has none."""
+    """A warning about the memory of a mask of all pairs of tokens; none if training will run varlen on a GPU."""
     is_auto, length = recipe.model.attn_implementation == "auto", recipe.packing.max_length
     if not allows_varlen(config, trust):
-        advice = "attention that knows the documents (varlen) does not compute this model"
+        advice = "varlen attention, which needs no mask, does not compute this model"
     elif is_auto and half:
         if not here:
             return []
-        advice = "On a GPU attention knows the documents instead (varlen)"
+        advice = "On a GPU varlen attention, which needs no mask, takes its place"
     else:
         keys = [
             *([] if is_auto else ["model.attn_implementation: auto"]),
             *([] if half else ["training.bf16: true"]),
         ]
-        lets = "lets" if len(keys) == 1 else "let"
-        advice = f"On a GPU {' and '.join(keys)} {lets} attention know the documents instead (varlen)"
+        advice = f"Set {' and '.join(keys)}: then varlen attention, which needs no mask, takes its place on a GPU"
     size, layers = length**2 * (2 if half else 4), config.get_text_config().num_hidden_layers
     return [
         f"packing.max_length {length}: {attention} attention builds a mask of {length} x {length}, "
@@ -95,7 +99,7 @@ def _of_long_mask(
 
 
 def _check_attention(asked: str, config: Any, kind: str, trust: bool) -> None:
-    """Raises ValueError for attention that the class does not run with, where a small model shows it."""
+    """Raises ValueError if a small model of the class does not run with the recipe's attention."""
     if asked in ("auto", "flash_attention_2") or small_model(config, attention=None, trust_remote_code=trust) is None:
         return
     runs = (
@@ -105,19 +109,19 @@ def _check_attention(asked: str, config: Any, kind: str, trust: bool) -> None:
     )
     if not runs:
         raise ValueError(
-            f"model.attn_implementation: found {asked!r}, with which a {kind} model does not run; auto takes what it "
-            "runs with"
+            f"model.attn_implementation: found {asked!r}, with which a {kind} model does not run; set auto, which "
+            "chooses one that runs"
         )
 
 
 def _of_device(recipe: PhaseRecipe) -> list[str]:
-    """Raises ValueError where the recipe demands a GPU and torch sees none."""
+    """A warning if torch does not see this machine's GPU. Raises ValueError if the recipe demands a GPU."""
     sees_gpu = torch.cuda.is_available()
     if unmet := unmet_demands(recipe, on_gpu=sees_gpu):
         raise ValueError(unmet)
     if has_gpu() and not sees_gpu:
         return [
-            f"this machine has a GPU, and torch {torch.__version__} sees none, so all runs on the CPU; is it a build "
-            "for CPUs, or the driver too old?"
+            f"this machine has a GPU, and torch {torch.__version__} sees none, so everything runs on the CPU; "
+            "check that torch is a CUDA build and that the driver is new enough"
         ]
     return []

@@ -1,4 +1,4 @@
-"""Losses of the selection rows at one step of a training, as plain arrays: whoever decides by them needs no torch."""
+"""Losses of the selection rows at one step, as numpy arrays: modules that decide by them need no torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class RowLosses:
-    """Of each selection row, in the order of the plan: summed loss, trained tokens, and the number of its source."""
+    """The summed loss, trained tokens and source number of each selection row, in the order of the plan."""
 
     nll: np.ndarray  # float64, shape (rows,)
     num_trained: np.ndarray  # float64, shape (rows,)
     source: np.ndarray  # int64, shape (rows,)
-    num_correct: np.ndarray | None = None  # float64, shape (rows,): trained tokens that are the likeliest
+    num_correct: np.ndarray | None = None  # float64, shape (rows,): trained tokens with the highest likelihood
     answers: np.ndarray | None = None  # float64, shape (rows,): scores of generated answers; NaN of rows without one
     answer_flops: float = 0.0
 
@@ -24,6 +24,6 @@ class RowLosses:
         return self.nll / self.num_trained
 
     def by_source(self, names: list[str]) -> dict[str, float]:
-        """The loss per trained token."""
+        """The loss per trained token of each source."""
         sums, counts = (np.bincount(self.source, of, len(names)) for of in (self.nll, self.num_trained))
         return dict(zip(names, (sums / counts).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Which packs each optimizer step trains on: a pure function of seed, epoch and step, blind to ranks."""
+"""The packs of each optimizer step: a pure function of seed, epoch and step, independent of the ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sft_core.train.flops import pair_flops
 if TYPE_CHECKING:
     pass
 
-EMPTY = -1  # a slot without a pack: the last batch of an epoch is smaller, never filled up with repeats
+EMPTY = -1  # a slot without a pack: an epoch's last batch may be smaller, and repeats no packs
 
 
 def step_packs(
@@ -48,18 +48,18 @@ def num_steps_of(num_packs: int, global_batch_size: int, num_epochs: float, max_
 
 
 def order_coefficients(model: Any) -> tuple[float, float]:
-    """(linear, quadratic): by linear * L + quadratic * L**2 of each document the schedule calls packs alike in cost.
+    """(linear, quadratic): a document of L tokens costs linear * L + quadratic * L**2 for the order of packs.
 
-    linear is 6 * all parameters, though the embedding is looked up, experts share the tokens and only trained tokens
-    need the head (flops.training_flops counts so). It stays as it is: other coefficients would put the packs of every
-    recipe into another order, and a resumed training would go on with packs that it had. An order needs no more, for
-    only the ratio of the two matters, and between full packs, equal in tokens, not even that.
+    linear is 6 * all parameters. flops.training_flops counts more exactly: the embedding is looked up, experts share
+    the tokens, only trained tokens need the head. Do not change the coefficients: that reorders the packs of every
+    recipe, and a resumed training would repeat packs. They suffice for an order: only their ratio matters, and for full
+    packs, which have equally many tokens, not even that.
     """
     return 6.0 * model.num_parameters(), pair_flops(model.config)
 
 
 def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor that is at most `most`; 1 where that is less.
+    """The largest divisor of a number that is at most `most`; 1 if `most` is below 1.
 
     >>> largest_divisor(12, 5)
     4

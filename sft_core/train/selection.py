@@ -1,4 +1,4 @@
-"""Losses on the selection split while training goes on: a curve for each source, and the step of the best one."""
+"""Losses on the selection split during training: a curve for each source, and the step with the lowest mean."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def evaluation_steps(num_steps: int, steps_per_epoch: int, every_epochs: float) 
 
 
 class SelectionLosses:
-    """Measures the losses of all selection rows. Ranks share the packs; all get the result."""
+    """Measures the losses of all selection rows. Each rank runs some of the packs; all ranks get the result."""
 
     def __init__(self, collator: PackCollator):
         self.collator = collator
@@ -55,7 +55,10 @@ class SelectionLosses:
         forward: Forward,
         count_correct: bool = False,
     ) -> RowLosses:
-        """Leaves the model in training mode. count_correct: count the trained tokens that the model finds likeliest."""
+        """The losses of all rows. Leaves the model in training mode.
+
+        count_correct: also count the trained tokens to which the model gives the highest likelihood.
+        """
         plan = self.plan
         sums = torch.zeros(3, len(plan.row), dtype=torch.float64, device=device)  # of loss, of tokens, of correct ones
         model.eval()
@@ -82,7 +85,10 @@ class SelectionLosses:
         return RowLosses(nll, num_trained, plan.source.astype(np.int64), num_correct if count_correct else None)
 
     def _packs_of(self, rank: int, num_ranks: int) -> Iterator[int]:
-        """Every rank gets equally many packs: ranks that share parameters wait for each other at each forward pass."""
+        """A rank's packs, filled up with EMPTY to equally many on every rank.
+
+        Ranks that share parameters wait for each other in each forward pass.
+        """
         num_packs = len(self.plan)
         for first in range(0, num_packs, num_ranks):
             yield first + rank if first + rank < num_packs else EMPTY
@@ -90,7 +96,7 @@ class SelectionLosses:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What is evaluated while training goes on, and after which steps."""
+    """The evaluations during training, and the steps after which they run."""
 
     losses: SelectionLosses
     sources: list[str]
@@ -102,9 +108,10 @@ class Selection:
 
 
 class EvaluateSelection(TrainerCallback):
-    """Measures at the selection's steps, logs the losses, and has the best step's checkpoint saved if so asked.
+    """Evaluates at the selection's steps, logs the losses, and with keep_best saves the best step's checkpoint.
 
-    The best step has the lowest mean over sources, which count alike; of equal steps it is the first. Never step 0.
+    The best step has the lowest mean over sources, each source weighted equally; of equal steps the first. Step 0 is
+    never the best.
     """
 
     def __init__(
@@ -117,16 +124,16 @@ class EvaluateSelection(TrainerCallback):
         self._selection, self._measure, self._save_weights = selection, measure, save_weights
         self._is_over = is_over  # whether training ends at this step, before the last of the plan
         self._log = LogFile(selection.log)
-        self._seconds = 0.0  # spent on evaluation since the last line of the log
+        self._seconds = 0.0  # of evaluation since the log's last line; throughput leaves them out
         self.num_done = 0
         self.answer_flops = 0.0
 
     def begin(self, step: int, *, writes: bool) -> bool:
-        """Resumes from the log up to `step`. Returns True where the watch has decided that training ends there.
+        """Resumes from the log up to `step`. Returns True if the watch has decided that training ends there.
 
-        writes: this rank, the first, truncates the log after `step`.
+        writes: this is rank 0, which truncates the log after `step`.
         """
-        before = step if step > 0 else -1  # the start is measured again
+        before = step if step > 0 else -1  # a training from the start evaluates step 0 again
         past = [event for event in read_events(self._selection.log) if event["step"] <= before]
         self.num_done = len(past)
         self.answer_flops = sum(event.get("answer_flops", 0.0) for event in past)
@@ -138,7 +145,7 @@ class EvaluateSelection(TrainerCallback):
         return bool(past) and watch.is_decided
 
     def take_seconds(self) -> float:
-        """Evaluation seconds since the last call: training's speed leaves them out."""
+        """Evaluation seconds since the last call; the logged throughput leaves them out."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 

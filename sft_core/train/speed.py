@@ -1,4 +1,4 @@
-"""How much training computes, and what a device can do: the share that is used (MFU, of PaLM, arXiv 2204.02311)."""
+"""FLOPs of training, peak FLOP/s of devices: their ratio is the MFU (PaLM, arXiv 2204.02311)."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ _PEAKS = {
     "MI325X": 1307e12,
     "MI355X": 2517e12,
 }
-# A part of a device, or one with less power, whose name holds that of the whole.
+# Names of slower devices that contain a name of the table: a part of a device, or a variant with less power.
 _SLOWER = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D|5090 D)\b")
 
 
 def batch_flops(flops: Flops, batch: Mapping[str, Any]) -> float:
-    """FLOPs of a batch (collate.Batch), forward and backward: by its counts, without a look at the device."""
+    """FLOPs of a batch (collate.Batch), forward and backward, by its counts on the CPU."""
     lengths = batch["lengths"].astype(np.float64)
     return float(flops.of(lengths.sum(), (lengths**2).sum(), float(batch["num_targets"].sum())))
 
 
 def peak_flops_per_s(device: torch.device) -> float | None:
-    """None for a device that the table does not know: there is no MFU then, only FLOP/s."""
+    """The device's peak; None if the table lacks it: then FLOP/s are logged and MFU is not."""
     return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
@@ -73,7 +73,7 @@ def peak_of(name: str) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most that this process held so far: on the GPU, or of resident memory on a CPU."""
+    """The largest memory of this process so far: on the GPU, or resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

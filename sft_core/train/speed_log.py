@@ -25,13 +25,13 @@ class SpeedLog:
         self._last_line = time.monotonic()
 
     def count(self, batch: Batch) -> None:
-        """A forward and backward of a batch, by the counts that it carries: the device is not looked at."""
+        """Counts a forward and backward of a batch, by the batch's counts on the CPU: the host does not wait."""
         self._num_tokens += int(batch["lengths"].sum())
         self._num_trained += int(batch["num_targets"].sum())
         self._flops_done += batch_flops(self._flops, batch)
 
     def line(self, *, evaluation_s: float) -> dict[str, float]:
-        """What to log since the last line. Called on all ranks together.
+        """The metrics since the last line. All ranks call it together.
 
         evaluation_s: seconds of evaluation since the last line. `seconds` holds them; the speeds leave them out.
         """

@@ -27,7 +27,7 @@ _FSDP = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
 
 
 class WrongStrategy(RuntimeError):
-    """Accelerate engaged another strategy than the recipe asks for."""
+    """Accelerate uses another strategy than the recipe's."""
 
 
 def environment(strategy: str) -> dict[str, str]:
@@ -46,9 +46,9 @@ def environment(strategy: str) -> dict[str, str]:
 
 
 def prepare_deepspeed() -> None:
-    """Sets DeepSpeed to the CPU where torch sees no GPU.
+    """Sets DeepSpeed to the CPU if torch sees no GPU.
 
-    It does without its shared-memory collectives, whose compilation at the first start would take two minutes.
+    Switches off its shared-memory collectives: compiling them at the first start takes two minutes.
     """
     import torch
 
@@ -60,9 +60,9 @@ def prepare_deepspeed() -> None:
 
 
 def check_engaged(strategy: str, accelerator: Any, wrapped: Any) -> None:
-    """Raises WrongStrategy when accelerate took another strategy, as it does for FSDP on a machine without a GPU.
+    """Raises WrongStrategy if accelerate uses another strategy, as it does for FSDP on a machine without a GPU.
 
-    wrapped: the model as it is trained.
+    wrapped: the model as accelerate wrapped it.
     """
     asked, ranks, engaged = STRATEGIES[strategy], accelerator.num_processes, _engaged(accelerator, wrapped)
     if engaged == asked.engaged_as or (engaged == PLAIN and ranks == 1 and asked.plain_on_one_rank):
@@ -75,7 +75,7 @@ def check_engaged(strategy: str, accelerator: Any, wrapped: Any) -> None:
 
 
 def _engaged(accelerator: Any, wrapped: Any) -> str:
-    """The strategy that is at work, as RankStrategy.engaged_as has it."""
+    """The strategy that accelerate uses, as RankStrategy.engaged_as names it."""
     from torch.distributed.tensor import DTensor
 
     wrapper = type(wrapped).__name__

@@ -8,7 +8,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,16 +40,16 @@ from sft_core.train.tried_forward import TriedForward
 
 
 class PackTrainer(SFTTrainer):
-    """Lowers the objective's total over the global batch (all ranks, all accumulated micro-batches) by its amount.
+    """Minimises the objective's total divided by its amount, both over the global batch (all ranks and micro-batches).
 
-    args.output_dir is where checkpoints are staged; whole ones are in `folder`, the newest `keep` of them and the best.
-    write_model(model, weights, folder) makes a checkpoint of it that transformers loads; weights are all of the model's
-    where this rank holds but a share of them.
+    Checkpoints are staged in args.output_dir. `folder` holds complete checkpoints: the newest `keep`, and the best.
+    write_model(model, weights, folder) writes a checkpoint that transformers loads; weights: all weights of the model,
+    if this rank holds only a share of them.
     flops: for the logged speed, and for the cost of a roll-out.
-    online: draws what is trained while it goes on; train_dataset's packs are slots of it then.
-    of_class: what probe.class_isolation knows of the model's class; the model itself is tried before its first use
-    (TriedForward), and the first rank notes the answer in forward_log.
-    router: the loss of a mixture of experts' router: coefficient x mean over the batch's tokens, beside the objective.
+    online: draws the packs during training; then train_dataset holds slots of its schedule instead of packs.
+    of_class: probe.class_isolation's answer for the model's class. TriedForward tries the model itself before its first
+    use, and rank 0 writes the answer to forward_log.
+    router: the loss of a mixture of experts' router; coefficient x mean over the batch's tokens is added to the loss.
     """
 
     def __init__(
@@ -74,18 +74,18 @@ class PackTrainer(SFTTrainer):
         model = self.accelerator.unwrap_model(self.model)
         self._forward = TriedForward(model, self.args, of_class=of_class, router=router, log=forward_log)
         self._objective, self._tokens_in_batch = objective, 0.0
-        self.model_accepts_loss_kwargs = True  # else compute_loss gets no amount where the model's forward takes none
+        self.model_accepts_loss_kwargs = True  # else compute_loss gets no amount if the model's forward takes no kwargs
         self._sources = sources
         self._packs_a_forward = self.args.per_device_train_batch_size
         self._num_data_ranks = STRATEGIES[strategy].num_data_ranks(self.accelerator.num_processes)
         self._global_batch_size = self._packs_a_forward * self.args.gradient_accumulation_steps * self._num_data_ranks
-        self._strategy, self._is_engaged = strategy, False  # until the first forward shows what is engaged
+        self._strategy, self._is_engaged = strategy, False  # check_engaged runs in the first forward
         self._folder, self._keep = folder, keep
         self._write_model = write_model
         self._stop = StopRequest(folder.parent)
         self.add_callback(self._stop)
         self._online = online
-        if online is not None:  # before the evaluation, which has to know which step is the last
+        if online is not None:  # before the evaluation, which asks it whether this step is the last
             online.measure_gains, online.measure_losses = self._measure_gains, self._measure_training_losses
             self.add_callback(online)
         self.selection, self._evaluation = selection, None
@@ -108,8 +108,9 @@ class PackTrainer(SFTTrainer):
         self._resumed_from = checkpoint
         step = 0 if checkpoint is None else checkpoints.step_of(checkpoint)
         parts = [part for part in (self._online, self._evaluation) if part is not None]
-        if any([part.begin(step, writes=self.is_world_process_zero()) for part in parts]):  # all of them begin
-            # Training was over there, before its last step. The Trainer still trains a step where data is left.
+        if any([part.begin(step, writes=self.is_world_process_zero()) for part in parts]):  # a list: all of them begin
+            # Training ended at this checkpoint, before the schedule's last step. Cut the data off there: while data
+            # remains, the Trainer trains another step.
             self.args.max_steps = step
             self.train_dataset = self.train_dataset.select(range(step * self._global_batch_size))  # type: ignore
         answers = self.selection.answers if self.selection is not None else None
@@ -120,33 +121,36 @@ class PackTrainer(SFTTrainer):
         assert self.train_dataset is not None
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # the schedule is the order
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    def compute_loss(  # type: ignore[override]
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         assert num_items_in_batch is not None and not return_outputs
         if not self._is_engaged:
             check_engaged(self._strategy, self.accelerator, model)
             self._is_engaged = True
-        batch, forward = cast(Batch, inputs), self._forward.of(model)
+        batch, forward = inputs, self._forward.of(model)
         losses = trained_losses(model, batch, forward, num_forwards=self._num_forwards(batch, forward))
         self._loss_by_source.add(losses.nll_N, batch["source"])
         self._speed.count(batch)
         loss = self._objective.total(losses.nll_N, batch) / num_items_in_batch
         if losses.router is not None and forward.router is not None:
             loss = loss + forward.router.coefficient * losses.router / self._tokens_in_batch
-        # DDP averages over ranks, and the batch's sums are over all of them: the product restores the sum.
+        # DDP averages gradients over ranks. The loss is divided by a sum over all ranks, so multiply to undo the mean.
         return loss * self._num_data_ranks
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]
-        """Of one forward and backward. The Trainer's own goes through all parameters at each micro-batch."""
+    def floating_point_ops(self, inputs: Batch) -> float:  # type: ignore[override]
+        """FLOPs of one forward and backward. The Trainer's version loops over all parameters at each micro-batch."""
         return batch_flops(self._flops, inputs)
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # The Trainer's own would round the weights of turns to DeepSpeed's half precision.
-        return cast("dict[str, Any]", to_device(cast(Batch, inputs), self.args.device))
+    def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
+        # The Trainer's version would round the weights of turns to DeepSpeed's half precision.
+        return to_device(inputs, self.args.device)
 
     def _num_forwards(self, batch: Batch, forward: Forward) -> int | None:
-        """The most of any rank, where each document is a forward and a rank waits in each for the others' weights."""
+        """The largest number of documents on any rank, if each gets a forward and ranks share the weights; else None.
+
+        Ranks that share weights wait for each other in each forward, so all must make equally many.
+        """
         if not forward.alone or not STRATEGIES[self._strategy].shards_weights:
             return None
         num_documents = torch.tensor([len(batch["lengths"])], device=self.args.device)
@@ -157,19 +161,19 @@ class PackTrainer(SFTTrainer):
     ) -> tuple[list[Any], Any]:
         if self._online is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
-        # The loader looks a batch ahead, so it hands out slots: their packs are drawn only now.
+        # The loader reads a batch ahead, before its packs are drawn. So it yields slots, and they become packs here.
         slots = [batch["slot"].tolist() for batch in itertools.islice(epoch_iterator, num_batches)]
         batches = [self._online.batch(of_forward) for of_forward in slots]
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> torch.Tensor:
-        """The objective's amount of the global batch, where the Trainer counts labels.
+        """The objective's amount of the global batch; the Trainer's version counts labels.
 
-        Counted on the CPU. Ranks exchange their counts, for which the host waits once a step; one rank never waits.
+        It is counted on the CPU. Ranks exchange their counts, so the host waits once a step; a single rank never waits.
         """
         amount = sum(self._objective.amount(batch) for batch in batch_samples)
         num_tokens = sum(int(batch["lengths"].sum()) for batch in batch_samples if len(batch["pack_sizes"]))
-        # The request to stop is exchanged with them: the ranks must agree on the step after which they stop.
+        # Exchange the request to stop as well: all ranks must stop after the same step.
         counts = torch.tensor([[amount, float(self._stop.is_asked()), num_tokens]], dtype=torch.float64)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.gather(counts.to(device)).cpu()
@@ -194,9 +198,10 @@ class PackTrainer(SFTTrainer):
         return self._measure(SelectionLosses(self._online.collator)).by_row
 
     def _measure_gains(self, packs: list[Pack]) -> np.ndarray:
-        """By what share one optimizer step on a pack lowers the pack's loss: shape (packs,).
+        """The share by which one optimizer step on each pack lowers that pack's loss: shape (packs,).
 
-        Ranks share the packs, which whole weights on every rank allow. Without dropout, so that nothing is drawn.
+        Each rank measures some of the packs, so each must hold all weights. Dropout is off: it would advance the random
+        state of training.
         """
         assert self._online is not None
         model: Any = self.accelerator.unwrap_model(self.model_wrapped)
@@ -224,7 +229,7 @@ class PackTrainer(SFTTrainer):
         by_source = {f"eval_selection_loss/{source}": loss for source, loss in losses.items()}
         should_log = self.control.should_log
         self.log({"eval_selection_loss": sum(losses.values()) / len(losses), **by_source})
-        self.control.should_log = should_log  # `log` resets it, and this step's training metrics would be lost
+        self.control.should_log = should_log  # `log` resets it; without it this step's training metrics are lost
         return row_losses
 
     def _with_answers(self, answers: AnswerScorer, losses: RowLosses) -> RowLosses:
@@ -241,7 +246,7 @@ class PackTrainer(SFTTrainer):
         return dataclasses.replace(losses, answers=scores, answer_flops=flops)
 
     def flops(self) -> tuple[float, float]:
-        """FLOPs of the training so far, and of what was measured while it went on, on all ranks together."""
+        """FLOPs of the training so far, and of its measurements (evaluations, gains), summed over all ranks."""
         evaluation = 0.0
         if self._evaluation is not None and self.selection is not None:
             forward = float(self._flops_of_packs(self.selection.losses.collator).sum()) / 3
@@ -257,8 +262,8 @@ class PackTrainer(SFTTrainer):
         return np.add.reduceat(self._flops.of_documents(plan.num_tokens, collator.num_trained), plan.offsets[:-1])
 
     def save_weights(self, folder: Path) -> None:
-        """Writes the present weights to a folder that is whole or absent. On all ranks together."""
-        is_shared = STRATEGIES[self._strategy].shards_weights  # then all ranks gather the weights, for the first
+        """Writes the current weights to a folder, which is complete or absent. All ranks call it together."""
+        is_shared = STRATEGIES[self._strategy].shards_weights  # then all ranks gather the weights for rank 0
         weights = self.accelerator.get_state_dict(self.model_wrapped) if is_shared else None
         if self.accelerator.is_main_process:
             unfinished = folder.with_name(f".unfinished-{folder.name}")
@@ -269,13 +274,15 @@ class PackTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
 
     def load_best(self) -> None:
-        """Loads the weights of the step with the lowest selection loss. Raises RuntimeError when they are damaged."""
+        """Loads the weights of the step with the lowest selection loss. Raises RuntimeError if they are damaged."""
         step = self.state.best_global_step
         if not self._keeps_best or step == self.state.global_step:
             return
         best = self._folder / f"checkpoint-{step}"
         if not on_first_rank(lambda: is_whole(best)):
-            raise RuntimeError(f"{best}: the checkpoint of the lowest selection loss is damaged or gone; train anew")
+            raise RuntimeError(
+                f"{best}: the checkpoint of the lowest selection loss is damaged or missing; train again from the start"
+            )
         self.state.best_model_checkpoint = str(best)
         self._load_best_model()
 
@@ -290,7 +297,7 @@ class PackTrainer(SFTTrainer):
         return self.accelerator.reduce(values, reduction="sum")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # Past SFTTrainer's own, which writes a model card for each checkpoint.
+        # Skip SFTTrainer's version, which writes a model card for each checkpoint.
         super(SFTTrainer, self)._save_checkpoint(model, trial)
         continuation = self._continuation()
         self.accelerator.wait_for_everyone()
@@ -314,7 +321,7 @@ class PackTrainer(SFTTrainer):
         )
 
     def _restore_running_sums(self) -> None:
-        """Of a resumed training: the sums of the log's next line, as the checkpoint holds them."""
+        """Restores the sums of the log's next line from the checkpoint that training resumes from."""
         if self._resumed_from is None:
             return
         written = Continuation.read(self._resumed_from)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from sft_core.train.probe import Isolation, settle
 
 
 class TriedForward:
-    """Asks the model once whether packed documents see each other in it, and adds the fused head where that serves.
+    """Tries the model once: whether its packed documents see each other, and whether the fused head fits it.
 
-    of_class: what probe.class_isolation knows of the model's class. log: where the first rank notes the answer.
+    Adds the fused head on a GPU. of_class: probe.class_isolation's answer. log: the first rank writes the answer there.
     """
 
     def __init__(
@@ -30,18 +29,20 @@ class TriedForward:
         router: RouterLoss | None,
         log: LogFile,
     ):
-        network = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's is around it
+        network = model.get_base_model() if hasattr(model, "get_base_model") else model  # without PEFT's wrapper
         self._may_fuse_head = wants_fused_head(args.device) and takes_fused_head(network)
         if self._may_fuse_head:
             add_fused_head(network)
         self._attention = network.config._attn_implementation
         on_cpu, half = args.device.type == "cpu", args.bf16 or args.fp16
-        self._is_exact = on_cpu and not half and network.dtype == torch.float32  # a GPU's fp32 products are TF32's
+        self._is_exact = (
+            on_cpu and not half and network.dtype == torch.float32
+        )  # a GPU multiplies fp32 matrices in TF32
         self._args, self._of_class, self._router, self._log = args, of_class, router, log
         self._forward: Forward | None = None
 
     def of(self, model: Any) -> Forward:
-        """model: as it is wrapped for training. The first call is made on all ranks together."""
+        """How to run the model, which is wrapped for training. All ranks make the first call together."""
         if self._forward is None:
             self._forward, isolation = settle(
                 model,
@@ -58,7 +59,9 @@ class TriedForward:
                         "documents": "alone" if self._forward.alone else "together",
                         "packs_a_forward": self._args.per_device_train_batch_size,
                         "fused_head": self._forward.fused_head,
-                        **dataclasses.asdict(isolation),
+                        "told_by": isolation.document_inputs,
+                        "attention": isolation.attention,
+                        "evidence": isolation.evidence,
                     }
                 )
         return self._forward

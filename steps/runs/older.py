@@ -30,7 +30,7 @@ def steps_of(flow: Path) -> set[str]:
 
 
 def options(run: Beginning) -> list[str]:
-    """Options of a new run by which it begins as this one did: its own, and the commits of its hub names."""
+    """The options with which a new run begins as this one did: the run's options, and the commits of its hub names."""
     recipe, pins, overrides, limit = run
     name, revisions = recipe.model.model_name_or_path, {}
     if name is not None and not is_local(name):

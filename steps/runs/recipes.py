@@ -45,7 +45,10 @@ def parse_config(text: str) -> dict[str, Any]:
         check_names(recipe.evaluation)
     except ValueError as error:
         raise InvalidRecipe(str(error)) from None
-    return {**data, "runtime": recipe.runtime.model_dump(mode="json")}  # whole: decorators of the flow read it
+    return {
+        **data,
+        "runtime": recipe.runtime.model_dump(mode="json"),
+    }  # complete: decorators of the flow read its default values, too
 
 
 def effective(data: Mapping[str, Any], overrides: Iterable[str] | None, limit: int | None) -> Recipe:
@@ -58,7 +61,7 @@ def effective(data: Mapping[str, Any], overrides: Iterable[str] | None, limit: i
     return parse_recipe(override(dict(data), tuple(overrides or ()), limit))
 
 
-@functools.cache  # behind a URL a store lists its bucket once in a process
+@functools.cache  # so that a store at a URL lists its bucket once in a process
 def open_store(address: str) -> Store:
     from sft_core.store.store import Store
 

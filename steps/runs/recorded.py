@@ -18,7 +18,7 @@ OUTPUTS = {
     "pack": "packed",
     "train": "trained",
     "train_on_nodes": "trained",
-    "fan_out": "delivered",  # what evaluate_all was called in older runs
+    "fan_out": "delivered",  # the name of evaluate_all in older runs
     "evaluate_all": "delivered",
     "report": "scored",
     "end": "released",
@@ -46,7 +46,7 @@ class Attempt(NamedTuple):
 
 
 class Beginning(NamedTuple):
-    """What a run began with. overrides and limit: its options `--set` and `--limit`, which the recipe holds already."""
+    """The inputs of a run. overrides, limit: its options `--set` and `--limit`; the recipe already contains them."""
 
     recipe: Recipe
     pins: dict[str, Any]
@@ -55,7 +55,7 @@ class Beginning(NamedTuple):
 
 
 def last_attempt() -> Attempt:
-    """The newest run or resume, whatever became of it. Raises ValueError when there is none.
+    """The newest run or resume, finished or not. Raises ValueError if there is none.
 
     An attempt that was killed before its first step has nothing to resume, so the one before it counts.
     """
@@ -64,7 +64,7 @@ def last_attempt() -> Attempt:
 
 
 def beginning(run: str) -> Beginning:
-    """Of a run whose `start` is done."""
+    """The inputs of a run whose `start` is done."""
     from metaflow import Run
 
     from steps.runs.recipes import effective
@@ -88,7 +88,7 @@ def failed_tasks(run: str) -> dict[str, str]:
 
 
 class Finished(NamedTuple):
-    """What a finished run reports. gains: what thinking gains. pushed: the checkpoint's address on the hub."""
+    """The report of a finished run. gains: the gains by thinking. pushed: the checkpoint's address on the hub."""
 
     scores: list[dict[str, Any]]
     gains: list[ThinkingGain]
@@ -106,7 +106,7 @@ def last_finished() -> Finished:
 
 
 def is_run(name: str) -> bool:
-    """Whether it can only be meant as a run: `latest`, or an id as Metaflow or Argo gives it."""
+    """Whether a name can only be a run: `latest`, or an id in Metaflow's or Argo's format."""
     return name == LATEST or name.startswith((f"{FLOW}/", "argo-")) or name.isdigit()
 
 
@@ -114,7 +114,7 @@ def recorded(name: str) -> Recorded:
     """The run of that id (or FLOW/id), or the newest one for `latest`. Raises ValueError that names those known."""
     from steps.runs.recipes import effective
 
-    runs = [run for run in _runs() if "_parameters" in run]  # without them it was killed before its first step
+    runs = [run for run in _runs() if "_parameters" in run]  # a run without them was killed before its first step
     run = next((run for run in runs if name in (LATEST, run.id, run.pathspec)), None)
     if run is None:
         named = ", ".join(run.id for run in runs[:NUM_NAMED]) + (", ..." if len(runs) > NUM_NAMED else "")

@@ -1,4 +1,4 @@
-"""The metadata service, where Metaflow is told to use one: that it answers is known before any work."""
+"""Checks before any work that the metadata service answers, if Metaflow is configured to use one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RECORDS = ("run", "resume")  # the flow's commands that write runs
 
 
 def check_service(arguments: Sequence[str] = RECORDS) -> None:
-    """Raises ValueError when the command line leads to a service that does not answer; asks none in any other case.
+    """Raises ValueError if the command line selects a service that does not answer. Otherwise no service is asked.
 
     Metaflow itself asks five times over 15 seconds and ends in a traceback, or waits for ever where nothing answers.
     """

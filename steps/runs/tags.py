@@ -28,7 +28,7 @@ def tags_of(recipe: Recipe, source: SourceCode) -> list[str]:
 
 
 def resumed_tags(tags: Iterable[str], source: SourceCode) -> list[str]:
-    """Those of a run that is resumed: its own, but the commit is that of the source that goes on."""
+    """The tags of a resumed run: the old run's tags, with the commit of the present source."""
     kept = [tag for tag in tags if not tag.startswith("commit:")]
     return [*kept, *(f"{kind}:{value}" for kind, value in _commit(source).items())]
 

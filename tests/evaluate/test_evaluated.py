@@ -184,7 +184,7 @@ def test_evaluated_model_in_which_packed_rows_see_each_other_says_so(
         caplog.clear()
         ref = store.ensure(EVALUATED, pin(parse_recipe(recipe)), model="base", task=TASK)
         alone = config is OPT
-        assert ("documents=alone: packed, rows see each other" in caplog.text) is alone
+        assert ("documents=alone: packed rows see each other" in caplog.text) is alone
         assert store.manifest(ref)["counts"].get("documents") == ("alone" if alone else None)
         cards.append(json.dumps([component.render() for component in card(store, {"base": ref, "tuned": ref})]))
     assert ["they see each other in this model" in shown for shown in cards] == [False, True]

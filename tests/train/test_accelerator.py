@@ -62,7 +62,7 @@ def test_attention_of_half_precision_alone_is_refused_in_fp32_on_a_gpu(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     model = {"attn_implementation": attention}
     refused = unmet_demands(phase_recipe(tiny_recipe(model=model)), on_gpu=True)
-    assert refused is not None and "half precision alone" in refused
+    assert refused is not None and "only in half precision" in refused
     for changes in ({"training": {"bf16": True}}, {"model": {**model, "dtype": "bfloat16"}}):
         assert unmet_demands(phase_recipe(tiny_recipe(**{"model": model, **changes})), on_gpu=True) is None
 

@@ -42,19 +42,20 @@ def test_resumable_in_the_way_it_was_written_is_the_checkpoint(
             ("zero2", 2),
             ("zero2", 4),
             "runtime.num_processes: found 4 ranks, and checkpoint-7 was written under zero2 by 2 ranks; zero2 resumes "
-            "on as many only. Go on with runtime.distributed: zero2 and 2 ranks (runtime.num_processes), or remove ",
+            "only with that number. Continue with runtime.distributed: zero2 and 2 ranks "
+            "(runtime.num_processes), or remove ",
         ),
         (("zero3", 2), ("zero3", 1), "runtime.num_processes: found 1 rank, and checkpoint-7 was written under zero3 "),
         (
             ("ddp", 1),
             ("zero2", 1),
-            "runtime.distributed: found zero2, and checkpoint-7 was written under ddp by 1 rank; each keeps an "
-            "optimizer its way. Go on with runtime.distributed: ddp, or remove ",
+            "runtime.distributed: found zero2, and checkpoint-7 was written under ddp by 1 rank; each saves the "
+            "optimizer in another format. Continue with runtime.distributed: ddp, or remove ",
         ),
-        (("zero2", 2), ("ddp", 2), "Go on with runtime.distributed: zero2 and 2 ranks (runtime.num_processes), or "),
+        (("zero2", 2), ("ddp", 2), "Continue with runtime.distributed: zero2 and 2 ranks (runtime.num_processes), or "),
         (("zero2", 2), ("zero3", 2), "runtime.distributed: found zero3, and checkpoint-7 was written under zero2 "),
-        (("fsdp2", 2), ("ddp", 2), "Go on with runtime.distributed: fsdp2, or remove "),
-        (("of_another_version", 2), ("ddp", 2), "Go on with runtime.distributed: of_another_version, or remove "),
+        (("fsdp2", 2), ("ddp", 2), "Continue with runtime.distributed: fsdp2, or remove "),
+        (("of_another_version", 2), ("ddp", 2), "Continue with runtime.distributed: of_another_version, or remove "),
     ],
 )
 def test_resumable_in_another_way_is_told_with_what_to_do(

@@ -58,7 +58,7 @@ def test_resume_first_rank_reads_alone_and_all_go_on_from_the_whole_one(
     assert "checkpoint-4/rng_state_1.pth" in second, "it went on from there too"
     assert not [name for name in second if name.startswith("checkpoint-6/") or name == f"checkpoint-4/{WITNESS}"]
     log = (tmp_path / "logs" / "ranks.log").read_text()
-    assert log.count("checkpoint=checkpoint-6 is damaged and passed over") == 1
+    assert log.count("checkpoint=checkpoint-6 is damaged and skipped") == 1
     assert log.count("resume checkpoint=checkpoint-4\n") == 1
     assert weights.read_bytes() == expected
 

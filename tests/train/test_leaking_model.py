@@ -114,10 +114,10 @@ def test_mask_of_a_long_pack_is_told_with_its_size() -> None:
 @pytest.mark.parametrize(
     ("attention", "bf16", "advice"),
     [
-        ("auto", False, "On a GPU training.bf16: true lets attention know the documents"),
+        ("auto", False, "Set training.bf16: true: then varlen attention"),
         ("auto", True, None),
-        ("sdpa", True, "On a GPU model.attn_implementation: auto lets attention know the documents"),
-        ("sdpa", False, "On a GPU model.attn_implementation: auto and training.bf16: true let attention know"),
+        ("sdpa", True, "Set model.attn_implementation: auto: then varlen attention"),
+        ("sdpa", False, "Set model.attn_implementation: auto and training.bf16: true: then varlen attention"),
     ],
 )
 def test_mask_of_a_long_pack_is_told_with_what_the_recipe_does_not_say_yet(
@@ -129,7 +129,7 @@ def test_mask_of_a_long_pack_is_told_with_what_the_recipe_does_not_say_yet(
     told = try_class(recipe, {**LOADER, "config": LLAMA}, here=False)
     assert len(told) == (advice is not None) and all(str(advice) in line for line in told)
     (on_cpu,) = try_class(recipe, {**LOADER, "config": LLAMA})
-    assert (advice or "On a GPU attention knows the documents instead") in on_cpu
+    assert (advice or "On a GPU varlen attention, which needs no mask") in on_cpu
 
 
 def test_mask_of_a_class_without_varlen_is_told_without_such_advice() -> None:
@@ -138,7 +138,7 @@ def test_mask_of_a_class_without_varlen_is_told_without_such_advice() -> None:
         tiny_recipe(model={"config": config}, training={"bf16": True}, packing={"max_length": 32_768})
     )
     (told,) = try_class(recipe, {**LOADER, "config": config}, here=False)
-    assert "varlen) does not compute this model" in told and "training.bf16" not in told
+    assert "varlen attention, which needs no mask, does not compute this model" in told and "training.bf16" not in told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees this machine's GPU")

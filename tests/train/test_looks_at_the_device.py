@@ -189,10 +189,10 @@ def test_mask_of_all_pairs_looks_once_a_forward(monkeypatch: pytest.MonkeyPatch)
     from tests.train.test_loss import tiny_model
 
     batch = collate(random_documents(20, 30))
-    for name, told_by, waits in (("sdpa", "positions", 1), ("varlen", "bounds", 0)):
+    for name, document_inputs, waits in (("sdpa", "positions", 1), ("varlen", "bounds", 0)):
         with Looks() as mode:
             monkeypatch.setattr(attention, "_by_document", mode.kernel)
-            trained_token_nll(tiny_model("llama", name), batch, Forward(told_by))
+            trained_token_nll(tiny_model("llama", name), batch, Forward(document_inputs))
         assert mode.counts.total() == waits, name
 
 

@@ -161,7 +161,7 @@ def test_demands_that_a_device_cannot_meet_are_refused_before_any_work(device: s
             try_recipe(model={"attn_implementation": "flash_attention_2"})
     whole = {"model": {"attn_implementation": "varlen"}, "training": {"bf16": False}}
     if device == "cuda":
-        with pytest.raises(ValueError, match="varlen computes in half precision alone"):
+        with pytest.raises(ValueError, match="varlen computes only in half precision"):
             try_recipe(**whole)
     else:
         assert try_recipe(**whole) == []
@@ -191,7 +191,7 @@ def test_probe_in_half_precision_tells_models_that_leak_from_those_that_do_not(
     model = small_model(config, attention=chosen, trust_remote_code=False).to(device, torch.bfloat16)
     attention = model.config._attn_implementation
     found = model_isolation(model, of_class, attention=attention, device=device, exact=False)
-    assert (found.told_by is None) is leaks, (of_class, found)
+    assert (found.document_inputs is None) is leaks, (of_class, found)
     documents = random_documents_for(model, 40, 9, 1, 71)
     packed = to_device(collate(documents), device)
     with torch.no_grad():

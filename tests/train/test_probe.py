@@ -60,7 +60,7 @@ def test_loss_of_a_document_is_its_own_whatever_the_architecture(kind: str) -> N
     leaks = kind in LEAKS
     config = config_of(kind, LEAKS.get(kind, {}))
     found = class_isolation(config, attention=None, trust_remote_code=False)
-    assert found is not None and (found.told_by is None) is leaks, found
+    assert found is not None and (found.document_inputs is None) is leaks, found
     model = small_model(config, attention=None, trust_remote_code=False)
     documents = documents_of(model, 40, 9, 1, 71)
     with torch.no_grad():
@@ -76,13 +76,15 @@ def test_loss_of_a_document_is_its_own_whatever_the_architecture(kind: str) -> N
         assert sums[number] == pytest.approx(row_losses(model, [row])[0][0], rel=1e-4, abs=1e-4), "its neighbours count"
 
 
-@pytest.mark.parametrize("told_by", ["positions", "bounds"])
+@pytest.mark.parametrize("document_inputs", ["positions", "bounds"])
 @pytest.mark.parametrize("half", [False, True])
-def test_a_planted_leak_is_found_on_the_model_itself(told_by: str, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama", "varlen" if told_by == "bounds" else "sdpa")
+def test_a_planted_leak_is_found_on_the_model_itself(
+    document_inputs: str, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", "varlen" if document_inputs == "bounds" else "sdpa")
     model.to(torch.bfloat16 if half else torch.float32)
     asked: dict[str, Any] = {"attention": model.config._attn_implementation, "device": "cpu", "exact": not half}
-    assert model_isolation(model, None, **asked).told_by == told_by
+    assert model_isolation(model, None, **asked).document_inputs == document_inputs
 
     def as_one(batch: Batch, forward: Forward) -> Batch:
         """What a wrong mask does: all documents are one."""
@@ -95,7 +97,7 @@ def test_a_planted_leak_is_found_on_the_model_itself(told_by: str, half: bool, m
         probe, "trained_token_logits", lambda model, batch, forward: inputs(model, as_one(batch, forward), forward)
     )
     found = model_isolation(model, None, **asked)
-    assert found.told_by is None and "exchanged 0," not in found.evidence
+    assert found.document_inputs is None and "exchanged 0," not in found.evidence
 
 
 def test_positions_that_go_on_leak_though_the_first_document_does_not_matter() -> None:
@@ -147,7 +149,7 @@ def test_model_that_isolates_by_the_number_of_each_tokens_document_is_told_it(mo
     forward, isolation = settle(
         model, None, attention="sdpa", device="cpu", exact=True, may_fuse_head=False, router=None
     )
-    assert isolation.told_by == forward.told_by == "sequences" and not forward.alone
+    assert isolation.document_inputs == forward.document_inputs == "sequences" and not forward.alone
     documents = documents_of(model, 40, 9, 1, 71)
     with torch.no_grad():
         expected = nll_of_each(tiny_model("llama"), documents)
@@ -157,15 +159,15 @@ def test_model_that_isolates_by_the_number_of_each_tokens_document_is_told_it(mo
         assert (trained_token_nll(model, collate(documents)) - expected).abs().max() > 1e-2
     monkeypatch.setattr(probe, "small_model", lambda *args, **kwargs: model)
     of_class = class_isolation(config_of("llama", {"vocab_size": 96}), attention=None, trust_remote_code=False)
-    assert of_class is not None and of_class.told_by == "sequences"
+    assert of_class is not None and of_class.document_inputs == "sequences"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no kernel\nfor this"), AttributeError("no kernel"), KeyError()])
 def test_kernel_that_fails_in_the_trial_is_no_way_to_tell_documents_apart(error: Exception) -> None:
     isolation = model_isolation(knows_documents_by("seq_idx", error), None, attention="sdpa", device="cpu", exact=True)
-    assert isolation.told_by is None
+    assert isolation.document_inputs is None
     reason = str(error).splitlines()[0] if str(error) else "KeyError()"
-    assert isolation.evidence.endswith(f"told by sequences: {type(error).__name__}: {reason}")
+    assert isolation.evidence.endswith(f"with sequences: {type(error).__name__}: {reason}")
 
 
 def test_trial_without_memory_says_nothing_of_the_model() -> None:
@@ -179,7 +181,7 @@ def test_experts_in_half_precision_keep_documents_apart() -> None:
     of_class = class_isolation(config, attention=None, trust_remote_code=False, half=True)
     model = small_model(config, attention=None, trust_remote_code=False).to(torch.bfloat16)
     found = model_isolation(model, of_class, attention="sdpa", device="cpu", exact=False)
-    assert of_class is not None and of_class.told_by == found.told_by == "positions"
+    assert of_class is not None and of_class.document_inputs == found.document_inputs == "positions"
 
 
 def test_settled_forward_of_a_leaking_model_is_documents_alone() -> None:
@@ -188,7 +190,7 @@ def test_settled_forward_of_a_leaking_model_is_documents_alone() -> None:
     forward, isolation = settle(
         model, None, attention="sdpa", device="cpu", exact=True, may_fuse_head=False, router=None
     )
-    assert forward.alone and isolation.told_by is None and "exchanged" in isolation.evidence
+    assert forward.alone and isolation.document_inputs is None and "exchanged" in isolation.evidence
     assert model.training
 
 

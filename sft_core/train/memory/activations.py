@@ -1,8 +1,8 @@
-"""The memory that a forward and backward pass takes beside weights, gradients and optimizer: counted, by no formula.
+"""Counts the memory of a forward and backward pass beside weights, gradients and optimizer, without a formula.
 
-The model's own code runs on torch's fake tensors, which have a shape and no memory, through the loss and back. Each
-storage that an operation makes is on the ledger until the last reference to it is gone, so what autograd keeps, what
-checkpointing computes again and which copies autocast makes is whatever torch does.
+The model's code runs forward and backward on torch's fake tensors, which have a shape and no memory. A ledger counts
+each storage from the operation that makes it until its last reference is gone. So the count includes what torch really
+does: tensors that autograd keeps, layers that checkpointing computes again, copies that autocast makes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from sft_core.train.memory.fake_cuda import DOCUMENTS, FusedHead, OnCuda, patch_
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """Bytes at the moment at which most are held. What the allocator wastes and CUDA's own 0.5 GiB come on top."""
+    """Bytes by part at the peak. The allocator's waste and CUDA's own 0.5 GiB are not included."""
 
-    layers: float  # what they keep for the backward pass, with checkpointing their inputs and one layer whole
-    weight_copies: float  # in 16 bits, by autocast
-    mask: float  # of all pairs of tokens, where attention needs one to tell documents apart; each layer's own copy too
+    layers: float  # kept for the backward pass; with checkpointing: the layers' inputs, and one layer in full
+    weight_copies: float  # in 16 bits, made by autocast
+    mask: float  # of all pairs of tokens, if attention isolates documents by a mask; with each layer's copy
     head: float
 
     @property
@@ -43,7 +43,7 @@ class UnknownActivations(RuntimeError):
     """The model's code does not run on fake tensors."""
 
 
-MOST_CALLS = 1000  # of torch's functions in a layer; a layer that calls more goes through the tokens one by one
+MOST_CALLS = 1000  # of torch's functions in a layer; a layer with more calls loops over tokens
 
 
 def activation_bytes(
@@ -60,15 +60,15 @@ def activation_bytes(
     in_4bit: bool = False,
     device: str = "cuda",
 ) -> Activations:
-    """Of one micro-batch: a sequence of documents, all with `tokens` tokens together.
+    """The activations of one micro-batch: a sequence of documents with `tokens` tokens in total.
 
-    shape: the model without weights (model.skeleton); it stays as it is. bf16: autocast. attention: a name that
-    transformers knows, or another one of a kernel that tells documents apart by itself. trained_share: of the tokens.
-    dtype: of the weights. liger: its kernels. lora: peft's LoraConfig; the model's own weights are frozen then, and
-    in_4bit besides. device: cuda, where the head never holds all logits, or cpu.
+    shape: the model without weights (model.skeleton); it is not changed. bf16: autocast. attention: a name that
+    transformers knows, or the name of a kernel that takes the bounds of documents. trained_share: of the tokens. dtype:
+    of the weights. liger: with Liger's kernels. lora: peft's LoraConfig; then the model's weights are frozen, and with
+    in_4bit in 4 bits. device: cuda, where the head never holds all logits, or cpu.
 
-    The gradients are there before, as where micro-batches accumulate. Call it before Liger takes the place of a model's
-    functions, for its kernels do not run so. Raises UnknownActivations.
+    Gradients exist before the pass, as when micro-batches accumulate. Call it before Liger patches the model's classes:
+    its kernels do not run on fake tensors. Raises UnknownActivations.
     """
     try:
         model = copy.deepcopy(shape)
@@ -78,21 +78,21 @@ def activation_bytes(
 
             get_peft_model(model, lora)  # puts LoRA's layers into the model and freezes the others
             if checkpointing:
-                model.enable_input_require_grads()  # as SFTTrainer
+                model.enable_input_require_grads()  # as SFTTrainer does
         with _no_tracebacks(), FakeTensorMode(allow_non_fake_inputs=True):
             _make_fake(model)
             _choose_kernels(model.train(), attention=attention, checkpointing=checkpointing, liger=liger, device=device)
             return _count(model, tokens, max(1, round(trained_share * (tokens - 1))), bf16, device)
-    except Exception as error:  # the code of any model and any operation: there is no list of what they raise
-        what = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UnknownActivations(f"{type(shape).__name__} does not run without memory: {what}") from error
+    except Exception as error:  # any model's code may raise any type
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UnknownActivations(f"{type(shape).__name__} does not run on fake tensors: {reason}") from error
 
 
 def _choose_kernels(model: Any, *, attention: str, checkpointing: bool, liger: bool, device: str) -> None:
     is_known = attention in ("sdpa", "eager") or device != "cuda"
     model.config._attn_implementation = attention if is_known else DOCUMENTS
     if checkpointing:
-        # torch turns such modes off while it goes back, so also where a layer is computed again then.
+        # torch turns modes off during the backward pass, also when it computes a layer again: turn them on there.
         again = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), _kernels(device))}
         model.activation_checkpointing_enable(again)
     if liger:
@@ -101,7 +101,7 @@ def _choose_kernels(model: Any, *, attention: str, checkpointing: bool, liger: b
 
 @contextlib.contextmanager
 def _no_tracebacks() -> Iterator[None]:
-    """torch logs each failure on fake tensors, which is raised besides."""
+    """Silences torch's log of failures on fake tensors: they are raised as errors anyway."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, log.disabled = log.disabled, True
     try:
@@ -112,14 +112,14 @@ def _no_tracebacks() -> Iterator[None]:
 
 def _set_types(model: Any, dtype: torch.dtype, *, in_4bit: bool) -> None:
     model.to(dtype)
-    if in_4bit:  # its weights are made 16 bits wide to compute with, which autocast need not copy then
+    if in_4bit:  # such layers compute with weights that they expand to 16 bits, so autocast copies nothing
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
                 module.to(torch.bfloat16)
 
 
 def _make_fake(model: Any) -> None:
-    """Puts fake tensors in the place of those on the meta device; parameters that are one stay one."""
+    """Replaces tensors on the meta device by fake tensors; shared parameters stay shared."""
     parameters: dict[Any, Any] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -155,7 +155,7 @@ def _count(model: Any, tokens: int, num_trained: int, bf16: bool, device: str) -
 
     model.base_model.register_forward_hook(enter_head)
     with ledger, CallLimit(model.config.get_text_config().num_hidden_layers), _kernels(device):
-        # As accelerate has it: autocast, whose copies of weights are kept to its end, ends with the model's forward.
+        # As in accelerate, autocast ends with the model's forward; it keeps its copies of weights until then.
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             if device == "cuda":
                 hidden = model.base_model(**batch)[0][0, :-1]
@@ -171,9 +171,10 @@ def _count(model: Any, tokens: int, num_trained: int, bf16: bool, device: str) -
 
 
 class CallLimit(TorchFunctionMode):
-    """Raises RuntimeError after too many calls. A ledger could not: torch ends the process where some operations fail.
+    """Raises RuntimeError after too many calls of torch's functions.
 
-    With a loop over tokens the count would take minutes, and kernels that train such models keep something else.
+    A loop over tokens would take minutes to count, and the kernels that really train such models keep other tensors.
+    The ledger cannot raise it: torch ends the process if some operations fail at its level.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -188,10 +189,12 @@ class CallLimit(TorchFunctionMode):
 
 
 class Ledger(TorchDispatchMode):
-    """What the tensors that operations make hold, by parts, at the moment at which it is most."""
+    """Counts the bytes of the tensors that operations make, by part; `peak`: the counts when their sum was largest.
+
+    The model's weights, gradients and buffers are not counted.
+    """
 
     def __init__(self, model: Any, tokens: int):
-        """What the model holds is not on it."""
         super().__init__()
         self.part = "layers"
         self._pairs = (1, 1, tokens, tokens)
@@ -230,7 +233,7 @@ class Ledger(TorchDispatchMode):
 def _grouped_product(
     a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None
 ) -> Any:
-    """Of experts: torch's own for fake tensors takes bfloat16 alone, which the kernels do not."""
+    """The product of stacked experts, of any type: torch's version for fake tensors takes only bfloat16."""
     if a.ndim == b.ndim == 2:
         return a.new_empty(len(offs), a.shape[0], b.shape[1], dtype=out_dtype)
     return a.new_empty(*a.shape[-3 if a.ndim == b.ndim else -2 : -1], b.shape[-1], dtype=out_dtype)

@@ -1,4 +1,4 @@
-"""Estimates the memory that training takes of each GPU and the FLOPs it computes, before anything is loaded."""
+"""Estimates the memory of training on each GPU and its FLOPs, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Estimate:
 
     num_parameters: int
     states: float  # weights, gradients, AdamW's two moments
-    packs_a_forward: int  # at most, by runtime.tokens_per_forward; auto fits its number into the memory itself
+    packs_a_forward: int  # the most by runtime.tokens_per_forward; 1 for auto, which fits its number into the memory
     activations: Activations | None  # of a forward of full packs whose tokens are all trained
     why_unknown: str | None  # the reason where activations is None
     flops: float | None
@@ -37,7 +37,7 @@ def estimate(recipe: PhaseRecipe, shape: Any, plan: Any | None, *, trained_share
 
     shape: the model without weights (model.skeleton). plan: the packs, where there are any. trained_share: the share of
     the plan's tokens that is trained, for the FLOPs. Activations are those of packs whose tokens are all trained, since
-    any pack may be such a one.
+    any pack may be like that.
     """
     from sft_core.train.memory.activations import UnknownActivations
 
@@ -85,7 +85,7 @@ def attention_on_gpu(recipe: PhaseRecipe, shape: Any) -> str:
 
 
 def most_packs_a_forward(recipe: PhaseRecipe, attention: str) -> int:
-    """As forwards.packs_a_forward decides it for full packs; shorter ones are more, and hold no more tokens."""
+    """Packs of a forward by forwards.packs_a_forward, if packs are full. More shorter packs have no more tokens."""
     from sft_core.train.models.attention import KNOWS_DOCUMENTS
 
     wanted = recipe.runtime.tokens_per_forward
@@ -117,7 +117,7 @@ def activations_of(
 
 
 def estimate_line(needs: Estimate, recipe: PhaseRecipe) -> str:
-    """The estimate as people read it, in one line."""
+    """The estimate in one line, for people."""
     size = functools.partial(naturalsize, binary=True)
     flops = "" if needs.flops is None else f"; {needs.flops:.3g} FLOPs in all"
     begin = (
@@ -126,7 +126,7 @@ def estimate_line(needs: Estimate, recipe: PhaseRecipe) -> str:
     )
     states = f"{size(needs.states)} for weights, gradients and AdamW"
     if (held := needs.activations) is None:
-        return f"{begin}{states} on each; what activations take is not known ({needs.why_unknown}){flops}"
+        return f"{begin}{states} on each; the memory of activations is unknown ({needs.why_unknown}){flops}"
     parts = {
         "the layers": held.layers,
         "16-bit copies of weights": held.weight_copies,

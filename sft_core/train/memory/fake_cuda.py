@@ -1,9 +1,9 @@
-"""What CUDA keeps for the backward pass where it keeps something else than a CPU, for tensors that are but shapes.
+"""Replacements for operations that keep other tensors for the backward pass on CUDA than on a CPU; for fake tensors.
 
-torch's fake tensors can stand on a CUDA device only where torch is built for CUDA. So a model's fake pass runs on the
-CPU, whose operations make tensors of the same sizes, except for: the types of CUDA's autocast, dropout's mask, and the
-kernels that are written for CUDA: attention, TRL's head, Liger's layers. Each stands here as what it allocates and
-saves, in the order in which it does.
+torch's fake tensors can be on a CUDA device only if torch is built for CUDA, so a model's fake pass runs on the CPU.
+CPU operations make tensors of the same sizes, except for the types of CUDA's autocast, dropout's mask, and kernels
+written for CUDA: attention, TRL's head, Liger's layers. Each replacement here allocates and saves what the CUDA
+operation does, in the same order.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ FLOAT32_RESULTS = frozenset(
         "sum",
     }
 )  # fmt: skip
-# The attention of a model whose documents are known to it: transformers makes no mask for a name that it does not know.
+# The attention that gets the bounds of documents: transformers makes no mask for a name that it does not know.
 DOCUMENTS = "documents_alone"
 # Of trl.kernels.chunked_logprob and trl.trainer.utils (1.16): trl takes seconds to import.
 TOKEN_CHUNK, VOCABULARY_CHUNK = 4096, 32768
-# Models whose norms and MLPs transformers replaces by Liger's as they stand here (liger-kernel 0.8.5). Of others that
-# Liger knows too much is counted.
+# Models whose norms and MLPs Liger replaces by the layers below (liger-kernel 0.8.5). For other models that Liger
+# supports, the count is too high.
 LIGER_MODELS = frozenset({"llama", "mistral", "ministral", "granite", "qwen2", "qwen3", "smollm3", "olmo2", "olmo3"})
 
 
 class OnCuda(TorchFunctionMode):
-    """Operations as CUDA does them, where that takes other memory."""
+    """Replaces operations that take other memory on CUDA than on a CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
@@ -51,7 +51,7 @@ class OnCuda(TorchFunctionMode):
             return attend(query, key, value, kwargs.get("attn_mask", mask)).transpose(1, 2)
         if torch.is_autocast_enabled("cpu"):
             if name in FLOAT32_INPUTS:
-                args = [one.float() if _is_16_bit(one) else one for one in args]
+                args = [value.float() if _is_16_bit(value) else value for value in args]
             elif name in FLOAT32_RESULTS and args and _is_16_bit(args[0]):
                 kwargs = {"dtype": torch.float32} | kwargs
         return func(*args, **kwargs)
@@ -75,7 +75,7 @@ def attend(
 ) -> torch.Tensor:
     """Shape (1, tokens, heads, size). query, key, value: (1, heads, tokens, size). mask: (1, 1, tokens, tokens).
 
-    As flash attention, and with a mask as torch's memory-efficient attention, to which sdpa comes then.
+    Without a mask as flash attention; with one as torch's memory-efficient attention, which sdpa chooses then.
     """
     dtype = computed_in(query)
     if mask is not None and mask.dtype == torch.bool:
@@ -136,14 +136,14 @@ class FusedHead(torch.autograd.Function):
 
 
 def _hold_tiles(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> None:
-    """One tile of each, and their logits: they follow one another, and there is always one of them."""
+    """Allocates one tile of tokens, one of the vocabulary and their logits: the kernel holds one of each at a time."""
     logits = hidden.new_empty(min(len(hidden), TOKEN_CHUNK), VOCABULARY_CHUNK, dtype=dtype)
     tiles = (hidden[:TOKEN_CHUNK].to(dtype), weight[:VOCABULARY_CHUNK].to(dtype))
     del logits, tiles
 
 
 def patch_liger(model: Any) -> None:
-    """Replaces a fake model's norms and MLPs, where Liger does it so."""
+    """Replaces a fake model's norms and MLPs where Liger replaces the real model's."""
     if model.config.get_text_config().model_type not in LIGER_MODELS:
         return
     for module in model.modules():
@@ -156,7 +156,7 @@ def patch_liger(model: Any) -> None:
 
 
 class _LigerNorm(torch.autograd.Function):
-    """LigerRMSNormFunction: keeps its input and a number a row; the gradient takes the place of the one that comes."""
+    """LigerRMSNormFunction: keeps its input and a number a row; writes its gradient over the incoming one."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any) -> torch.Tensor:
@@ -169,7 +169,7 @@ class _LigerNorm(torch.autograd.Function):
 
 
 class _LigerGlu(torch.autograd.Function):
-    """LigerSiLUMulFunction: keeps gate and up, in whose places their gradients are written."""
+    """LigerSiLUMulFunction: keeps gate and up, and writes their gradients over them."""
 
     @staticmethod
     def forward(ctx: Any, gate: Any, up: Any) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Attention that knows the documents of a pack: PyTorch's variable-length flash attention, for transformers' models.
 
-Registered under a name of its own, it makes a model build no mask: a pack of T tokens costs no T x T matrix, and the
-bounds of its documents reach the kernel as they are, without a look at position ids that would synchronise the device.
+transformers builds no mask for an attention name that it does not know, so a pack of T tokens costs no T x T matrix.
+The kernel gets the bounds of the documents directly: computing them from position ids would make the host wait for
+the device.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import inspect
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,14 +23,14 @@ from sft_core.train.models.small import one_thread, small_model
 
 log = logging.getLogger(__name__)
 VARLEN = "varlen"
-KNOWS_DOCUMENTS = (VARLEN, "flash_attention_2")  # these take the bounds of documents, and need no mask
+KNOWS_DOCUMENTS = (VARLEN, "flash_attention_2")  # these take the bounds of documents instead of a mask
 MAX_HEAD_DIM = 256  # of flash attention's kernels
 
 # H heads, K key heads, T tokens, D head size.
 
 
 class NotByVarlen(ValueError):
-    """The model asks for attention that the kernel does not compute; another implementation does."""
+    """The model needs attention that this kernel does not compute; choose another attn_implementation."""
 
 
 def varlen_attention(
@@ -48,7 +50,7 @@ def varlen_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document: shape (1, T, H, D), as transformers' interface has it.
 
-    cu_seq_lens_q: int32, shape (documents + 1,): where documents begin, and the end. max_length_q: the longest one.
+    cu_seq_lens_q: int32, shape (documents + 1,): where documents begin, and the end. max_length_q: the longest length.
     Raises NotByVarlen for a cache, a mask, dropout, sinks, soft-capping, a bias, and heads over 256.
     """
     _check(module, query_1HTD, key_1KTD, value_1KTD, attention_mask, dropout, is_causal, kwargs)
@@ -68,7 +70,7 @@ def _check(
     attention_mask: torch.Tensor | None,
     dropout: float,
     is_causal: bool | None,
-    kwargs: dict[str, Any],
+    kwargs: Mapping[str, object],
 ) -> None:
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     faults = {
@@ -94,7 +96,7 @@ def _by_kernel(
     window: tuple[int, int],
 ) -> torch.Tensor:
     dtype = query_THD.dtype
-    if torch.is_autocast_enabled("cuda"):  # rotary embeddings make fp32 of what autocast made half precision
+    if torch.is_autocast_enabled("cuda"):  # rotary embeddings turn autocast's half precision back into fp32
         dtype = torch.get_autocast_dtype("cuda")
     if dtype not in (torch.bfloat16, torch.float16):
         raise NotByVarlen(f"varlen attention takes half precision, and the model computes in {dtype}")
@@ -102,10 +104,10 @@ def _by_kernel(
     takes_groups = "enable_gqa" in _kernel_options()
     if groups > 1 and not takes_groups:
         key_TKD, value_TKD = (states.repeat_interleave(groups, dim=1) for states in (key_TKD, value_TKD))
-    options: dict[str, Any] = {"enable_gqa": groups > 1} if takes_groups else {}
+    attend = functools.partial(varlen_attn, enable_gqa=groups > 1) if takes_groups else varlen_attn
     query_THD, key_TKD, value_TKD = (states.to(dtype) for states in (query_THD, key_TKD, value_TKD))
-    return varlen_attn(  # type: ignore[return-value]  # the tensor alone, as nothing else is asked for
-        query_THD, key_TKD, value_TKD, bounds, bounds, longest, longest, scale=scaling, window_size=window, **options
+    return attend(  # type: ignore[return-value]  # the tensor alone: no other output is requested
+        query_THD, key_TKD, value_TKD, bounds, bounds, longest, longest, scale=scaling, window_size=window
     )
 
 
@@ -123,9 +125,9 @@ def _by_document(
     scaling: float | None,
     window: tuple[int, int],
 ) -> torch.Tensor:
-    """The same on a CPU, which has no such kernel: document after document."""
+    """The same on a CPU, which has no such kernel: one document after another."""
     lengths = bounds.diff().tolist()
-    found = []
+    outputs = []
     for query, key, value in zip(*(states.split(lengths) for states in (query_THD, key_TKD, value_TKD)), strict=True):
         mask = None
         if 0 <= window[0] < len(query) - 1:
@@ -140,15 +142,15 @@ def _by_document(
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )[0]
-        found.append(out_HTD.transpose(0, 1))
-    return torch.cat(found)
+        outputs.append(out_HTD.transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def choose_attention(asked: str, config: Any, *, half: bool, trust_remote_code: bool = False) -> str | None:
-    """What a model is loaded with; None for transformers' own choice: sdpa where its class has it, else eager.
+    """The attn_implementation to load a model with; None: transformers chooses (sdpa if the class has it, else eager).
 
-    asked: the recipe's; for `auto` varlen on a GPU where the model will compute in half precision (half) and its class
-    allows it. The kernels take nothing else.
+    asked: model.attn_implementation of the recipe. `auto` chooses varlen on a GPU if the model computes in half
+    precision (half), which the kernels require, and its class allows varlen.
     """
     if asked != "auto":
         return asked
@@ -158,11 +160,14 @@ def choose_attention(asked: str, config: Any, *, half: bool, trust_remote_code: 
 
 
 def allows_varlen(config: Any, trust_remote_code: bool = False) -> bool:
-    """Whether a small model of the class says the same by varlen attention as by its own; asked once in a process."""
+    """Whether a small model of the class computes the same logits with varlen as with its default attention.
+
+    A process tries each config once.
+    """
     key = (type(config), json.dumps(config.to_dict(), sort_keys=True, default=str))
     if key not in _ALLOWS:
         with one_thread():
-            _ALLOWS[key] = _says_the_same(config, trust_remote_code)
+            _ALLOWS[key] = _computes_the_same(config, trust_remote_code)
     return _ALLOWS[key]
 
 
@@ -170,20 +175,20 @@ _ALLOWS: dict[Any, bool] = {}
 _TOKENS, _ROUNDING = 200, 1e-4
 
 
-def _says_the_same(config: Any, trust_remote_code: bool) -> bool:
-    own = small_model(config, attention=None, trust_remote_code=trust_remote_code)
-    if own is None or not own._supports_flash_attn or not own._can_set_attn_implementation():
-        return False  # its authors know of masks or biases that such kernels leave out
+def _computes_the_same(config: Any, trust_remote_code: bool) -> bool:
+    by_default = small_model(config, attention=None, trust_remote_code=trust_remote_code)
+    if by_default is None or not by_default._supports_flash_attn or not by_default._can_set_attn_implementation():
+        return False  # its authors exclude flash kernels: the model uses masks or biases that those leave out
     by_varlen = small_model(config, attention=VARLEN, trust_remote_code=trust_remote_code)
     if by_varlen is None:
         return False
     by_varlen.train()  # with dropout, if it has some
-    ids = torch.arange(_TOKENS)[None] * 7 % own.config.get_text_config().vocab_size
+    ids = torch.arange(_TOKENS)[None] * 7 % by_default.config.get_text_config().vocab_size
     bounds = torch.tensor([0, _TOKENS], dtype=torch.int32)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            expected = own(input_ids=ids, use_cache=False).logits
-            found = by_varlen(
+            expected = by_default(input_ids=ids, use_cache=False).logits
+            computed = by_varlen(
                 input_ids=ids,
                 position_ids=torch.arange(_TOKENS)[None],
                 use_cache=False,
@@ -192,10 +197,10 @@ def _says_the_same(config: Any, trust_remote_code: bool) -> bool:
                 max_length_q=_TOKENS,
                 max_length_k=_TOKENS,
             ).logits
-    except Exception as error:  # NotByVarlen, or what a class makes of bounds that it cannot use
+    except Exception as error:  # NotByVarlen, or the class's own error over bounds that it does not take
         log.info("attn_implementation: not varlen (%s)", str(error).splitlines()[0])
         return False
-    return bool((found - expected).norm() <= _ROUNDING * expected.norm())
+    return bool((computed - expected).norm() <= _ROUNDING * expected.norm())
 
 
 AttentionInterface.register(VARLEN, varlen_attention)

@@ -1,7 +1,7 @@
 """A head that never holds all logits: TRL's tiled kernel over the hidden states of trained tokens.
 
-TRL's own patch of `forward` selects them by a mask, for which the host waits twice a forward, and takes for granted
-that the head is a plain linear layer. This one takes their places.
+TRL's own patch of `forward` selects them by a mask, for which the host waits twice a forward, and assumes that the head
+is a plain linear layer. This patch selects them by their positions.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ VOCABULARY_TILE = 32_768  # columns of a tile of logits, as TRL has it
 
 
 def wants_fused_head(device: torch.device) -> bool:
-    """Whether it is worth it: on a CPU the kernel is plain torch, slower than the logits of trained tokens."""
+    """Whether the fused head saves anything: on a CPU its kernel is plain torch, slower than plain logits."""
     return device.type == "cuda"
 
 
 def takes_fused_head(model: Any) -> bool:
-    """Whether the head is a plain linear layer: what PEFT wraps (added tokens, adapters) has no weight by itself."""
+    """Whether the head is a plain linear layer. A head that PEFT wraps (added tokens, adapters) is not."""
     return type(model.get_output_embeddings()) is torch.nn.Linear
 
 
 def add_fused_head(model: Any) -> None:
     """Makes `model(..., targets=places, target_ids=ids)` give {"nll_N": float32 (N,)} and the router's logits if any.
 
-    places: int64 (N,), the trained tokens in one sequence; never the first. Without them forward is as it was. To be
-    called before the model is wrapped for several ranks.
+    places: int64 (N,), the trained tokens in one sequence; never the first. Without them forward is unchanged. Call
+    it before the model is wrapped for several ranks.
     """
     forward = model.forward
     softcap, scale = logit_transform(model.config.get_text_config())
@@ -43,7 +43,7 @@ def add_fused_head(model: Any) -> None:
     ) -> Any:
         if targets is None:
             return forward(*args, **kwargs)
-        kwargs.pop("labels", None)  # PEFT hands on what it knows by name
+        kwargs.pop("labels", None)  # PEFT passes on all arguments that it names
         outputs = self.base_model(*args, **kwargs)
         hidden_NH = outputs.last_hidden_state[0].index_select(0, targets - 1)
         head = self.get_output_embeddings()
@@ -60,9 +60,9 @@ def add_fused_head(model: Any) -> None:
 
 
 def logit_transform(config: Any) -> tuple[float | None, float]:
-    """(soft cap, factor) of what a model does to its head's logits, by the names of transformers' configs.
+    """(soft cap, factor) that a model applies to its head's logits, by the names in transformers' configs.
 
-    A model that does something else is found when the head is held against the model's own (probe.check_head).
+    probe.check_head detects a model that does something else.
     """
     factor = next(
         (

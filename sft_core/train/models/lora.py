@@ -11,20 +11,21 @@ if TYPE_CHECKING:
 
 
 def lora_config(lora: Lora | None, model: Any, added: list[str], tokenizer: Any) -> LoraConfig | None:
-    """PEFT's LoRA settings. The rows of added tokens are trained whole, for LoRA would leave them random."""
+    """PEFT's LoRA settings. The embeddings of added tokens are trained fully: LoRA would leave them random."""
     if lora is None:
         return None
     from peft import LoraConfig
 
-    extra: dict[str, Any] = {}
+    token_indices: dict[str, list[int]] | None = None
+    whole_modules: list[str] | None = None
     if added:
         tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
         names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
         embedding, head = (names[id(m)] for m in (model.get_input_embeddings(), model.get_output_embeddings()))
         if tied:
-            extra["trainable_token_indices"] = {embedding: tokenizer.convert_tokens_to_ids(added)}
+            token_indices = {embedding: tokenizer.convert_tokens_to_ids(added)}
         else:
-            extra["modules_to_save"] = [embedding, head]
+            whole_modules = [embedding, head]
     target = lora.target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -34,5 +35,6 @@ def lora_config(lora: Lora | None, model: Any, added: list[str], tokenizer: Any)
         target_modules=target if isinstance(target, str) else list(target),
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
-        **extra,
+        trainable_token_indices=token_indices,
+        modules_to_save=whole_modules,
     )

@@ -46,10 +46,10 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The start model and its tokenizer, agreeing on size and end token.
 
-    With `model.config` the weights are random and a function of the seed; so are the rows of added tokens.
-    Weights are safetensors only. load_in_4bit: in NF4 with double quantization, as QLoRA trains over them. half: it
-    will compute in half precision, by autocast or by its weights, which kernels for attention want. device: to which a
-    file's weights are read, without a copy on the CPU. Raises OSError or ValueError for what cannot be loaded.
+    With `model.config` the weights are random and depend on the seed alone; so do the embeddings of added tokens.
+    Weights are read from safetensors only. load_in_4bit: in NF4 with double quantization, for QLoRA. half: the model
+    computes in half precision (autocast or weights), which attention kernels require. device: a file's weights are read
+    directly to it, without a copy on the CPU. Raises OSError or ValueError if the model cannot be loaded.
     """
     vocabulary = load_tokenizer(**dataclasses.asdict(tokenizer))
     torch.manual_seed(seed)
@@ -88,7 +88,7 @@ def _nf4() -> BitsAndBytesConfig:
 
 
 def _random_config(config: dict[str, Any]) -> Any:
-    # The defaults of a model type are ids of another vocabulary: generation would stop at an ordinary token.
+    # A model type's default ids belong to another vocabulary: with them generation stops at an ordinary token.
     settings = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **config}
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
@@ -106,7 +106,7 @@ def agree_on_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     generation.eos_token_id = stops[0] if len(stops) == 1 else stops
     generation.pad_token_id = tokenizer.pad_token_id
     if not generation.do_sample:
-        # Sampling values without sampling: transformers loads such a file and refuses to save it once it changed.
+        # transformers loads sampling values without do_sample, but refuses to save them in a changed file.
         generation.temperature = generation.top_p = generation.top_k = generation.min_p = generation.typical_p = None
     generation.bos_token_id = model.config.bos_token_id
     model.generation_config = generation
@@ -121,7 +121,7 @@ def save_checkpoint(
 ) -> None:
     """A folder for AutoModelForCausalLM and AutoTokenizer, with the template that the rows were rendered with.
 
-    weights: all of the model's, where this rank holds but a share of them.
+    weights: all weights of the model, if this rank holds only a share of them.
     """
     in_training, model.config.use_cache = model.config.use_cache, True
     try:
@@ -136,6 +136,6 @@ def save_checkpoint(
 def save_adapter(
     model: Any, weights: dict[str, torch.Tensor] | None, tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> None:
-    """Writes what LoRA trained, for peft's PeftModel."""
+    """Writes the LoRA adapter, for peft's PeftModel."""
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

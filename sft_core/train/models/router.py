@@ -1,7 +1,7 @@
 """The load-balancing loss of a mixture of experts (Switch Transformer, arXiv 2101.03961), exact over a global batch.
 
-A product of two means over tokens is no sum over micro-batches. So it is computed for each pack by itself and weighted
-by the pack's tokens: ranks, accumulation and the packs of a forward change nothing.
+A product of two means over tokens is not a sum over micro-batches. So the loss is computed for each pack separately and
+weighted by the pack's tokens: ranks, accumulation and the packs of a forward do not change it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sft_core.train.collate import Batch
 
 @dataclasses.dataclass(frozen=True)
 class RouterLoss:
-    """coefficient: of the loss beside that of tokens. top_k: experts of a token."""
+    """coefficient: the weight of this loss in the total loss. top_k: experts of a token."""
 
     coefficient: float
     top_k: int
 
     def logits_of(self, outputs: Any) -> tuple[torch.Tensor, ...]:
-        """Of each layer with experts, shape (tokens, experts)."""
+        """The router's logits of each layer with experts, each of shape (tokens, experts)."""
         return outputs["router_logits"]
 
     def total(self, of_forwards: Sequence[tuple[torch.Tensor, ...]], batch: Batch) -> torch.Tensor:
@@ -49,10 +49,10 @@ class RouterLoss:
 
 
 def router_loss(config: Any, asked: float | None) -> RouterLoss | None:
-    """None where there is no such loss: a model without experts, a coefficient of 0.
+    """The router's loss of a model; None for a model without experts or a coefficient of 0.
 
-    asked: training.router_aux_loss_coef; None for the model's own. Raises ValueError where a coefficient is asked of a
-    model that has no router.
+    asked: training.router_aux_loss_coef; None: the model's own. Raises ValueError for a coefficient other than 0 if the
+    model has no router.
     """
     text = config.get_text_config()
     if not hasattr(text, "output_router_logits"):
@@ -76,8 +76,7 @@ def router_loss(config: Any, asked: float | None) -> RouterLoss | None:
 
 @contextlib.contextmanager
 def router_config_kept(config: Any) -> Iterator[None]:
-    """Restores the router's keys of a config: TRL notes there that its own loss leaves the router out, and a checkpoint
-    must not say so."""
+    """Restores the router's keys of a config. TRL sets them for its own loss, and checkpoints must not contain that."""
     names = [name for name in ("output_router_logits", "router_aux_loss_coef") if hasattr(config, name)]
     before = {name: getattr(config, name) for name in names}
     try:

@@ -1,4 +1,4 @@
-"""A small model of a config's class: a few layers, narrow, random. It behaves as its class does, and runs at once."""
+"""A small random model of a config's class, with few and narrow layers: tests of the class on it take little time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-MOST_PARAMETERS = 3e8  # of what is still built: 1.2 GB
-FEWEST_LAYERS, LAYERS = 2, 4  # where layers are of several kinds, as many as show each of them
-# What transformers' configs call their sizes, and what is enough of each. A name that a config does not have is passed
-# over; one that is missing here makes the model larger than it had to be.
+MOST_PARAMETERS = 3e8  # of the largest model that is built: 1.2 GB
+FEWEST_LAYERS, LAYERS = 2, 4  # more if the first layers do not include every kind of layer
+# The names of sizes in transformers' configs, and the small values. A name that a config lacks is skipped; a name that
+# is missing here makes the model larger than necessary.
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim")
 _ENOUGH = {
@@ -22,17 +22,17 @@ _ENOUGH = {
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4),
     **{"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "vocab_size": 512},
-    # So that a short document feels them.
+    # Small enough to take effect in a short document.
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "chunk_size", "mamba_chunk_size"), 32),
 }
 _KEPT_HEADS = 4
 
 
 def small_model(config: Any, *, attention: str | None, trust_remote_code: bool) -> Any | None:
-    """In fp32 on the CPU, in evaluation mode; None where the class cannot be built small.
+    """A small model in fp32 on the CPU, in evaluation mode; None if the class cannot be built small.
 
-    attention: as transformers has it; None for its own choice. The head size is the config's own. Weights are large
-    enough that each layer shows in the logits, and a function of nothing else than the config.
+    attention: transformers' attn_implementation; None: transformers chooses. The head size is the config's. Weights
+    depend on the config alone, and are large enough that each layer affects the logits.
     """
     assert not is_deepspeed_zero3_enabled(), "each rank would hold a share of it"
     for narrow in (True, False):
@@ -52,14 +52,14 @@ def small_model(config: Any, *, attention: str | None, trust_remote_code: bool) 
                     if parameter.ndim == 2:
                         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
             return model.eval().requires_grad_(False)
-        except Exception:  # whatever a class of models makes of sizes that it was not made for
+        except Exception:  # a class may raise any error for sizes that it does not support
             continue
     return None
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Products as small as such a model's are slower on several threads, by far where other work is going on."""
+    """Runs torch on one thread: products this small are slower on several, much slower on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -87,7 +87,7 @@ def _reduced(config: Any, *, narrow: bool) -> Any:
 
 
 def _cut_layers(text: Any) -> None:
-    """Leaves the first layers, with as much of each list that has an entry a layer."""
+    """Keeps the first layers, and cuts each list with an entry per layer to them."""
     num_layers = _size(text, "num_hidden_layers")
     if not num_layers:
         return
@@ -107,6 +107,6 @@ def _lower(text: Any, sizes: dict[str, int]) -> None:
 
 
 def _size(text: Any, name: str) -> int:
-    """0 where the config has none."""
+    """A size by its name; 0 if the config lacks it."""
     value = getattr(text, name, None)
     return value if isinstance(value, int) and not isinstance(value, bool) else 0

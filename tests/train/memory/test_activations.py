@@ -281,7 +281,7 @@ def test_autocast_on_cuda_takes_powers_in_float32() -> None:
 
 
 def test_model_whose_code_fails_is_unknown_with_the_reason() -> None:
-    with pytest.raises(UnknownActivations, match=r"Gemma2ForCausalLM does not run without memory: .*softcap"):
+    with pytest.raises(UnknownActivations, match=r"Gemma2ForCausalLM does not run on fake tensors: .*softcap"):
         on_cuda("gemma2", attention="sdpa")
 
 

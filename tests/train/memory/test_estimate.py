@@ -166,6 +166,6 @@ def test_activations_of_a_model_that_does_not_run_without_memory_are_told_to_be_
     # Without its kernels it goes through the tokens one by one.
     found = estimate(recipe, shape_of({"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2}), None)
     assert found.activations is None and found.states > 0
-    assert "what activations take is not known (MambaForCausalLM does not run without memory" in estimate_line(
+    assert "the memory of activations is unknown (MambaForCausalLM does not run on fake tensors" in estimate_line(
         found, recipe
     )
