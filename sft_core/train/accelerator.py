@@ -83,7 +83,7 @@ def slow_precision(recipe: PhaseRecipe) -> str | None:
     if not has_gpu() or computes_in_half(recipe):
         return None
     return (
-        "training.bf16 is false: a GPU then multiplies matrices in TF32, at half the speed of bfloat16 and with twice "
+        "training.bf16 is false: a GPU multiplies matrices in TF32, at half the speed of bfloat16 and with twice "
         "the memory for activations, and varlen attention is not available. Set training.bf16: "
         "true; weights and optimizer stay fp32"
     )

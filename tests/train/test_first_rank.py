@@ -90,7 +90,7 @@ def test_best_checkpoint_is_read_by_the_first_rank_alone_and_a_damaged_one_ends_
     weights.unlink()
     flip_bit(best / WITNESS)
     assert start_ranks(recipe, tmp_path, 2).wait(120)
-    assert error_of(tmp_path).count(f"{best}: the checkpoint of the lowest selection loss is damaged or gone") == 2
+    assert error_of(tmp_path).count(f"{best}: the checkpoint of the lowest selection loss is damaged or missing") == 2
     assert not weights.exists()
 
 
