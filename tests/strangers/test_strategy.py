@@ -167,7 +167,7 @@ def test_strategy_of_a_name_that_is_taken_is_refused(tmp_path: Path, monkeypatch
     import strangers_strategies
 
     with pytest.raises(ValueError, match=r"strangers_strategies\.two: the strategy 'turns' is declared twice"):
-        declared(strangers_strategies, "STRATEGIES")
+        declared(strangers_strategies, "STRATEGIES", object)
 
 
 def test_every_strategy_of_a_recipe_has_an_implementation() -> None:
