@@ -96,7 +96,8 @@ def test_changed_module_rebuilds_its_stage_and_a_comment_nothing(copied: Project
     module.write_text("# A comment changes nothing.\n" + module.read_text())
     assert planned(copied) == {}
     text = module.read_text()
-    assert '"weight": source["weight"],' in text
-    module.write_text(text.replace('"weight": source["weight"],', '"weight": source["weight"], "extra": 1,'))
+    planted = text.replace('"weight": self.weight,', '"weight": self.weight, "extra": 1,')
+    assert planted != text
+    module.write_text(planted)
     # The counts changed and the rows did not: nothing after the mixture is made again.
     assert changed(copied) == {"mixture": 1}
