@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from sft_core.data.packing.balance import grouped_order
 from sft_core.train.flops import pair_flops
-
-if TYPE_CHECKING:
-    pass
 
 EMPTY = -1  # a slot without a pack: an epoch's last batch may be smaller, and repeats no packs
 
