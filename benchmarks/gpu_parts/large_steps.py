@@ -110,7 +110,7 @@ def rows_of(context: Context, key: str, found: Run, work: Work, note: str, flops
         return context.row(f"{key}: {what}", number, unit, note, key=f"{key}.{name or what}")
 
     if found.logged_tokens_per_s is not None:
-        note += f"; its log says {found.logged_tokens_per_s:,.0f}; documents {found.forward['documents']} told by "
+        note += f"; its log says {found.logged_tokens_per_s:,.0f}; documents {found.forward['documents']} by "
         note += f"{found.forward['told_by']}, {found.forward['packs_a_forward']} pack(s) a forward, "
         note += "fused head" if found.forward["fused_head"] else "plain head"
     step = f"{1e3 * measured.step_s:,.0f} ms a step of {found.tokens_a_step:,} tokens; "
