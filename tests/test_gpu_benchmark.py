@@ -188,7 +188,7 @@ def test_each_side_trains_the_same_packs(tmp_path: Path) -> None:
     for side in ("ours", "trl_varlen", "bare"):
         assert numbers[f"3b.8k.{side}.tokens_per_s"] and numbers[f"3b.8k.{side}.of_ceiling"]
     (speed,) = (row for row in rows if row.key == "3b.8k.ours.tokens_per_s")
-    assert "documents together told by bounds" in speed.note, "the probe of the real path was not run"
+    assert "documents together by bounds" in speed.note, "the probe of the real path was not run"
     assert 0 <= numbers["3b.8k.ours.loader_wait"] < 100
     assert numbers["3b.8k.beside_trl"] == pytest.approx(
         numbers["3b.8k.ours.tokens_per_s"]
