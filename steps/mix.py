@@ -7,13 +7,12 @@ import numpy as np
 
 from sft_core.data.mixing.mixture import (
     Available,
-    MixedSource,
-    MixtureCounts,
     build_mixture,
     choose_rows,
     read_available,
     warnings,
 )
+from sft_core.data.mixing.mixture_counts import MixedSource, MixtureCounts
 from sft_core.data.mixing.shares import SourceRequest, normalised
 from sft_core.pins.pinned import PinnedRecipe
 from sft_core.store.lookups import Lookups

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from sft_core.data.mixing.mixture_counts import MixtureCounts
 from sft_core.pins.pinned import PinnedRecipe
 from sft_core.store.lookups import Lookups
 from sft_core.store.stage import Located, Part, Stage, Unresolved, part_name
@@ -48,8 +49,9 @@ def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> lis
             for stage in (PACKED, MIXTURE)
         )
         if packed.status == mixture.status == "hit" and packed.ref and mixture.ref:
-            plan, counts = PackPlan.read(store.path(packed.ref)), store.manifest(mixture.ref)["counts"]
-            trained_share = counts["trained_tokens"] / counts["tokens"]
+            plan = PackPlan.read(store.path(packed.ref))
+            counts = MixtureCounts.from_json(store.manifest(mixture.ref)["counts"])
+            trained_share = counts.trained_tokens / counts.tokens
         keys = pinned.recipe.for_phase(phase)
         line = estimate_line(estimate(keys, shape, plan, trained_share=trained_share), keys)
         lines.append(line if len(pinned.recipe.phases) == 1 else f"{phase}: {line}")

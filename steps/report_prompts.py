@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from sft_core.data.sources import splits
 from sft_core.data.sources.read import accept
 from sft_core.data.sources.registry import source_of
 from sft_core.data.sources.rejects import Rejected
+from sft_core.parquet import read_table
 from sft_core.pins.pinned import PinnedRecipe
 from sft_core.store.store import Store
 from steps.download import CONVERSATIONS
@@ -49,7 +49,7 @@ def _prompt_hashes(store: Store, pinned: PinnedRecipe, task: str) -> np.ndarray 
     located = store.locate(CONVERSATIONS, pinned, {"source": task})
     if located.status == "hit" and located.ref is not None:
         with store.open(located.ref, "conversations.parquet") as file:
-            return pq.read_table(file, columns=["prompt_hash"])["prompt_hash"].to_numpy()
+            return read_table(file, ["prompt_hash"])["prompt_hash"].to_numpy()
     dataset, mixture = pinned.recipe.dataset(task), pinned.phase({"task": task}).dataset_mixture
     rows = source_of(dataset).peek(MAX_SCANNED_BYTES, list(dataset.columns) if dataset.columns else None)
     if rows is None:

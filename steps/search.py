@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+from sft_core.data.mixing.mixture_counts import MixtureCounts
 from sft_core.pins.pinned import PinnedRecipe
 from sft_core.rounds import Rounds
 from sft_core.search.journal import CURVES, Cost, Drawn, read_journal
@@ -125,5 +126,5 @@ def _sizes(store: Store, pinned: PinnedRecipe, phase: str, lookups: Lookups) -> 
     located = store.locate(MIXTURE, pinned, pinned.part_of(phase), lookups)
     if located.status != "hit" or located.ref is None:
         return {}
-    sources = store.manifest(located.ref)["counts"]["sources"]
-    return {name: counts["kept"] for name, counts in sources.items()}
+    mixture = MixtureCounts.from_json(store.manifest(located.ref)["counts"])
+    return {name: source.kept for name, source in mixture.sources.items()}

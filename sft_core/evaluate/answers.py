@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from sft_core.data.shards.token_shards import TokenRow
 from sft_core.evaluate.engine import Engine, Request
 from sft_core.evaluate.metrics.metric import Asked, Metric, Question
 from sft_core.evaluate.scores import strip_thinking
+from sft_core.parquet import read_table
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -64,7 +64,7 @@ def asked_of(
 
 def _conversations(folder: Path, row_ids: pa.ChunkedArray) -> dict[str, dict[str, JsonValue]]:
     """The canonical conversations of rows, by row id."""
-    table = pq.read_table(folder / "conversations.parquet", columns=["row_id", "conversation"])
+    table = read_table(folder / "conversations.parquet", ["row_id", "conversation"])
     table = table.filter(pc.is_in(table["row_id"], value_set=row_ids.combine_chunks()))
     pairs = zip(table["row_id"].to_pylist(), table["conversation"].to_pylist(), strict=True)
     return {row_id: json.loads(text) for row_id, text in pairs}

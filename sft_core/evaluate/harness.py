@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft_core.evaluate.counts import HarnessCounts
 from sft_core.evaluate.documents import SAMPLES
 from sft_core.evaluate.loading import ModelToScore, scored_model, use_threads
 from sft_core.evaluate.scores import Score
@@ -78,20 +79,6 @@ class HarnessRequest:
         return ModelToScore(self.model, self.tokenizer, trained, self.attn_implementation, self.bf16, self.seed)
 
 
-@dataclasses.dataclass(frozen=True)
-class HarnessCounts:
-    """The counts in the manifest of a task of the harness."""
-
-    rows: int  # documents
-    prompts: int  # a document has several where it is a choice
-    cut: int  # prompts that are longer than the context
-    num_fewshot: int | str  # examples before each question; "1 to 5" where members of a group differ
-    scores: list[Score]
-
-    def to_json(self) -> dict[str, Json]:
-        return dataclasses.asdict(self)
-
-
 def build_harness(build: Build, **section: Any) -> dict[str, Json]:
     """Writes scores.json, and samples.jsonl with each document, its prompt, the model's responses and their scores.
 
@@ -130,7 +117,7 @@ def build_harness(build: Build, **section: Any) -> dict[str, Json]:
         prompts=lm.num_prompts,
         cut=lm.num_cut,
         num_fewshot=_num_fewshot(results),
-        scores=scores_of(results, request.task.name),
+        scores=[score.to_json() for score in scores_of(results, request.task.name)],
     ).to_json()
     _write_samples(results, build.out / SAMPLES)
     (build.out / "scores.json").write_text(json.dumps(counts["scores"], indent=1) + "\n")

@@ -7,9 +7,9 @@ from typing import Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from sft_core.evaluate.scores import Score, mean_score, perplexity, strip_thinking, token_accuracy, token_loss
+from sft_core.parquet import read_table
 
 # A row that was not asked has nulls from `outputs` on. Lists have an entry for each sample.
 ROWS = pa.schema(
@@ -63,7 +63,16 @@ def of_samples(table: pa.Table, column: str) -> list[Any]:
     return pc.list_flatten(table[column]).to_pylist()
 
 
-def answer_counts(table: pa.Table) -> dict[str, int | float | None]:
+class AnswerCounts(TypedDict):
+    """See EvaluatedCounts."""
+
+    answers: int
+    empty: int
+    cut_off: int
+    generated_tokens: float | None
+
+
+def answer_counts(table: pa.Table) -> AnswerCounts:
     """How many answers there are over all samples, how many are empty without thinking or cut off; and mean tokens."""
     lengths = of_samples(table, "num_generated")
     return {
@@ -75,4 +84,4 @@ def answer_counts(table: pa.Table) -> dict[str, int | float | None]:
 
 
 def read_rows(folder: Path) -> pa.Table:
-    return pq.read_table(folder / "rows.parquet")
+    return read_table(folder / "rows.parquet")

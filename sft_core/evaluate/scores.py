@@ -8,6 +8,8 @@ import re
 
 import numpy as np
 
+from sft_core.report import rows
+
 # Some templates open the block in the prompt: then the output begins inside it.
 _THINKING = re.compile(r"\A((?!<think>).)*?</think>|<think>.*?(</think>|\Z)", re.DOTALL)
 
@@ -20,6 +22,9 @@ class Score:
     value: float
     stderr: float | None
     n: int
+
+    def to_json(self) -> rows.Score:
+        return rows.Score(metric=self.metric, value=self.value, stderr=self.stderr, n=self.n)
 
 
 def strip_thinking(text: str) -> str:

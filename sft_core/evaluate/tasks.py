@@ -17,6 +17,7 @@ from sft_core.data.packing.held_out import held_out_rows
 from sft_core.data.shards.token_shards import TokenRow, TokenShards, read_index
 from sft_core.data.sources import splits
 from sft_core.evaluate.answers import Output, asked_of, generate_outputs, served_prompt
+from sft_core.evaluate.counts import EvaluatedCounts
 from sft_core.evaluate.engine import Engine, Request
 from sft_core.evaluate.loading import (
     ModelToScore,
@@ -145,19 +146,18 @@ def build_evaluated(build: Build, **section: Any) -> dict[str, Json]:
         num_timeouts = metric.num_timeouts
     table = _table(rows, losses, asked, answered, facts.vocabulary)
     pq.write_table(table, build.out / "rows.parquet", compression="zstd")
-    task_scores = [dataclasses.asdict(score) for score in scores(table, metric.name)]
+    task_scores = [score.to_json() for score in scores(table, metric.name)]
     (build.out / "scores.json").write_text(json.dumps(task_scores, indent=1) + "\n")
-    counts = {"rows": len(rows.index), "over_long": rows.num_over_long, **answer_counts(table)}
-    # For the card; of other models the manifest stays as it was.
-    documents = {"documents": "alone"} if loaded.documents_alone else {}
-    return {
-        **counts,
-        **documents,
-        "timeouts": num_timeouts,
-        "engine": engine.name,
-        "metric": metric.name,
-        "scores": task_scores,
-    }
+    return EvaluatedCounts(
+        rows=len(rows.index),
+        over_long=rows.num_over_long,
+        **answer_counts(table),
+        documents="alone" if loaded.documents_alone else None,
+        timeouts=num_timeouts,
+        engine=engine.name,
+        metric=metric.name,
+        scores=task_scores,
+    ).to_json()
 
 
 def measure_ahead(runtime: Runtime, inputs: Mapping[str, Path], task: ScoredTask) -> None:

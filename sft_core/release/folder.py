@@ -11,14 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft_core.data.mixing.mixture_counts import MixtureCounts
+from sft_core.data.packing.pack_counts import PackCounts
+from sft_core.data.sources.conversation_counts import ConversationCounts
+from sft_core.evaluate.counts import ReportCounts
 from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.evaluate.summary import GAIN_HEADER
 from sft_core.links import link_files
 from sft_core.recipe.evaluation import LM_EVAL
 from sft_core.report import rows
 from sft_core.report.model_card import Base, Card, CutOff, Score, Source, Value, model_card
-from sft_core.report.rows import ScoreRow
 from sft_core.rounds import BASE
+from sft_core.train.counts import TrainedCounts
 
 if TYPE_CHECKING:
     from sft_core.store.stage import Build
@@ -47,17 +51,18 @@ def build_release(
     score is a share of right answers.
     """
     model = build.out / "model"
+    report = ReportCounts.from_json(build.manifests["report"]["counts"])
     num_linked, num_files = link_files(build.inputs["trained"] / "model", model, without=README)
     card = Card(
         name=recipe["name"],
         base=Base(**base),
         sources=_sources(sources, phases, build),
-        scores=_scores(tasks, models, shares, build),
+        scores=_scores(report, tasks, models, shares, build),
         not_scored=not_scored,
         harness_version=_harness_version(tasks, build),
         cut_offs=_cut_offs(tasks, models, build),
-        phase_changes=build.manifests["report"]["counts"].get("phases", []),
-        gains=(GAIN_HEADER, [tuple(row.values()) for row in build.manifests["report"]["counts"]["thinking"]]),
+        phase_changes=report.phases,
+        gains=(GAIN_HEADER, [tuple(row.values()) for row in report.thinking]),
         training={name: _training(recipe, name, label, build) for name, label in phases.items()},
         recipe=recipe,
         template_kwargs=recipe["chat_template"]["kwargs"],
@@ -84,25 +89,24 @@ def _template_of(model: Path) -> str:
 def _sources(sources: list[dict[str, Any]], phases: dict[str, str], build: Build) -> list[Source]:
     card_sources = []
     for source in sources:
-        mixture = build.manifests[f"mixture{phases[source['phase']]}"]["counts"]
-        kept = mixture["sources"][source["name"]]
-        conversations = build.manifests[f"conversations:{source['name']}"]["counts"]["conversations"]
+        mixture = MixtureCounts.from_json(build.manifests[f"mixture{phases[source['phase']]}"]["counts"])
+        mixed = mixture.sources[source["name"]]
+        downloaded = ConversationCounts.from_json(build.manifests[f"conversations:{source['name']}"]["counts"])
         card_sources.append(
             Source(
                 **{**source, "files": tuple(source["files"])},
-                conversations=conversations,
-                rows=kept["kept"],
-                tokens=kept["tokens"],
-                trained_tokens=kept["trained_tokens"],
-                share=kept["trained_tokens"] / max(1, mixture["trained_tokens"]),
+                conversations=downloaded.conversations,
+                rows=mixed.kept,
+                tokens=mixed.tokens,
+                trained_tokens=mixed.trained_tokens,
+                share=mixed.trained_tokens / max(1, mixture.trained_tokens),
             )
         )
     return card_sources
 
 
-def _scores(tasks: list[str], models: list[str], shares: list[str], build: Build) -> list[Score]:
-    reported = [ScoreRow.from_json(row) for row in build.manifests["report"]["counts"]["scores"]]
-    by_metric = {(row.task, row.metric): row for row in reported}
+def _scores(report: ReportCounts, tasks: list[str], models: list[str], shares: list[str], build: Build) -> list[Score]:
+    by_metric = {(row.task, row.metric): row for row in report.scores}
     scores = []
     for task in tasks:
         by_model = {
@@ -141,16 +145,17 @@ def _cut_offs(tasks: list[str], models: list[str], build: Build) -> list[CutOff]
 def _training(recipe: dict[str, Any], phase: str, label: str, build: Build) -> dict[str, str]:
     """The card's facts on the phase."""
     keys = recipe["phases"][phase] if "phases" in recipe else recipe
-    training, packs = keys["training"], build.manifests[f"packs{label}"]["counts"]
-    trained, search = build.manifests[f"training{label}"]["counts"], keys["search"]
-    lora, dropped = training["lora"], sum(packs["dropped"].values())
-    searched = {"search": f"{search['strategy']}; what follows is its roll-out {trained['round']}"} if search else {}
+    training, search, lora = keys["training"], keys["search"], keys["training"]["lora"]
+    packs = PackCounts.from_json(build.manifests[f"packs{label}"]["counts"])
+    trained = TrainedCounts.from_json(build.manifests[f"training{label}"]["counts"])
+    dropped = sum(packs.dropped.values())
+    searched = {"search": f"{search['strategy']}; what follows is its roll-out {trained.round}"} if search else {}
     return {
         **searched,
-        "optimizer steps": f"{trained['steps']:,} of {training['global_batch_size']} packs",
-        "packs": f"{packs['packs']:,} of at most {packs['max_length']:,} tokens, {packs['fill']:.2%} full",
-        "tokens an epoch": f"{packs['tokens']:,} in {packs['documents']:,} rows; rows dropped as too long: {dropped:,}",
-        "loss": f"{trained['first_loss']:.4f} first, {trained['last_loss']:.4f} last, a trained token",
+        "optimizer steps": f"{trained.steps:,} of {training['global_batch_size']} packs",
+        "packs": f"{packs.packs:,} of at most {packs.max_length:,} tokens, {packs.fill:.2%} full",
+        "tokens an epoch": f"{packs.tokens:,} in {packs.documents:,} rows; rows dropped as too long: {dropped:,}",
+        "loss": f"{trained.first_loss:.4f} first, {trained.last_loss:.4f} last, a trained token",
         "trained tokens": {"assistant": "every assistant turn", "completion": "the last turn", "all": "all"}[
             training["loss_scope"]
         ],

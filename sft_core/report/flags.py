@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from sft_core.report.rows import ScoreRow
 
@@ -16,16 +15,15 @@ HIGHER_IS_BETTER = ("acc", "acc_norm", "acc_mutual_info", "exact_match", "f1", "
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Counts of a model's answers to a task: all, the empty ones, and those cut off at the limit of new tokens."""
+    """Counts of a model's answers to a task: all, the empty ones, and those cut off at the limit of new tokens.
 
+    metric: what scores the answers, None where no row was asked.
+    """
+
+    metric: str | None
     num: int
     num_empty: int
     num_cut_off: int
-
-    @classmethod
-    def from_json(cls, counts: Mapping[str, Any]) -> Answers:
-        """counts: those of an evaluation (evaluate.rows.answer_counts)."""
-        return cls(counts["answers"], counts["empty"], counts["cut_off"])
 
     @property
     def cut_off_share(self) -> float:

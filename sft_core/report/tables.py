@@ -14,13 +14,13 @@ LOSSES = ("loss", "perplexity", "token_accuracy")  # every row has them; any oth
 def score_rows(
     scores: Mapping[str, Mapping[str, Sequence[Score]]],
     differences: Mapping[str, Mapping[str, Mapping[str, float | None]]],
-    answers: Mapping[str, Mapping[str, Mapping[str, int | float | str | None]]],
+    answers: Mapping[str, Mapping[str, Answers]],
 ) -> list[ScoreRow]:
     """A row for each task and metric: its score by each model, and how the last model differs from the first.
 
     scores: {task: {model: its scores}}, the start model first, then the checkpoint of each phase. differences: {task:
     {metric: {value, low, high}}}, last - first with a 95 % interval; a row without one has None. answers: {task:
-    {model: the counts of its answers, and the metric that scores them}}.
+    {model: counts of its answers}}.
     """
     rows = []
     for task, by_model in scores.items():
@@ -39,12 +39,8 @@ def score_rows(
                 low=_rounded(difference.get("low")),
                 high=_rounded(difference.get("high")),
             )
-            counts = answers.get(task)
-            of_answers = (
-                {model: Answers.from_json(counts[model]) for model in by_model}
-                if counts and counts[last]["metric"] == metric
-                else None
-            )
+            of_task = answers.get(task)
+            of_answers = of_task if of_task and of_task[last].metric == metric else None
             rows.append(dataclasses.replace(row, flags="; ".join(red_flags(row, of_answers)) or None))
     return rows
 

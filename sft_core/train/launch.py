@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from sft_core.data.packing.over_long import windows_of
 from sft_core.die_with_parent import STARTED_BY, die_with_parent
 from sft_core.train.checkpoints import stop_request, worth_keeping
+from sft_core.train.counts import TrainedCounts
 from sft_core.train.job import TrainJob, TrainSpec, job_path, write_job
 from sft_core.train.strategy import environment
 
@@ -86,12 +87,9 @@ def launch(build: Build, job: TrainJob, of_ranks: object) -> dict[str, Json]:
     for leftover in ("trainer.lock", stop_request(out).name):
         (out / leftover).unlink(missing_ok=True)
     events = [json.loads(line) for line in (out / "logs" / "log.jsonl").read_text().splitlines()]
-    return {
-        "round": job.round,
-        "steps": events[-1]["of"],
-        "first_loss": events[0]["loss"],
-        "last_loss": events[-1]["loss"],
-    }
+    first, last = events[0], events[-1]
+    counts = TrainedCounts(round=job.round, steps=last["of"], first_loss=first["loss"], last_loss=last["loss"])
+    return counts.to_json()
 
 
 def join_training(out: Path, runtime: Runtime, rank_module: str, is_done: Callable[[], bool]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sft_core.evaluate.counts import HarnessCounts
 from sft_core.evaluate.documents import read_samples
 from sft_core.evaluate.summary import compare
 from sft_core.recipe.evaluation import LM_EVAL
@@ -21,15 +22,15 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
 
     refs: the task's evaluation by each model, the start model first.
     """
-    counts = {model: store.manifest(ref)["counts"] for model, ref in refs.items()}
+    counts = {model: HarnessCounts.from_json(store.manifest(ref)["counts"]) for model, ref in refs.items()}
     first, *_, last = refs
-    by_metric = [{score["metric"]: score for score in counts[model]["scores"]} for model in refs]
+    by_metric = [{score["metric"]: score for score in counts[model].scores} for model in refs]
     released = counts[last]
-    shown: dict[str, object] = {"documents": released["rows"], "examples before each": released["num_fewshot"]}
-    if released["cut"]:
-        shown["prompts cut to the model's context"] = f"{released['cut']} of {released['prompts']}"
+    shown: dict[str, object] = {"documents": released.rows, "examples before each": released.num_fewshot}
+    if released.cut:
+        shown["prompts cut to the model's context"] = f"{released.cut} of {released.prompts}"
     name = LM_EVAL + store.manifest(refs[last])["identity"]["part"]["task"]
-    scores = {model: counts[model]["scores"] for model in refs}
+    scores = {model: counts[model].scores for model in refs}
     compared = compare(store.path(refs[first]), store.path(refs[last]))
     flags = []
     for row in score_rows({name: scores}, {name: compared}, {}):

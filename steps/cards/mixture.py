@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sft_core.data.mixing.mixture import AMOUNTS, MixedSource, MixtureCounts, warnings
+from sft_core.data.mixing.mixture import warnings
+from sft_core.data.mixing.mixture_counts import AMOUNTS, MixedSource, MixtureCounts
 from sft_core.data.overlap.exclusions import REASONS
 from sft_core.report.plots import lengths_by_source, requested_and_achieved
 from sft_core.store.ref import Ref

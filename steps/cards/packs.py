@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sft_core.data.packing.plan import PackCounts
+from sft_core.data.packing.pack_counts import PackCounts
 from sft_core.report.plots import fills, histogram
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from sft_core.evaluate.counts import ReportCounts
 from sft_core.report.plots import first_to_last
 from sft_core.report.rows import OverviewRow, PhaseChange, ScoreRow, ThinkingGain
 from sft_core.report.tables import LOSSES, overview_rows
@@ -16,12 +17,13 @@ from steps.report import flagged
 
 def card(store: Store, ref: Ref) -> list[Any]:
     manifest = store.manifest(ref)
-    scores = [ScoreRow.from_json(row) for row in manifest["counts"]["scores"]]
-    gains, models = manifest["counts"]["thinking"], scores[0].models if scores else []
+    counts = ReportCounts.from_json(manifest["counts"])
+    scores, gains = counts.scores, counts.thinking
+    models = scores[0].models if scores else []
     components = [heading(f"Scores of {manifest['identity']['section']['recipe']}"), *warnings(flagged(scores))]
     components.append(table(FIRST, [_first_row(row) for row in overview_rows(scores)]))
-    if phases := manifest["counts"].get("phases"):
-        components += [heading("What each phase changes"), table(PHASES, [_phase_row(row) for row in phases])]
+    if counts.phases:
+        components += [heading("What each phase changes"), table(PHASES, [_phase_row(row) for row in counts.phases])]
     if gains:
         components += [heading("What thinking gains"), table(GAINS, [_gain_row(row) for row in gains])]
     metrics = dict.fromkeys(row.metric for row in scores)

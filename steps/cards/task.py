@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sft_core.evaluate.comparison import by_change
+from sft_core.evaluate.counts import EvaluatedCounts
 from sft_core.evaluate.rows import read_rows
 from sft_core.evaluate.summary import compare, read_answers
 from sft_core.report.rows import Score
@@ -28,27 +29,28 @@ def card(store: Store, refs: dict[str, Ref]) -> list[Any]:
     manifests = {model: store.manifest(ref) for model, ref in refs.items()}
     folders = {model: store.path(ref) for model, ref in refs.items()}
     (first, *_, last), arrow = refs, " → ".join(refs)
-    task, released = manifests[last]["identity"]["part"]["task"], manifests[last]["counts"]
-    scores = {model: manifest["counts"]["scores"] for model, manifest in manifests.items()}
+    task = manifests[last]["identity"]["part"]["task"]
+    counts = {model: EvaluatedCounts.from_json(manifest["counts"]) for model, manifest in manifests.items()}
+    released, scores = counts[last], {model: of_model.scores for model, of_model in counts.items()}
     compared = compare(folders[first], folders[last])
-    counts = {model: read_answers(folder) for model, folder in folders.items()}
-    rows = score_rows({task: scores}, {task: compared}, {task: counts})
-    shown: dict[str, object] = {"rows": released["rows"]}
-    if released.get("documents") == "alone":
+    answers = {model: read_answers(folder) for model, folder in folders.items()}
+    rows = score_rows({task: scores}, {task: compared}, {task: answers})
+    shown: dict[str, object] = {"rows": released.rows}
+    if released.documents == "alone":
         shown["documents of a forward"] = "one: packed, they see each other in this model"
     for of_models in zip(*scores.values(), strict=True):
         metric = of_models[-1]["metric"]
         shown[f"{metric}: {arrow}"] = with_difference(of_models, compared.get(metric))
-    if released["answers"]:
-        shown["answers"] = released["answers"]
-        if "engine" in released:
-            shown["answered by"] = released["engine"]
+    if released.answers:
+        shown["answers"] = released.answers
+        if released.engine:
+            shown["answered by"] = released.engine
         for name in ("generated_tokens", "cut_off", "empty", "timeouts"):
-            amounts = (str(manifest["counts"][name]) for manifest in manifests.values())
+            amounts = (str(getattr(of_model, name)) for of_model in counts.values())
             shown[f"{name.replace('_', ' ')}: {arrow}"] = " → ".join(amounts)
     flags = [f"{row.metric}: {row.flags}" for row in rows if row.flags]
     components = [*facts(f"Task {task}", shown), *warnings(flags)]
-    if not released["answers"]:
+    if not released.answers:
         return components
     won, lost, same = by_change(read_rows(folders[first]), read_rows(folders[last]))
     for name, meaning, pairs in (

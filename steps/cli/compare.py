@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import pyarrow.parquet as pq
-
 from sft_core.evaluate.comparison import differences as score_differences
+from sft_core.parquet import read_table
 from sft_core.report.tables import LOSSES
 from sft_core.search.journal import CURVES, read_journal
 from sft_core.store.ref import Ref
@@ -220,7 +219,7 @@ def _rows(store: Store, run: Recorded, task: str) -> pa.Table | None:
     if "rows.parquet" not in store.manifest(ref)["files"]:
         return None
     with store.open(ref, "rows.parquet") as file:
-        return pq.read_table(file)
+        return read_table(file)
 
 
 def as_tables(comparison: Comparison) -> list[RenderableType]:

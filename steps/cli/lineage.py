@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from sft_core.data.sources.registry import origin_of
+from sft_core.parquet import read_table
 from sft_core.store.manifest import Manifest
 from sft_core.store.provenance import source_label
 from sft_core.store.ref import Ref
@@ -188,7 +188,7 @@ def _origins(store: Store, ref: Ref, manifest: Manifest) -> dict[str, Mapping[st
 def _files(store: Store, ref: Ref) -> list[str]:
     """The names of a source's files, by the places that its rows name."""
     with store.open(ref, "conversations.parquet") as file:
-        where = pq.read_table(file, columns=["where"])["where"]
+        where = read_table(file, ["where"])["where"]
     return sorted(pc.unique(pc.replace_substring_regex(where, r":[^:]*$", "")).to_pylist())
 
 

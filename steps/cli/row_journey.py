@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from sft_core.data.packing.balance import pack_costs
 from sft_core.data.packing.over_long import windows_of
@@ -16,6 +15,7 @@ from sft_core.data.packing.plan import PackPlan
 from sft_core.data.shards.parallel import shard_folders
 from sft_core.data.shards.token_shards import read_index, read_windows
 from sft_core.data.sources import splits
+from sft_core.parquet import read_table
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
 
@@ -84,7 +84,7 @@ def journeys(store: Store, lineage: Lineage, row_id: str) -> list[Journey]:
 
 def _journey(store: Store, lineage: Lineage, conversations: Ref, row_id: str) -> Journey | None:
     with store.open(conversations, "conversations.parquet") as file:
-        table = pq.read_table(file, columns=["where", "row_id", "prompt_hash"], filters=pc.field("row_id") == row_id)
+        table = read_table(file, ["where", "row_id", "prompt_hash"], pc.field("row_id") == row_id)
     if len(table) == 0:
         return None
     source = lineage.name(conversations)
@@ -135,7 +135,7 @@ def _texts(store: Store, rendered: Ref, row_id: str) -> list[Text]:
     rendered_texts: list[Text] = []
     for shard in shard_folders(store.path(rendered)):
         path = shard / "rendered.parquet"
-        texts = pq.read_table(path, columns=["text"], filters=is_it, partitioning=None)["text"].to_pylist()
+        texts = read_table(path, ["row_id", "text"], is_it)["text"].to_pylist()
         rendered_texts += [
             {"sha256": hashlib.sha256(text.encode()).hexdigest(), "characters": len(text)} for text in texts
         ]

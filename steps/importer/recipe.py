@@ -16,6 +16,7 @@ from sft_core.recipe.parse import parse_recipe, read_yaml
 from sft_core.train.arguments import check_extra
 from steps.importer.account import Imported, number, readings, short, switch
 from steps.importer.datasets import read_datasets
+from steps.importer.lora import read_lora
 from steps.importer.strategy import SETTINGS, read_strategy
 from steps.importer.text import recipe_text
 
@@ -101,7 +102,7 @@ def import_recipe(
     _loss_scope(imported)
     _batch(imported, num_processes)
     _schedule(imported)
-    _lora(imported)
+    read_lora(imported)
     _runtime(imported)
     read_strategy(imported, accelerate or {})
     _simple(imported)
@@ -267,56 +268,6 @@ def _ratio(warmup_steps: float, num_steps: int) -> float:
     while math.ceil(ratio * num_steps) > warmup_steps:
         ratio = math.nextafter(ratio, 0.0)
     return ratio
-
-
-def _lora(imported: Imported) -> None:
-    keys = imported.unread
-    given = "use_peft" in keys
-    is_on = switch(keys.pop("use_peft", None))
-    names = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
-    names |= {"lora_target_modules": "target_modules"}
-    names |= {key: key for key in ("use_dora", "use_rslora", "load_in_4bit")}
-    if not is_on:
-        for key in [key for key in keys if key.startswith("lora_") or key in names]:
-            imported.not_carried[key] = "use_peft is not true"
-            del keys[key]
-    else:
-        imported.put("training.lora", {})
-        modules = keys.get("lora_target_modules")
-        if isinstance(modules, list) and len(modules) == 1:
-            keys["lora_target_modules"] = modules[0]
-        for key in [key for key in names if key in keys]:
-            imported.carry(key, f"training.lora.{names[key]}", keys.pop(key))
-        lora = imported.data["training"]["lora"]
-        if "lora_dropout" not in lora:
-            imported.assume("training.lora.lora_dropout", 0.05, "TRL's default")
-        if "target_modules" not in lora:
-            explanation = "TRL leaves it to PEFT, which knows some architectures (often q_proj and v_proj)"
-            imported.assume("training.lora.target_modules", "all-linear", explanation)
-        for key in [key for key in keys if key.startswith("lora_")]:
-            imported.not_carried[key] = "training.lora has no such key"
-            del keys[key]
-    _quantization(imported)
-    if given:
-        imported.changed["use_peft"] = ("training.lora", "given" if is_on else "left out")
-
-
-def _quantization(imported: Imported) -> None:
-    """Takes the keys of quantization. Ours is the QLoRA paper's: NF4 with double quantization, in bfloat16."""
-    keys = imported.unread
-    in_4bit = imported.get("training.lora.load_in_4bit") is True
-    as_here = {"bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
-    if in_4bit and not switch(keys.get("use_bnb_nested_quant")):
-        imported.assumed["training.lora.load_in_4bit"] = "the constants are quantized too, which TRL leaves off"
-    settings = (*as_here, "bnb_4bit_quant_storage", "load_in_8bit")
-    for key in [key for key in settings if key in keys]:
-        value = keys.pop(key)
-        if in_4bit and key in as_here and as_here[key] in (value, switch(value)):
-            imported.changed[key] = ("training.lora.load_in_4bit", f"{short(as_here[key])}: always so")
-        elif in_4bit:
-            imported.not_carried[key] = "training.lora.load_in_4bit is NF4 with double quantization, in bfloat16"
-        else:
-            imported.not_carried[key] = "weights are quantized under training.lora.load_in_4bit alone"
 
 
 def _runtime(imported: Imported) -> None:

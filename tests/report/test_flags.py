@@ -13,12 +13,8 @@ def score(base: float = 0.2, tuned: float = 0.4, **changes: Any) -> ScoreRow:
     return ScoreRow(by_model={"base": base, "tuned": tuned}, difference=tuned - base, **values)
 
 
-def counts(**changes: int) -> dict[str, int]:
-    return {"answers": 100, "empty": 0, "cut_off": 0, **changes}
-
-
-def answers(**changes: int) -> Answers:
-    return Answers.from_json(counts(**changes))
+def answers(answers: int = 100, empty: int = 0, cut_off: int = 0) -> Answers:
+    return Answers("exact_match", answers, empty, cut_off)
 
 
 @pytest.mark.parametrize(
@@ -61,8 +57,7 @@ def test_score_rows_have_differences_and_flags_of_the_answers_metric_alone() -> 
         "b": {"base": scores(2, 1), "tuned": scores(1, 1)},
     }
     compared = {"a": {"exact_match": {"value": -0.5, "low": -0.8, "high": -0.2}}}
-    of_tuned = {"metric": "exact_match", **counts(cut_off=30)}
-    by_model = {"a": {"tuned": of_tuned, "base": {**of_tuned, **counts()}}}
+    by_model = {"a": {"tuned": answers(cut_off=30), "base": answers()}}
     rows = [row.to_json() for row in score_rows(by_task, compared, by_model)]
     assert all(tuple(row) == HEADER for row in rows)
     flags = {(row["task"], row["metric"]): row["flags"] for row in rows}

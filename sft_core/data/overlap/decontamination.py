@@ -19,11 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft_core.data.counts import Counts
+from sft_core.counts import Counts
 from sft_core.data.overlap.stored_rows import count_row_groups, read_column, read_groups, read_places
 from sft_core.data.overlap.words import HashedTurns, excerpt, folded_words, hash_turns, ngrams, turns
 from sft_core.data.shards.parallel import Shard, Tally, Work, build_shards, plan_shards, shard_folders, total
 from sft_core.data.sources import splits
+from sft_core.parquet import read_table
 
 if TYPE_CHECKING:
     from sft_core.store.stage import Build
@@ -86,7 +87,7 @@ def build_contamination(
     prompts = [
         Prompt(task, row["row_id"], [folded_words(text) for text in row["turns"]])
         for task in tasks
-        for row in pq.read_table(build.inputs[f"prompts:{task}"] / "prompts.parquet").to_pylist()
+        for row in read_table(build.inputs[f"prompts:{task}"] / "prompts.parquet").to_pylist()
     ]
     shares = {"selection_share": selection_share, "report_share": report_share}
     work = functools.partial(_prepare_work, folder, prompts, ngram, common_share, threshold, shares)
@@ -235,14 +236,14 @@ def _by_task(index: PromptIndex, row_id: str, matches: list[Match]) -> list[tupl
 
 
 def _examples(build: Build) -> list[ContaminatedRow]:
-    tables = [pq.read_table(shard / "contamination.parquet") for shard in shard_folders(build.out)]
+    tables = [read_table(shard / "contamination.parquet") for shard in shard_folders(build.out)]
     table_rows = pa.concat_tables(tables).slice(0, NUM_EXAMPLES).to_pylist()
     folder = build.inputs["conversations"]
     row_ids = read_column(folder, "row_id").to_pylist() if table_rows else []
     examples = []
     for row in table_rows:
         [(_, [conversation])] = read_places(folder, np.array([row_ids.index(row["row_id"])]))
-        prompts = pq.read_table(build.inputs[f"prompts:{row['task']}"] / "prompts.parquet").to_pylist()
+        prompts = read_table(build.inputs[f"prompts:{row['task']}"] / "prompts.parquet").to_pylist()
         questions = next(prompt["turns"] for prompt in prompts if prompt["row_id"] == row["report_row_id"])
         text = excerpt(turns(conversation))
         examples.append(ContaminatedRow(**row, text=text, prompt=" | ".join(questions)[:300]))

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from sft_core.data.counts import Counts
+from sft_core.counts import Counts
 from sft_core.data.overlap.signatures import gram_sets, similarity
 from sft_core.data.overlap.stored_rows import read_column, read_places
 from sft_core.data.overlap.words import excerpt, turns

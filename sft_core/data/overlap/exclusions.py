@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from sft_core.data.shards.parallel import shard_folders
+from sft_core.parquet import read_table
 
 REASONS = ("duplicates", "contaminated")
 
@@ -25,11 +25,11 @@ def left_out(inputs: Mapping[str, Path], source: str, row_ids: pa.ChunkedArray) 
     duplicates = np.zeros(len(row_ids), bool)
     contaminated = np.zeros(len(row_ids), bool)
     if "duplicates" in inputs:
-        table = pq.read_table(inputs["duplicates"] / "duplicates.parquet")
+        table = read_table(inputs["duplicates"] / "duplicates.parquet")
         duplicates = _duplicates(table.filter(pc.field("source") == source), source, row_ids)
     if (folder := inputs.get(f"contaminated:{source}")) is not None:
         for shard in shard_folders(folder):
-            table = pq.read_table(shard / "contamination.parquet", columns=["row_id"])
+            table = read_table(shard / "contamination.parquet", ["row_id"])
             contaminated |= _is_among(row_ids, table["row_id"])
     return {"duplicates": duplicates, "contaminated": contaminated & ~duplicates}
 

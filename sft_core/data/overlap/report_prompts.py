@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft_core.data.counts import Counts
+from sft_core.counts import Counts
 from sft_core.data.overlap.stored_rows import read_column, read_places
 from sft_core.data.overlap.words import folded_words, turns
 from sft_core.data.sources import splits

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sft_core.data.counts import Counts
+from sft_core.counts import Counts
 from sft_core.data.overlap.minhash import sign
 from sft_core.data.overlap.stored_rows import count_row_groups, read_groups
 from sft_core.data.overlap.words import SETTINGS, SIDES, Turn, exact_digest, hash_turns, ngrams, turns, words

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pyarrow as pa
 
-from sft_core.data.counts import Counts
+from sft_core.counts import Counts
 from sft_core.data.packing.plan import first_fit_decreasing, write_plan
 from sft_core.data.shards.token_shards import read_index
 from sft_core.data.sources import splits

@@ -14,31 +14,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft_core.data.counts import Counts
 from sft_core.data.packing.over_long import Documents, fit
+from sft_core.data.packing.pack_counts import PackCounts
 from sft_core.data.tokens.lengths import by_length
+from sft_core.parquet import read_table
 
 if TYPE_CHECKING:
     from sft_core.store.stage import Build
 
 PLAN = pa.schema([("pack", pa.int32()), ("source", pa.int16()), ("row", pa.int32()), ("num_tokens", pa.int32())])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PackCounts(Counts):
-    packs: int
-    documents: int
-    tokens: int
-    max_length: int
-    fill: float  # share of all packs' room
-    packs_by_fill: dict[str, int] = dataclasses.field(default_factory=dict)  # whole percents
-    packs_by_documents: dict[str, int] = dataclasses.field(default_factory=dict)  # see lengths.py
-    documents_by_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
-    attention_of_packs: dict[str, int] = dataclasses.field(default_factory=dict)  # least, mean, most token pairs
-    dropped: dict[str, int]  # over-long rows, by source
-    truncated: dict[str, int]
-    split: dict[str, int] = dataclasses.field(default_factory=dict)
-    windows: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def build_packs(
@@ -55,7 +39,7 @@ def build_packs(
 
     by_source: each pack has rows of one source only.
     """
-    mixture = pq.read_table(build.inputs["mixture"] / "mixture.parquet", columns=["source", "row", "num_tokens"])
+    mixture = read_table(build.inputs["mixture"] / "mixture.parquet", ["source", "row", "num_tokens"])
     fitted = fit(
         Documents(*(mixture[name].to_numpy() for name in ("source", "row", "num_tokens"))),
         build.inputs,
@@ -143,7 +127,7 @@ class PackPlan:
 
     @classmethod
     def read(cls, folder: Path) -> PackPlan:
-        table = pq.read_table(folder / "packs.parquet")
+        table = read_table(folder / "packs.parquet")
         pack = table["pack"].to_numpy()
         offsets = np.searchsorted(pack, np.arange(int(pack[-1]) + 2))
         source, row, num_tokens = (table[name].to_numpy() for name in ("source", "row", "num_tokens"))

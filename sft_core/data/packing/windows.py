@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft_core.data.counts import Counts
+from sft_core.counts import Counts
 from sft_core.data.proof.mask import MaskProof
 from sft_core.data.rendering.build import RENDERED, TemplateArguments, add_row, chat_template, make_renderer
 from sft_core.data.rendering.policy import RowPolicy
@@ -31,6 +31,7 @@ from sft_core.data.sources.rejects import Rejected
 from sft_core.data.tokenizer.encoded import encode_rows
 from sft_core.data.tokenizer.tokenizer import PieceEncoder, TokenizerArguments, load_tokenizer
 from sft_core.data.tokenizer.tokenizer import stop_tokens as all_stop_tokens
+from sft_core.parquet import open_parquet
 
 if TYPE_CHECKING:
     from sft_core.store.stage import Build
@@ -54,7 +55,7 @@ def build_windows(
     max_length: int,
 ) -> dict[str, Any]:
     """Writes shards of tokens.arrow and windows.parquet. Raises MaskProofFailed as tokenizing does."""
-    with pq.ParquetFile(build.inputs["conversations"] / "conversations.parquet") as file:
+    with open_parquet(build.inputs["conversations"] / "conversations.parquet") as file:
         shards = plan_shards(file.num_row_groups)
     work = functools.partial(
         _prepare_work, dict(build.inputs), tokenizer, template, stop_tokens, RowPolicy(**policy), max_length
@@ -105,8 +106,8 @@ def _split_shard(inputs: dict[str, Path], splitter: _Splitter, shard: Shard, out
     lengths = read_index(inputs["tokens"], ["num_tokens"], [shard.number])["num_tokens"].to_numpy()
     first_row = 0
     with (
-        pq.ParquetFile(inputs["conversations"] / "conversations.parquet") as conversations,
-        pq.ParquetFile(shard_folder(inputs["rendered"], shard) / "rendered.parquet") as rendered,
+        open_parquet(inputs["conversations"] / "conversations.parquet") as conversations,
+        open_parquet(shard_folder(inputs["rendered"], shard) / "rendered.parquet") as rendered,
         pq.ParquetWriter(out / "windows.parquet", WINDOWS, compression="zstd") as index,
         pa.OSFile(str(out / "tokens.arrow"), "wb") as file,
         pa.ipc.new_file(file, TOKENS) as tokens,

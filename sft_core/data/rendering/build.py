@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft_core.data.counts import Counts
+from sft_core.counts import Counts
 from sft_core.data.rendering.policy import RowPolicy
 from sft_core.data.rendering.spans import RenderedRow, Renderer
 from sft_core.data.rendering.templates import ChatTemplate, TemplateError
@@ -25,6 +25,7 @@ from sft_core.data.tokenizer.tokenizer import (
     load_tokenizer,
     stop_tokens,
 )
+from sft_core.parquet import open_parquet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -108,7 +109,7 @@ def build_rendered(
 ) -> dict[str, Any]:
     """Writes shards of rendered.parquet, and rejects.jsonl. Raises ValueError for a template that fails."""
     source = build.inputs["conversations"] / "conversations.parquet"
-    with pq.ParquetFile(source) as file:
+    with open_parquet(source) as file:
         num_groups, num_conversations = file.num_row_groups, file.metadata.num_rows
     work = functools.partial(_prepare_work, source, tokenizer, template, stop_tokens, policy)
     counts = total(build_shards(build.out, plan_shards(num_groups), work, runtime=build.runtime, desc="render"))
@@ -133,7 +134,7 @@ def _prepare_work(
 def _render_shard(source: Path, renderer: Renderer, shard: Shard, out: Path) -> Tally:
     counts = {"rows": 0, "conversations_split": 0, "control_tokens_kept_as_text": 0}
     with (
-        pq.ParquetFile(source) as file,
+        open_parquet(source) as file,
         pq.ParquetWriter(out / "rendered.parquet", RENDERED, compression="zstd") as writer,
         Rejects(out / "rejects.jsonl") as rejects,
     ):

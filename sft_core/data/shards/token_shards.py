@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sft_core.data.shards.parallel import shard_folders
+from sft_core.parquet import read_table
 
 TOKENS = pa.schema(
     [
@@ -55,9 +55,7 @@ def read_index(folder: Path, columns: list[str] | None = None, shards: list[int]
     """The index of a source's shards, or of the given ones: a row for each token row, in order."""
     folders = shard_folders(folder)
     chosen = folders if shards is None else [folders[number] for number in shards]
-    return pa.concat_tables(
-        pq.read_table(shard / "index.parquet", columns=columns, partitioning=None) for shard in chosen
-    )
+    return pa.concat_tables(read_table(shard / "index.parquet", columns) for shard in chosen)
 
 
 class TokenShards:
@@ -115,7 +113,7 @@ def read_windows(tokens: Path, windows: Path) -> Windows:
     """tokens, windows: folders of the source's outputs."""
     parts, first_row = [], 0
     for shard, of_tokens in zip(shard_folders(windows), shard_folders(tokens), strict=True):
-        table = pq.read_table(shard / "windows.parquet", partitioning=None)
+        table = read_table(shard / "windows.parquet")
         of_row, num_tokens, num_trained = (table[name].to_numpy() for name in WINDOWS.names)
         parts.append((of_row.astype(np.int64) + first_row, num_tokens, num_trained))
         first_row += json.loads((of_tokens / "counts.json").read_text())["rows"]

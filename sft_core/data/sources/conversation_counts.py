@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from sft_core.data.counts import Counts
+from sft_core.counts import Counts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

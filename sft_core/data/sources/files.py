@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
-
 from sft_core.data.sources.formats.json_files import RawRow, read_json
 from sft_core.data.sources.read import ROWS_A_BATCH, without_nulls
 from sft_core.data.sources.source import Description, Resolver, Source
 from sft_core.local_files import digest_files
+from sft_core.parquet import open_parquet
 
 if TYPE_CHECKING:
     from sft_core.recipe.datasets.kinds.files import FileDataset
@@ -103,12 +102,12 @@ def _is_known(path: Path) -> bool:
 
 
 def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[RawRow]:
-    with pq.ParquetFile(path) as file:
+    with open_parquet(path) as file:
         missing = [name for name in columns or () if name not in file.schema_arrow.names]
         if missing:
             raise ValueError(f"{path}: no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}")
         start = 0
-        for batch in file.iter_batches(batch_size=ROWS_A_BATCH, columns=columns):
+        for batch in file.iter_batches(batch_size=ROWS_A_BATCH, columns=columns, use_threads=False):
             for index, row in enumerate(batch.to_pylist()):
                 yield f"{path.name}: row {start + index}", without_nulls(row)
             start += batch.num_rows

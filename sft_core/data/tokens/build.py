@@ -27,6 +27,7 @@ from sft_core.data.tokenizer.tokenizer import stop_tokens as all_stop_tokens
 from sft_core.data.tokens.lengths import by_length
 from sft_core.data.tokens.sample import first_row
 from sft_core.data.tokens.token_counts import EarlierCounts, ProofCounts, TokenCounts
+from sft_core.parquet import open_parquet
 
 if TYPE_CHECKING:
     from sft_core.store.stage import Build
@@ -46,7 +47,7 @@ def build_tokens(
     row does not train exactly what its conversation says.
     """
     conversations = build.inputs["conversations"] / "conversations.parquet"
-    with pq.ParquetFile(conversations) as file:
+    with open_parquet(conversations) as file:
         shards = plan_shards(file.num_row_groups)
     work = functools.partial(
         _prepare_work, conversations, build.inputs["rendered"], tokenizer, template, stop_tokens, RowPolicy(**policy)
@@ -95,8 +96,8 @@ def _tokenize_shard(
     proved: list[Tally] = []
     lengths: list[Tally] = []
     with (
-        pq.ParquetFile(conversations) as said,
-        pq.ParquetFile(shard_folder(rendered, shard) / "rendered.parquet") as source,
+        open_parquet(conversations) as said,
+        open_parquet(shard_folder(rendered, shard) / "rendered.parquet") as source,
         pq.ParquetWriter(out / "index.parquet", INDEX, compression="zstd") as index,
         pa.OSFile(str(out / "tokens.arrow"), "wb") as file,
         pa.ipc.new_file(file, TOKENS) as tokens,

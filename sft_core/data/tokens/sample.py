@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from sft_core.data.shards.parallel import shard_folders
+from sft_core.parquet import open_parquet
 
 MAX_PIECES, MAX_CHARACTERS = 24, 800  # of a row, and of each of its pieces
 
@@ -15,8 +14,8 @@ MAX_PIECES, MAX_CHARACTERS = 24, 800  # of a row, and of each of its pieces
 def first_row(rendered: Path) -> list[tuple[str, bool]]:
     """The first row of an output of the render stage, in pieces: text, and whether it is trained."""
     for shard in shard_folders(rendered):
-        with pq.ParquetFile(shard / "rendered.parquet") as file:
-            for batch in file.iter_batches(batch_size=1, columns=["text", "spans"]):
+        with open_parquet(shard / "rendered.parquet") as file:
+            for batch in file.iter_batches(batch_size=1, columns=["text", "spans"], use_threads=False):
                 if batch.num_rows:
                     (row,) = batch.to_pylist()
                     return pieces(row["text"], row["spans"])

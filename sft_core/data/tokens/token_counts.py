@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-from sft_core.data.counts import Counts
+from sft_core.counts import Counts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

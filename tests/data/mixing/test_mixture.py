@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_core.data.mixing.mixture import AMOUNTS, build_mixture, sample_rows
+from sft_core.data.mixing.mixture import build_mixture, sample_rows
+from sft_core.data.mixing.mixture_counts import AMOUNTS
 from sft_core.data.mixing.shares import draw_tokens, fill
 from sft_core.data.shards.token_shards import INDEX, read_index
 from sft_core.data.sources.splits import TRAIN, assign

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sft_core.data.mixing.mixture import AMOUNTS
+from sft_core.data.mixing.mixture_counts import AMOUNTS
 from sft_core.data.tokens.sample import MAX_PIECES, pieces
 from sft_core.pins.pinned import pin
 from sft_core.recipe.parse import parse_recipe

@@ -1,4 +1,4 @@
-"""Counts that a data stage leaves in its manifest: written by the stage's builder, read by cards and reports.
+"""Counts that a stage leaves in its manifest: written by its builder, read by cards, reports and later stages.
 
 Invariant: the JSON has a key for each field, in the order of the fields.
 """
