@@ -156,7 +156,12 @@ def test_digest_library_names_and_versions_count(project: Path, monkeypatch: pyt
 def test_data_builder_closure_holds_no_training_and_no_evaluation(name: str):
     closure = code.closure(f"sft_core.data.{name}")
     assert f"sft_core.data.{name}" in closure and len(closure) > 3
-    assert {module.split(".")[1] for module in closure if "." in module} <= {"data", "die_with_parent", "counts", "parquet"}
+    assert {module.split(".")[1] for module in closure if "." in module} <= {
+        "data",
+        "die_with_parent",
+        "counts",
+        "parquet",
+    }
     assert len(code.code_digest(f"sft_core.data.{name}")) == 64
 
 
@@ -169,7 +174,12 @@ def test_source_reader_is_part_of_the_code_of_its_own_sources(small_recipe):
     for source, reader in readers.items():
         assert CONVERSATIONS.modules(pinned, {"source": source}) == (reader,)
         closure = code.closure(reader)
-        assert {module.split(".")[1] for module in closure if "." in module} <= {"data", "local_files", "counts", "parquet"}
+        assert {module.split(".")[1] for module in closure if "." in module} <= {
+            "data",
+            "local_files",
+            "counts",
+            "parquet",
+        }
         digests.add(CONVERSATIONS.code((reader,)))
     assert len(digests) == 3
     same_kind = CONVERSATIONS.modules(pinned, {"source": "checksum_think"})
