@@ -20,7 +20,7 @@ run: setup  ## the quickstart: data to scores in a few minutes
 	$(BIN)/python flows/sft_flow.py run
 
 test: setup  ## the tests, two at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # files with few tests are the longest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## ruff, mypy, and the layers of imports
 	$(BIN)/ruff check .

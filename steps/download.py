@@ -28,6 +28,6 @@ CONVERSATIONS = Stage(
     "conversations",
     build_conversations,
     section=_section,
-    places=lambda pinned, part: {"source": source_of(pinned.recipe.dataset(part["source"]))},
+    loaders=lambda pinned, part: {"source": source_of(pinned.recipe.dataset(part["source"]))},
     modules=lambda pinned, part: (reader_module(pinned.recipe.dataset(part["source"])),),
 )

@@ -58,7 +58,7 @@ EVALUATED = Stage(
     "evaluated",
     tasks.build_evaluated,
     section=_section,
-    places=lambda pinned, part: {
+    loaders=lambda pinned, part: {
         "model": pinned.model_loader if part["model"] == BASE else None,
         "tokenizer": pinned.tokenizer_loader,
     },
@@ -74,5 +74,5 @@ def measure_ahead(store: Store, pinned: PinnedRecipe, part: Part) -> None:
         name: store.path(store.ensure(stage, pinned, **needed))
         for name, (stage, needed) in _needs(pinned, part).items()
     }
-    task = tasks.ScoredTask.from_section({**_section(pinned, part), **EVALUATED.places(pinned, part)})
+    task = tasks.ScoredTask.from_section({**_section(pinned, part), **EVALUATED.loaders(pinned, part)})
     tasks.measure_ahead(pinned.recipe.runtime, inputs, task)

@@ -44,7 +44,7 @@ def _section(pinned: PinnedRecipe, part: Part) -> Section:
     }
 
 
-def _places(pinned: PinnedRecipe, part: Part) -> Mapping[str, object]:
+def _loaders(pinned: PinnedRecipe, part: Part) -> Mapping[str, object]:
     return {
         "model": pinned.model_loader if part["model"] == BASE else None,
         "tokenizer": pinned.tokenizer_loader,
@@ -58,7 +58,7 @@ HARNESS = Stage(
     "harness",
     build_harness,
     section=_section,
-    places=_places,
+    loaders=_loaders,
     needs=evaluate.scored_model,
     version=2,
     verify_inputs=True,

@@ -97,18 +97,18 @@ def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
     return {"trained": checkpoint_of(pinned, [*pinned.recipe.phases][-1]), **scorings(pinned, part)}
 
 
-def _mentions(pinned: PinnedRecipe, part: Part) -> Needs:
+def _reads_manifest_of(pinned: PinnedRecipe, part: Part) -> Needs:
     """The outputs of which only counts and addresses are read: behind a URL no data is downloaded for them."""
-    mentions: Needs = {"report": (REPORT, part)}
+    manifests: Needs = {"report": (REPORT, part)}
     for phase in pinned.recipe.phases:
         label, trained = _label(pinned, phase), last_round(pinned, phase)
-        mentions[f"training{label}"] = (TRAINED, trained)
-        mentions[f"packs{label}"] = TRAINED.needs(pinned, trained)["packs"]
-        mentions[f"mixture{label}"] = (MIXTURE, pinned.part_of(phase))
+        manifests[f"training{label}"] = (TRAINED, trained)
+        manifests[f"packs{label}"] = TRAINED.needs(pinned, trained)["packs"]
+        manifests[f"mixture{label}"] = (MIXTURE, pinned.part_of(phase))
     for source in pinned.recipe.sources:
-        mentions[f"tokens:{source}"] = (TOKENS, {"source": source})
-        mentions[f"conversations:{source}"] = (CONVERSATIONS, {"source": source})
-    return mentions
+        manifests[f"tokens:{source}"] = (TOKENS, {"source": source})
+        manifests[f"conversations:{source}"] = (CONVERSATIONS, {"source": source})
+    return manifests
 
 
 RELEASED = Stage(
@@ -116,7 +116,7 @@ RELEASED = Stage(
     build_release,
     section=_section,
     needs=_needs,
-    mentions=_mentions,
+    reads_manifest_of=_reads_manifest_of,
     libraries=("huggingface_hub",),
     verify_inputs=True,
 )

@@ -33,7 +33,7 @@ RENDERED = Stage(
     "rendered",
     build_rendered,
     section=_section,
-    places=loaders,
+    loaders=loaders,
     needs=lambda pinned, part: {"conversations": (CONVERSATIONS, part)},
     libraries=("jinja2", "tokenizers", "transformers"),
     resumable=True,

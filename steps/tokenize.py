@@ -14,7 +14,7 @@ TOKENS = Stage(
     "tokens",
     build_tokens,
     section=how_rendered,  # the proof renders served prompts anew
-    places=loaders,
+    loaders=loaders,
     needs=lambda pinned, part: {"rendered": (RENDERED, part), "conversations": (CONVERSATIONS, part)},
     libraries=("jinja2", "numpy", "pyarrow", "tokenizers", "transformers"),
     resumable=True,

@@ -52,7 +52,7 @@ def _packs_of(pinned: PinnedRecipe, part: Part) -> Part:
     return pinned.part_of(name, rows=dict(rollout.rows or dict.fromkeys(rollout.active)))
 
 
-def build(build: Build, *, job: TrainSpec | SearchSpec, round: int) -> dict[str, Any]:
+def build_round(build: Build, *, job: TrainSpec | SearchSpec, round: int) -> dict[str, Any]:
     """Trains, in a process group of its own. Raises RuntimeError with the error of the rank that failed first."""
     if isinstance(job, SearchSpec):
         return build_rollout(build, job=job, round=round)
@@ -62,9 +62,9 @@ def build(build: Build, *, job: TrainSpec | SearchSpec, round: int) -> dict[str,
 # The version stands for sft_core/train: raise it when a change there changes what is trained.
 TRAINED = Stage(
     "trained",
-    build,
+    build_round,
     section=_section,
-    places=lambda pinned, part: {"job": job_spec(pinned, part)},
+    loaders=lambda pinned, part: {"job": job_spec(pinned, part)},
     needs=_needs,
     version=3,
     resumable=True,

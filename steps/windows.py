@@ -18,7 +18,7 @@ WINDOWS = Stage(
     "windows",
     build_windows,
     section=_section,
-    places=loaders,
+    loaders=loaders,
     needs=lambda pinned, part: {
         "conversations": (CONVERSATIONS, part),
         "rendered": (RENDERED, part),

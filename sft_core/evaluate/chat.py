@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, 
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
+from sft_core.data.rendering.served_turns import PROBE
 from sft_core.data.rendering.thinking import OPEN_AT_END, THINKING_KEY
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ SWITCHES = ("enable_thinking", "thinking")  # template variables that switch thi
 _FLAG = re.compile(r"(?<!\S)/(?:no_)?think(?!\S)")  # in a system message; in some templates it wins over the variable
 _THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*(.*)\Z", re.DOTALL)
 _INCOMPLETE = "\ufffd"  # bytes that are no whole character yet decode to it
-_PROBE = "\ufdef"  # a noncharacter, which no conversation holds
 Message = dict[str, str]
 
 
@@ -111,8 +111,8 @@ class Checkpoint:
         self.stop_ids: list[int] = list(stops) if isinstance(stops, list) else [] if stops is None else [stops]
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.switch = next((name for name in SWITCHES if self._reads(name)), None)
-        self._shows_thoughts = _PROBE in self._text(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", THINKING_KEY: _PROBE}],
+        self._shows_thoughts = PROBE in self._text(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", THINKING_KEY: PROBE}],
             add_generation_prompt=False,
         )
 

@@ -46,7 +46,7 @@ class Build:
     inputs: Mapping[str, Path]  # folders of the outputs that the builder reads
     runtime: Runtime
     upload: Callable[[Path], None] | None = None  # None for a store that is a folder
-    manifests: Mapping[str, Manifest] = dataclasses.field(default_factory=dict)  # of all inputs, `mentions` too
+    manifests: Mapping[str, Manifest] = dataclasses.field(default_factory=dict)  # of all inputs
 
     def keep(self, folder: Path) -> None:
         """Keeps a finished folder below `out`, such as a checkpoint, so that it outlives this machine.
@@ -70,11 +70,11 @@ class Stage(Generic[S]):
 
     build: writes the output, and returns counts for the manifest: JSON, shown on cards.
     section: the builder's keyword arguments from the recipe. They are part of the identity.
-    places: paths for what the section names only by digest. The builder gets them in place of the section's values of
-    the same names; they are not part of the identity.
+    loaders: how to load what the section names only by digest, as paths. The builder gets them in place of the
+    section's values of the same names; they are not part of the identity.
     needs: the outputs that the builder reads. A part says which output of a stage: {"source": "chat"}, {"round": 2}.
-    mentions: the outputs of which the builder reads only the manifest, so their files are not downloaded.
-    modules: modules that the builder reaches through an object among `places`. Its imports do not show them, but their
+    reads_manifest_of: the outputs of which the builder reads only the manifest, so their files are not downloaded.
+    modules: modules that the builder reaches through an object among `loaders`. Its imports do not show them, but their
     code counts as the builder's.
     version: replaces the digest of the builder's code, where a rename must not cost days of training.
     """
@@ -82,9 +82,9 @@ class Stage(Generic[S]):
     name: str
     build: Callable[..., dict[str, Any]]
     section: Callable[[S, Part], Section]
-    places: Callable[[S, Part], Mapping[str, object]] = lambda subject, part: {}
+    loaders: Callable[[S, Part], Mapping[str, object]] = lambda subject, part: {}
     needs: Callable[[S, Part], Needs] = lambda subject, part: {}
-    mentions: Callable[[S, Part], Needs] = lambda subject, part: {}
+    reads_manifest_of: Callable[[S, Part], Needs] = lambda subject, part: {}
     modules: Callable[[S, Part], tuple[str, ...]] = lambda subject, part: ()
     version: int | None = None
     libraries: tuple[str, ...] = ()
@@ -102,7 +102,7 @@ class Stage(Generic[S]):
 
     def inputs(self, subject: S, part: Part) -> Needs:
         """All outputs that must be there before it is built; their contents are part of the identity."""
-        return {**self.needs(subject, part), **self.mentions(subject, part)}
+        return {**self.needs(subject, part), **self.reads_manifest_of(subject, part)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -200,7 +200,7 @@ class Store:
         log.info("stage=%s part=%s key=%s status=build", stage.name, located.name, ref.key)
         started = time.monotonic()
         try:
-            arguments = {**located.identity["section"], **stage.places(subject, located.part)}
+            arguments = {**located.identity["section"], **stage.loaders(subject, located.part)}
             upload = functools.partial(self.remote.keep, out.name, out) if self.remote and stage.resumable else None
             counts = stage.build(Build(out, inputs, subject.recipe.runtime, upload, manifests), **arguments)
             files = {str(path.relative_to(out)): file_digest(path) for path in files_of(out)}

@@ -90,7 +90,7 @@ def test_evaluated_scores_follow_from_the_rows(scored: Path, store: Store) -> No
 def evaluate_checkpoint(pinned: PinnedRecipe, tokens: Path, trained: Path, out: Path, **changes: Any) -> Any:
     """The rows of build_evaluated for a checkpoint that is no output of the store."""
     part = {"model": "tuned", "task": TASK}
-    arguments = EVALUATED.section(pinned, part) | EVALUATED.places(pinned, part) | changes
+    arguments = EVALUATED.section(pinned, part) | EVALUATED.loaders(pinned, part) | changes
     assert arguments["model"] is None
     out.mkdir()
     build_evaluated(Build(out, {"tokens": tokens, "trained": trained}, pinned.recipe.runtime), **arguments)
@@ -141,7 +141,7 @@ def test_evaluated_answer_without_room_to_stop_is_cut_off(
 
 def test_evaluated_without_report_rows_is_an_error(tokens: Path, pinned: PinnedRecipe, tmp_path: Path) -> None:
     section = EVALUATED.section(pinned, {"model": "base", "task": TASK})
-    arguments = section | EVALUATED.places(pinned, {"model": "base", "task": TASK}) | {"report_share": 0.0}
+    arguments = section | EVALUATED.loaders(pinned, {"model": "base", "task": TASK}) | {"report_share": 0.0}
     arguments["smoke"] = False
     build = Build(tmp_path, {"tokens": tokens}, pinned.recipe.runtime)
     with pytest.raises(ValueError, match=r"no report rows of at most \d+ tokens; raise dataset_mixture\.report_share"):
@@ -153,7 +153,7 @@ def test_evaluated_rows_over_max_length_are_left_out_and_counted(
     tokens: Path, pinned: PinnedRecipe, tmp_path: Path
 ) -> None:
     part = {"model": "base", "task": TASK}
-    arguments = EVALUATED.section(pinned, part) | EVALUATED.places(pinned, part) | {"max_rows": 1000}
+    arguments = EVALUATED.section(pinned, part) | EVALUATED.loaders(pinned, part) | {"max_rows": 1000}
     lengths = read_index(tokens)["num_tokens"].to_numpy()
     bound = int(np.median(lengths)) - 1
     assert lengths.min() <= bound < lengths.max()

@@ -106,7 +106,7 @@ def test_key_moves_with_section_part_version_and_stage_name(store: Store):
 
 
 def test_key_other_parts_of_the_recipe_and_places_do_not_move_it(store: Store):
-    elsewhere = Stage("numbers", build_numbers, NUMBERS.section, places=lambda pinned, part: {"path": "x"}, version=1)
+    elsewhere = Stage("numbers", build_numbers, NUMBERS.section, loaders=lambda pinned, part: {"path": "x"}, version=1)
     refs = {store.locate(NUMBERS, toy(), {}).ref, store.locate(elsewhere, toy(), {}).ref}
     refs |= {store.locate(NUMBERS, toy(o), {}).ref for o in ("runtime.num_threads=3", "packing.max_length=9")}
     assert len(refs) == 1
@@ -161,7 +161,11 @@ def build_told(build: Build) -> dict[str, Any]:
 
 
 TOLD = Stage(
-    "told", build_told, lambda pinned, part: {}, mentions=lambda pinned, part: {"numbers": (NUMBERS, {})}, version=1
+    "told",
+    build_told,
+    lambda pinned, part: {},
+    reads_manifest_of=lambda pinned, part: {"numbers": (NUMBERS, {})},
+    version=1,
 )
 
 

@@ -32,7 +32,7 @@ def make_job(store: Store) -> Callable[[PinnedRecipe, Path], TrainJob]:
     def make(pinned: PinnedRecipe, out: Path) -> TrainJob:
         needs = TRAINED.needs(pinned, {"round": 0})
         folders = {name: store.path(store.ensure(stage, pinned, **part)) for name, (stage, part) in needs.items()}
-        spec = TRAINED.places(pinned, {"round": 0})["job"]
+        spec = TRAINED.loaders(pinned, {"round": 0})["job"]
         return job_here(Build(out, folders, pinned.recipe.runtime), spec, 0)
 
     return make

@@ -28,7 +28,7 @@ def test_train_second_rank_fails_raises_its_error_and_ends_the_first(store: Stor
     (out / "error-rank0.txt").write_text("of the run before")
     plan = PackPlan.read(packs)
     training = pinned.recipe.last_phase.training
-    arguments = TRAINED.section(pinned, {"round": 0}) | TRAINED.places(pinned, {"round": 0})
+    arguments = TRAINED.section(pinned, {"round": 0}) | TRAINED.loaders(pinned, {"round": 0})
     spec = arguments["job"]
     model, _ = load_model(spec.model, spec.tokenizer, seed=training.seed)
     linear, quadratic = order_coefficients(model)

@@ -26,7 +26,7 @@ INPUTS = {name: Path(name) for name in ("packs", "selection", *SOURCES, "round:0
 
 
 def spec_of(data: dict[str, Any]) -> TrainSpec:
-    return TRAINED.places(pin(parse_recipe(data)), {"round": 0})["job"]
+    return TRAINED.loaders(pin(parse_recipe(data)), {"round": 0})["job"]
 
 
 def train_job(tmp_path: Path, **changes: Any) -> TrainJob:

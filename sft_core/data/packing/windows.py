@@ -20,8 +20,7 @@ import pyarrow.parquet as pq
 
 from sft_core.counts import Counts
 from sft_core.data.proof.mask import MaskProof
-from sft_core.data.rendering.build import RENDERED, TemplateArguments, add_row, chat_template, make_renderer
-from sft_core.data.rendering.policy import RowPolicy
+from sft_core.data.rendering.build import RENDERED, Rendering, TemplateArguments, add_row
 from sft_core.data.rendering.spans import RenderedRow, Renderer
 from sft_core.data.rendering.templates import TemplateError
 from sft_core.data.shards.parallel import Shard, Tally, Work, build_shards, plan_shards, shard_folder, total
@@ -29,8 +28,7 @@ from sft_core.data.shards.token_shards import TOKENS, WINDOWS, read_index
 from sft_core.data.sources.formats.canonical import Conversation, Message
 from sft_core.data.sources.rejects import Rejected
 from sft_core.data.tokenizer.encoded import encode_rows
-from sft_core.data.tokenizer.tokenizer import PieceEncoder, TokenizerArguments, load_tokenizer
-from sft_core.data.tokenizer.tokenizer import stop_tokens as all_stop_tokens
+from sft_core.data.tokenizer.tokenizer import PieceEncoder, TokenizerArguments
 from sft_core.parquet import open_parquet
 
 if TYPE_CHECKING:
@@ -57,9 +55,8 @@ def build_windows(
     """Writes shards of tokens.arrow and windows.parquet. Raises MaskProofFailed as tokenizing does."""
     with open_parquet(build.inputs["conversations"] / "conversations.parquet") as file:
         shards = plan_shards(file.num_row_groups)
-    work = functools.partial(
-        _prepare_work, dict(build.inputs), tokenizer, template, stop_tokens, RowPolicy(**policy), max_length
-    )
+    rendering = functools.partial(Rendering.load, tokenizer, template, stop_tokens, policy)
+    work = functools.partial(_prepare_work, dict(build.inputs), rendering, max_length)
     tallies = build_shards(build.out, shards, work, runtime=build.runtime, desc="split at turns")
     return WindowCounts(**total(tallies)).to_json()
 
@@ -82,20 +79,12 @@ class _Splitter(NamedTuple):
         return rows if encode_rows(self.encoder, columns).lengths.max() <= self.max_length else None
 
 
-def _prepare_work(
-    inputs: dict[str, Path],
-    tokenizer: TokenizerArguments,
-    template: TemplateArguments,
-    stop_tokens: list[str],
-    policy: RowPolicy,
-    max_length: int,
-) -> Work:
-    vocabulary = load_tokenizer(**tokenizer)
-    loaded = chat_template(vocabulary, **template)
+def _prepare_work(inputs: dict[str, Path], rendering: Callable[[], Rendering], max_length: int) -> Work:
+    loaded = rendering()
     splitter = _Splitter(
-        make_renderer(vocabulary, loaded, policy, stop_tokens),
-        PieceEncoder(vocabulary),
-        MaskProof(vocabulary, loaded, all_stop_tokens(vocabulary, stop_tokens), policy),
+        loaded.renderer(),
+        PieceEncoder(loaded.vocabulary),
+        MaskProof(loaded.vocabulary, loaded.template, loaded.stop_tokens, loaded.policy),
         max_length,
     )
     return functools.partial(_split_shard, inputs, splitter)

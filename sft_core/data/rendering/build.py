@@ -6,8 +6,9 @@ import dataclasses
 import datetime
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,8 +24,8 @@ from sft_core.data.tokenizer.tokenizer import (
     TokenizerArguments,
     control_tokens,
     load_tokenizer,
-    stop_tokens,
 )
+from sft_core.data.tokenizer.tokenizer import stop_tokens as all_stop_tokens
 from sft_core.parquet import open_parquet
 
 if TYPE_CHECKING:
@@ -36,10 +37,7 @@ RENDERED = pa.schema(
     [
         ("row_id", pa.string()),
         ("prompt_hash", pa.uint64()),
-        (
-            "conversation",
-            pa.int32(),
-        ),  # its number in its row group, which holds the conversations of the input's row group
+        ("conversation", pa.int32()),  # its number in the input's row group of the same number
         ("answer", pa.string()),
         ("text", pa.string()),
         ("spans", pa.list_(pa.int32())),  # start, end, start, end, ... of the trained spans, in characters
@@ -65,6 +63,35 @@ class RenderedCounts(Counts):
     rejected: dict[str, int]  # by reason
 
 
+class Rendering(NamedTuple):
+    """How a recipe turns conversations into text."""
+
+    vocabulary: PreTrainedTokenizerFast
+    template: ChatTemplate
+    extra_stop_tokens: list[str]  # of the recipe
+    policy: RowPolicy
+
+    @classmethod
+    def load(
+        cls, tokenizer: TokenizerArguments, template: TemplateArguments, stop_tokens: list[str], policy: dict[str, str]
+    ) -> Rendering:
+        """Takes the arguments of a builder, in each process that works on shards: a tokenizer does not travel.
+
+        Raises ValueError when there is no template.
+        """
+        vocabulary = load_tokenizer(**tokenizer)
+        return cls(vocabulary, chat_template(vocabulary, **template), stop_tokens, RowPolicy(**policy))
+
+    @property
+    def stop_tokens(self) -> tuple[str, ...]:
+        """The tokens that can end a turn: the tokenizer's and the recipe's."""
+        return all_stop_tokens(self.vocabulary, self.extra_stop_tokens)
+
+    def renderer(self) -> Renderer:
+        """Raises ValueError for a tokenizer whose pieces do not add up."""
+        return make_renderer(self.vocabulary, self.template, self.policy, self.extra_stop_tokens)
+
+
 def make_renderer(
     vocabulary: PreTrainedTokenizerFast, template: ChatTemplate, policy: RowPolicy, extra_stop_tokens: list[str]
 ) -> Renderer:
@@ -73,7 +100,7 @@ def make_renderer(
     return Renderer(
         template,
         tuple(control_tokens(vocabulary)),
-        stop_tokens(vocabulary, extra_stop_tokens),
+        all_stop_tokens(vocabulary, extra_stop_tokens),
         policy,
         is_boundary=is_boundary if policy.served_prefix == "tokens" else None,
     )
@@ -111,7 +138,8 @@ def build_rendered(
     source = build.inputs["conversations"] / "conversations.parquet"
     with open_parquet(source) as file:
         num_groups, num_conversations = file.num_row_groups, file.metadata.num_rows
-    work = functools.partial(_prepare_work, source, tokenizer, template, stop_tokens, policy)
+    rendering = functools.partial(Rendering.load, tokenizer, template, stop_tokens, policy)
+    work = functools.partial(_prepare_work, source, rendering)
     counts = total(build_shards(build.out, plan_shards(num_groups), work, runtime=build.runtime, desc="render"))
     rejects = Rejects.join(shard_folders(build.out), build.out / "rejects.jsonl")
     rejects.check(num_rows=num_conversations, max_share=max_rejected_share, source="render")
@@ -119,16 +147,8 @@ def build_rendered(
     return RenderedCounts.from_json({**counts, **of_all}).to_json()
 
 
-def _prepare_work(
-    source: Path,
-    tokenizer: TokenizerArguments,
-    template: TemplateArguments,
-    stop_tokens: list[str],
-    policy: dict[str, str],
-) -> Work:
-    vocabulary = load_tokenizer(**tokenizer)
-    renderer = make_renderer(vocabulary, chat_template(vocabulary, **template), RowPolicy(**policy), stop_tokens)
-    return functools.partial(_render_shard, source, renderer)
+def _prepare_work(source: Path, rendering: Callable[[], Rendering]) -> Work:
+    return functools.partial(_render_shard, source, rendering().renderer())
 
 
 def _render_shard(source: Path, renderer: Renderer, shard: Shard, out: Path) -> Tally:

@@ -19,7 +19,7 @@ from sft_core.data.sources.rejects import Rejected
 
 _OPENING = re.compile(r"<think>\s*")
 _CLOSING = "</think>"
-_PROBE = "\ufdef"  # a noncharacter, which no message has
+PROBE = "\ufdef"  # a noncharacter, which no message has
 
 
 def served_turn(prepared: PreparedConversation, index: int) -> tuple[str, str]:
@@ -48,9 +48,9 @@ def served_turn(prepared: PreparedConversation, index: int) -> tuple[str, str]:
 def is_shown(prepared: PreparedConversation, index: int, keys: Iterable[str]) -> bool:
     """Whether the turn's text has the values of these keys of its message, whatever the values are."""
     message = prepared.messages[index]
-    probe = cast(ServedMessage, {**message, **{key: _PROBE for key in keys if key in message}})
+    probe = cast(ServedMessage, {**message, **{key: PROBE for key in keys if key in message}})
     probed = _with(prepared, index, probe)
-    return _PROBE in served_turn(probed, index)[1]
+    return PROBE in served_turn(probed, index)[1]
 
 
 def _closing_the_block(said: str, thinking: str) -> str:
@@ -86,7 +86,7 @@ def next_header(prepared: PreparedConversation, index: int) -> str:
     plain = dataclasses.replace(prepared, messages=list(map(_without_reasoning, prepared.messages)))
     text = plain.text(index + 1)
     try:
-        longer = _with(plain, index + 1, {"role": role, "content": _PROBE}).text(index + 2)
+        longer = _with(plain, index + 1, {"role": role, "content": PROBE}).text(index + 2)
     except TemplateError:  # the template refuses such a turn there
         return ""
     return longer[len(text) :] if longer.startswith(text) else ""

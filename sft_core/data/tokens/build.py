@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_core.data.proof.mask import MaskProof
-from sft_core.data.rendering.build import RenderedCounts, TemplateArguments, chat_template
-from sft_core.data.rendering.policy import RowPolicy
+from sft_core.data.rendering.build import RenderedCounts, Rendering, TemplateArguments
 from sft_core.data.shards.parallel import Shard, Tally, Work, build_shards, plan_shards, shard_folder, total
 from sft_core.data.shards.token_shards import INDEX, TOKENS
 from sft_core.data.sources.conversation_counts import ConversationCounts
 from sft_core.data.tokenizer.encoded import EncodedRows, encode_rows
-from sft_core.data.tokenizer.tokenizer import PieceEncoder, TokenizerArguments, load_tokenizer
-from sft_core.data.tokenizer.tokenizer import stop_tokens as all_stop_tokens
+from sft_core.data.tokenizer.tokenizer import PieceEncoder, TokenizerArguments
 from sft_core.data.tokens.lengths import by_length
 from sft_core.data.tokens.sample import first_row
 from sft_core.data.tokens.token_counts import EarlierCounts, ProofCounts, TokenCounts
@@ -49,9 +48,8 @@ def build_tokens(
     conversations = build.inputs["conversations"] / "conversations.parquet"
     with open_parquet(conversations) as file:
         shards = plan_shards(file.num_row_groups)
-    work = functools.partial(
-        _prepare_work, conversations, build.inputs["rendered"], tokenizer, template, stop_tokens, RowPolicy(**policy)
-    )
+    rendering = functools.partial(Rendering.load, tokenizer, template, stop_tokens, policy)
+    work = functools.partial(_prepare_work, conversations, build.inputs["rendered"], rendering)
     counts = total(build_shards(build.out, shards, work, runtime=build.runtime, desc="tokenize"))
     proof = ProofCounts.from_json(counts.pop("proof"))
     return TokenCounts(
@@ -74,19 +72,10 @@ def _earlier_counts(build: Build) -> EarlierCounts:
     )
 
 
-def _prepare_work(
-    conversations: Path,
-    rendered: Path,
-    tokenizer: TokenizerArguments,
-    template: TemplateArguments,
-    stop_tokens: list[str],
-    policy: RowPolicy,
-) -> Work:
-    vocabulary = load_tokenizer(**tokenizer)
-    proof = MaskProof(
-        vocabulary, chat_template(vocabulary, **template), all_stop_tokens(vocabulary, stop_tokens), policy
-    )
-    return functools.partial(_tokenize_shard, conversations, rendered, PieceEncoder(vocabulary), proof)
+def _prepare_work(conversations: Path, rendered: Path, rendering: Callable[[], Rendering]) -> Work:
+    loaded = rendering()
+    proof = MaskProof(loaded.vocabulary, loaded.template, loaded.stop_tokens, loaded.policy)
+    return functools.partial(_tokenize_shard, conversations, rendered, PieceEncoder(loaded.vocabulary), proof)
 
 
 def _tokenize_shard(
