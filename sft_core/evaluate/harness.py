@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,7 +184,8 @@ def _scores(row: Mapping[str, float | str], prefix: str, n: int) -> list[Score]:
         if key in _NO_METRIC or metric.endswith("_stderr") or isinstance(value, str):
             continue
         stderr = row.get(f"{metric}_stderr,{filtered}")
-        number = None if stderr is None or isinstance(stderr, str) else float(stderr)  # "N/A" where there is none
+        # "N/A" or NaN where there is none.
+        number = float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None
         name = metric if filtered in ("", "none") else key
         scores.append(Score(f"{prefix}{name}", float(value), number, n))
     return scores

@@ -10,6 +10,7 @@ import numpy as np
 
 from sft_core.report import rows
 
+MAX_EXPONENT = 700.0
 # Some templates open the block in the prompt: then the output begins inside it.
 _THINKING = re.compile(r"\A((?!<think>).)*?</think>|<think>.*?(</think>|\Z)", re.DOTALL)
 
@@ -24,6 +25,9 @@ class Score:
     n: int
 
     def to_json(self) -> rows.Score:
+        """Raises ValueError for a score that is not finite: JSON has no such number, and no reader could compare it."""
+        if not (math.isfinite(self.value) and math.isfinite(self.stderr or 0.0)):
+            raise ValueError(f"{self.metric}: the score is {self.value} ± {self.stderr}; a score is a finite number")
         return rows.Score(metric=self.metric, value=self.value, stderr=self.stderr, n=self.n)
 
 
@@ -43,9 +47,13 @@ def token_accuracy(num_correct: np.ndarray, num_trained: np.ndarray) -> Score:
 
 
 def perplexity(loss: Score) -> Score:
-    """exp(loss), its error by the delta method: the derivative at the loss times the loss's error."""
-    with np.errstate(over="ignore"):
-        value = float(np.exp(loss.value))
+    """exp(loss), its error by the delta method: the derivative at the loss times the loss's error.
+
+    A loss over MAX_EXPONENT counts as that: the exponential of a higher one is not finite.
+    """
+    if loss.value > MAX_EXPONENT:
+        return Score("perplexity", math.exp(MAX_EXPONENT), None, loss.n)
+    value = math.exp(loss.value)
     return Score("perplexity", value, None if loss.stderr is None else value * loss.stderr, loss.n)
 
 

@@ -31,6 +31,7 @@ from sft_core.evaluate.rows import ROWS, answer_counts, scores
 from sft_core.evaluate.scores import strip_thinking
 from sft_core.evaluate.with_vllm import unmet_vllm
 from sft_core.recipe.evaluation import Sampling
+from sft_core.recipe.wording import some
 from sft_core.train.job import ModelLoader, TokenizerLoader
 
 if TYPE_CHECKING:
@@ -178,7 +179,14 @@ def measured_losses(loaded: ScoredModel, rows: ReportRows) -> tuple[np.ndarray, 
     if rows.key not in loaded.losses:
         from sft_core.train.probe import forward_of
 
-        loaded.losses[rows.key] = row_losses(loaded.network, rows.tokens)
+        losses = row_losses(loaded.network, rows.tokens)
+        if not (are_finite := np.isfinite(losses[0])).all():
+            ids = rows.index["row_id"].take(np.flatnonzero(~are_finite)).to_pylist()
+            raise ValueError(
+                f"the loss of {len(ids)} of {len(rows.index)} rows is not finite under {loaded.network.name_or_path}: "
+                f"{some(ids)}; look at these rows, and at the model's weights and dtype"
+            )
+        loaded.losses[rows.key] = losses
         loaded.documents_alone = forward_of(loaded.network).alone  # which row_losses tried
     return loaded.losses[rows.key]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 
@@ -22,6 +22,14 @@ def nearest(name: str, known: Collection[str], *, otherwise: str | None = None) 
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(sorted(known))}" if otherwise is None else otherwise
+
+
+def some(names: Sequence[str], most: int = 8) -> str:
+    """
+    >>> some(["a", "b"]), some(["a", "b", "c"], most=2)
+    ('a, b', 'a, b and 1 more')
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
 def alternatives(names: Iterable[str]) -> str:

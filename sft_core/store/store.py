@@ -207,7 +207,7 @@ class Store:
             seconds = round(time.monotonic() - started, 3)
             manifest = _manifest(ref, located.identity, files, counts, refs, seconds)
             # Manifest last, rename after it: a reader must never see half an output.
-            write_synced(out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+            write_synced(out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False))
             self._folders.put_in_place(out, ref)
             self._journal(located, seconds)
         except BaseException as error:

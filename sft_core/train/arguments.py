@@ -17,6 +17,32 @@ if TYPE_CHECKING:
 
     from sft_core.recipe.sections import Runtime, Training
 
+_EVALUATION = "models are scored after training, by the recipe's evaluation section"
+_PUSH = "a release is pushed by the recipe's hub section"
+# Fields of SFTConfig that change nothing here, and why. Whoever sets one expects something of it.
+WITHOUT_EFFECT = {
+    **dict.fromkeys(
+        (
+            *("batch_eval_metrics", "bf16_full_eval", "do_eval", "do_predict", "eval_accumulation_steps", "eval_delay"),
+            *("eval_do_concat_batches", "eval_on_start", "eval_steps", "eval_use_gather_object", "fp16_full_eval"),
+            *("greater_is_better", "include_for_metrics", "label_names", "metric_for_best_model"),
+            "prediction_loss_only",
+        ),
+        _EVALUATION,
+    ),
+    **dict.fromkeys(
+        ("hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token"), _PUSH
+    ),
+    "dataloader_drop_last": "a schedule has whole steps",
+    "do_train": "a run trains",
+    "enable_jit_checkpoint": "a SIGTERM saves a checkpoint as it is",
+    "gradient_checkpointing_kwargs": "set activation_checkpointing_kwargs",
+    "length_column_name": "packs are not grouped by length",
+    "local_rank": "the launcher sets it",
+    "restore_callback_states_from_checkpoint": "a resume restores all state as it is",
+    "save_on_each_node": "the first node writes the checkpoints",
+    "use_cache": "training needs no cache, and a release is saved with it",
+}
 # Fields of SFTConfig that the recipe's keys set or the pipeline fixes; training.extra may set all others.
 OWNED = frozenset(
     {
@@ -39,7 +65,7 @@ OWNED = frozenset(
 
 
 def check_extra(extra: dict[str, Any]) -> None:
-    """Raises ValueError for a key that SFTConfig lacks or that is in OWNED, and for a value of a wrong type."""
+    """Raises ValueError for a key that SFTConfig lacks, that is set already or without effect, and for a wrong type."""
     if not extra:
         return
     from pydantic import TypeAdapter, ValidationError
@@ -50,6 +76,8 @@ def check_extra(extra: dict[str, Any]) -> None:
     for name, value in extra.items():
         if name in OWNED:
             raise ValueError(f"training.extra.{name}: set by the recipe's own keys or by the pipeline; remove it")
+        if name in WITHOUT_EFFECT:
+            raise ValueError(f"training.extra.{name}: it has no effect here: {WITHOUT_EFFECT[name]}; remove it")
         if name not in fields:
             hint = nearest(name, fields, otherwise="")  # it has 150 fields
             raise ValueError(f"training.extra.{name}: no field of trl.SFTConfig{hint}")
@@ -99,7 +127,7 @@ def training_arguments(
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
         lr_scheduler_kwargs=training.lr_scheduler_kwargs or None,
-        warmup_steps=math.ceil(training.warmup_ratio * num_steps),
+        warmup_steps=warmup_steps(training.warmup_ratio, num_steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         bf16=training.bf16,
@@ -124,6 +152,11 @@ def training_arguments(
         dataset_kwargs={"skip_prepare_dataset": True},
         **free,
     )
+
+
+def warmup_steps(ratio: float, num_steps: int) -> int:
+    """Steps in which the learning rate rises. The first of them has a rate of 0, so a single step gets no warmup."""
+    return math.ceil(ratio * num_steps) if num_steps > 1 else 0
 
 
 def gpu_arguments(capability: tuple[int, int]) -> dict[str, int | dict[str, bool]]:

@@ -19,7 +19,10 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from sft_core.data.packing.balance import pack_costs, slowest_over_mean
+from sft_core.data.packing.plan import PackPlan
+from sft_core.data.shards.token_shards import row_ids
 from sft_core.recipe.rank_strategies import STRATEGIES
+from sft_core.recipe.wording import some
 from sft_core.train.arguments import training_arguments
 from sft_core.train.callbacks import LogEvents
 from sft_core.train.collate import PackCollator, slot_alone
@@ -32,7 +35,7 @@ from sft_core.train.job import ModelLoader, TrainJob
 from sft_core.train.log_file import LogFile
 from sft_core.train.models.attention import choose_attention
 from sft_core.train.models.lora import lora_config
-from sft_core.train.models.model import load_model, save_adapter, save_checkpoint, skeleton
+from sft_core.train.models.model import load_model, save_adapter, save_checkpoint, skeleton, try_save
 from sft_core.train.models.router import RouterLoss, router_loss
 from sft_core.train.objectives.sft import Sft
 from sft_core.train.online import OnlineSchedule
@@ -134,6 +137,7 @@ def load_start(job: TrainJob, plan: TrainingPlan) -> Start:
     # TrainingArguments have connected the ranks. Rank 0 checks for all: a checkpoint has many gigabytes.
     checkpoint = on_first_rank(lambda: resumable(job.out / "checkpoints", job.runtime.distributed, num_ranks))
     model, tokenizer = loaded or load()
+    on_first_rank(lambda: try_save(model, tokenizer, spec.chat_template, job.out / "staging" / "tried"))
     model.config.use_cache = False
     number = packs_a_forward(
         job.runtime.tokens_per_forward,
@@ -209,10 +213,20 @@ def make_trainer(
         of_class=start.of_class,
         router=start.router,
         forward_log=LogFile(out / "logs" / "forward.jsonl"),
+        name_rows=functools.partial(name_rows, plan.collator.plan, job.tokens, spec.sources),
         write_model=functools.partial(_write_model, start.tokenizer, spec.chat_template, lora is not None),
     )
     trainer.remove_callback(PrinterCallback)  # LogEvents prints
     return trainer
+
+
+def name_rows(plan: PackPlan, tokens: list[list[Path]], sources: list[str], entries: np.ndarray) -> str:
+    """The row_ids of documents of the plan, by source, as a text. tokens: as in TrainJob."""
+    texts = []
+    for number in np.unique(plan.source[entries]).tolist():
+        rows = np.unique(plan.row[entries][plan.source[entries] == number])
+        texts.append(f"{sources[number]}: {some(row_ids(tokens[number], rows))}")
+    return "; ".join(texts)
 
 
 def bytes_on_disk(num_parameters: int, job: TrainJob) -> int:

@@ -39,6 +39,7 @@ class Batch(TypedDict):
     weights: torch.Tensor  # float32, (N,)
     source: torch.Tensor  # int64, (N,)
     document: torch.Tensor  # int64, (N,)
+    entries: np.ndarray  # int64, (D,): the documents' numbers in the plan; empty without a plan, and without packs
     lengths: np.ndarray  # int64, (D,): tokens of each document
     num_targets: np.ndarray  # int64, (D,)
     pack_sizes: np.ndarray  # int64, (P,): documents of each pack; P is 0 if nothing is trained
@@ -80,7 +81,10 @@ class PackCollator:
 
     def of_packs(self, packs: Iterable[Iterable[int]]) -> Batch:
         """The batch of packs that are given by the numbers of their documents in the plan."""
-        return collate(*([self._document(int(entry)) for entry in pack] for pack in packs))
+        entries = [[int(entry) for entry in pack] for pack in packs]
+        batch = collate(*([self._document(entry) for entry in pack] for pack in entries))
+        batch["entries"] = np.array([entry for pack in entries for entry in pack], np.int64)
+        return batch
 
     def _document(self, entry: int) -> tuple[TokenRow, int]:
         source, length = int(self.plan.source[entry]), int(self.plan.num_tokens[entry])
@@ -118,6 +122,7 @@ def collate(*packs: list[tuple[TokenRow, int]]) -> Batch:
         "document": number[targets],
     }
     counts = {
+        "entries": np.empty(0, np.int64),
         "lengths": lengths,
         "num_targets": np.bincount(number[targets], minlength=len(documents)),
         "pack_sizes": np.array(pack_sizes, np.int64),
@@ -168,6 +173,7 @@ def documents_alone(batch: Batch) -> Iterator[Batch]:
                 "targets": batch["targets"][mine] - tokens.start,
                 "document": batch["document"][mine] - number,
                 **of_targets,
+                "entries": batch["entries"][number : number + 1],
                 "lengths": batch["lengths"][number : number + 1],
                 "num_targets": batch["num_targets"][number : number + 1],
                 "pack_sizes": np.ones(min(1, len(batch["pack_sizes"])), np.int64),

@@ -38,10 +38,10 @@ def step_packs(
 
 
 def num_steps_of(num_packs: int, global_batch_size: int, num_epochs: float, max_steps: int | None) -> int:
-    """Optimizer steps of the whole training."""
+    """Optimizer steps of the whole training; a broken epoch is rounded up, as the Trainer does it."""
     if max_steps is not None:
         return max_steps
-    return max(1, round(math.ceil(num_packs / global_batch_size) * num_epochs))
+    return math.ceil(math.ceil(num_packs / global_batch_size) * num_epochs)
 
 
 def order_coefficients(model: Any) -> tuple[float, float]:

@@ -21,6 +21,7 @@ from sft_core.train import checkpoints
 from sft_core.train.callbacks import AtTrainBegin, StopRequest
 from sft_core.train.collate import Batch, to_device
 from sft_core.train.continuation import Continuation
+from sft_core.train.finite import FiniteSteps, check_weights
 from sft_core.train.first_rank import on_first_rank
 from sft_core.train.flops import Flops
 from sft_core.train.hooks import AnswerScorer, Pack
@@ -49,6 +50,7 @@ class PackTrainer(SFTTrainer):
     online: draws the packs during training; then train_dataset holds slots of its schedule instead of packs.
     of_class: probe.class_isolation's answer for the model's class. TriedForward tries the model itself before its first
     use, and rank 0 writes the answer to forward_log.
+    name_rows: returns a text that names documents of the plan, for an error.
     router: the loss of a mixture of experts' router; coefficient x mean over the batch's tokens is added to the loss.
     """
 
@@ -67,6 +69,7 @@ class PackTrainer(SFTTrainer):
         router: RouterLoss | None,
         forward_log: LogFile,
         write_model: Callable[[Any, dict[str, torch.Tensor] | None, Path], None],
+        name_rows: Callable[[np.ndarray], str],
         **kwargs: Any,
     ):
         with router_config_kept(kwargs["model"].config.get_text_config()):
@@ -98,6 +101,7 @@ class PackTrainer(SFTTrainer):
                 is_over=lambda: online is not None and online.is_over,
             )
             self.add_callback(self._evaluation)
+        self._finite = FiniteSteps(self.accelerator, name_rows)
         self._loss_by_source, self._speed = LossBySource(len(sources)), SpeedLog(flops, self.accelerator)
         self._flops = flops
         self.add_callback(AtTrainBegin(self._restore_running_sums))
@@ -135,8 +139,14 @@ class PackTrainer(SFTTrainer):
         loss = self._objective.total(losses.nll_N, batch) / num_items_in_batch
         if losses.router is not None and forward.router is not None:
             loss = loss + forward.router.coefficient * losses.router / self._tokens_in_batch
+        self._finite.add_loss(loss, losses.nll_N, batch)
         # DDP averages gradients over ranks. The loss is divided by a sum over all ranks, so multiply to undo the mean.
         return loss * self._num_data_ranks
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._finite.end_step(self.state.global_step + 1, norm)
+        return norm
 
     def floating_point_ops(self, inputs: Batch) -> float:  # type: ignore[override]
         """FLOPs of one forward and backward. The Trainer's version loops over all parameters at each micro-batch."""
@@ -182,6 +192,7 @@ class PackTrainer(SFTTrainer):
         return torch.tensor(total or 1.0)  # a batch that trains nothing has loss 0
 
     def _measure(self, losses: SelectionLosses, *, count_correct: bool = False) -> RowLosses:
+        self._finite.check()
         return losses.measure(
             self.model_wrapped,
             device=self.args.device,
@@ -204,6 +215,7 @@ class PackTrainer(SFTTrainer):
         state of training.
         """
         assert self._online is not None
+        self._finite.check()
         model: Any = self.accelerator.unwrap_model(self.model_wrapped)
         forward = self._forward.of(model)
         gains = torch.zeros(len(packs), dtype=torch.float64, device=self.args.device)
@@ -263,6 +275,7 @@ class PackTrainer(SFTTrainer):
 
     def save_weights(self, folder: Path) -> None:
         """Writes the current weights to a folder, which is complete or absent. All ranks call it together."""
+        self._check_finite()
         is_shared = STRATEGIES[self._strategy].shards_weights  # then all ranks gather the weights for rank 0
         weights = self.accelerator.get_state_dict(self.model_wrapped) if is_shared else None
         if self.accelerator.is_main_process:
@@ -286,8 +299,15 @@ class PackTrainer(SFTTrainer):
         self.state.best_model_checkpoint = str(best)
         self._load_best_model()
 
+    def _check_finite(self) -> None:
+        """Raises NotFiniteError for a step so far, or for this rank's weights. All ranks call it together."""
+        self._finite.check()
+        model: Any = self.accelerator.unwrap_model(self.model_wrapped)
+        check_weights(model.named_parameters(), f"the weights after step {self.state.global_step}")
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            self._finite.check()
             means, counts = self._loss_by_source.take(self._sum_over_ranks)
             logs |= self._speed.line(evaluation_s=self._evaluation.take_seconds() if self._evaluation else 0.0)
             logs |= {f"loss/{name}": mean for name, mean, n in zip(self._sources, means, counts, strict=True) if n}
@@ -297,6 +317,7 @@ class PackTrainer(SFTTrainer):
         return self.accelerator.reduce(values, reduction="sum")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._check_finite()
         # Skip SFTTrainer's version, which writes a model card for each checkpoint.
         super(SFTTrainer, self)._save_checkpoint(model, trial)
         continuation = self._continuation()

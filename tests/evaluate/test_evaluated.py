@@ -11,6 +11,7 @@ import transformers
 
 from sft_core.data.shards.token_shards import TokenShards, read_index
 from sft_core.data.sources import splits
+from sft_core.evaluate import tasks
 from sft_core.evaluate.rows import of_samples, read_rows
 from sft_core.evaluate.scores import mean_score, perplexity, token_accuracy, token_loss
 from sft_core.evaluate.tasks import build_evaluated, row_losses
@@ -147,6 +148,24 @@ def test_evaluated_without_report_rows_is_an_error(tokens: Path, pinned: PinnedR
     with pytest.raises(ValueError, match=r"no report rows of at most \d+ tokens; raise dataset_mixture\.report_share"):
         build_evaluated(build, **arguments)
     assert build_evaluated(build, **arguments | {"smoke": True})["rows"] == 12, "a smoke run scores what it has"
+
+
+def test_rows_whose_loss_is_not_finite_are_named(
+    tokens: Path, pinned: PinnedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled(model: Any, rows: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+        sums, num_correct = row_losses(model, rows)
+        sums[3] = np.nan
+        return sums, num_correct
+
+    part = {"model": "base", "task": TASK}
+    arguments = EVALUATED.section(pinned, part) | EVALUATED.loaders(pinned, part)
+    build = Build(tmp_path, {"tokens": tokens}, pinned.recipe.runtime)
+    build_evaluated(build, **arguments)
+    row_id = read_rows(tmp_path)["row_id"][3].as_py()
+    monkeypatch.setattr(tasks, "row_losses", spoiled)
+    with pytest.raises(ValueError, match=f"loss of 1 of 12 rows is not finite under .*: {row_id}; look at"):
+        build_evaluated(build, **arguments)
 
 
 def test_evaluated_rows_over_max_length_are_left_out_and_counted(

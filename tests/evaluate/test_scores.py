@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from sft_core.evaluate.scores import (
+    Score,
     mean_score,
     perplexity,
     strip_thinking,
@@ -61,7 +62,13 @@ def test_perplexity_is_the_exponential_of_the_loss_with_the_bootstrap_error() ->
     assert (score.metric, score.n) == ("perplexity", 200)
     error = bootstrap_std(200, lambda drawn: math.exp(sums[drawn].sum() / counts[drawn].sum()))
     assert score.stderr == pytest.approx(error, rel=0.08)
-    assert perplexity(token_loss(np.array([5000.0]), np.array([2]))).value == math.inf
+    assert perplexity(token_loss(np.array([5000.0]), np.array([2]))).to_json()["value"] == math.exp(700)
+
+
+@pytest.mark.parametrize(("value", "stderr"), [(math.nan, None), (math.inf, 0.1), (1.0, math.nan)])
+def test_score_that_is_not_finite_is_not_written(value: float, stderr: float | None) -> None:
+    with pytest.raises(ValueError, match=r"exact_match: the score is .*finite number"):
+        Score("exact_match", value, stderr, 9).to_json()
 
 
 def test_token_accuracy_is_the_share_of_all_tokens_with_the_bootstrap_error() -> None:

@@ -95,9 +95,8 @@ def test_changed_module_rebuilds_its_stage_and_a_comment_nothing(copied: Project
     module = copied.source / "sft_core" / "data" / "mixing" / "mixture.py"
     module.write_text("# A comment changes nothing.\n" + module.read_text())
     assert planned(copied) == {}
-    text = module.read_text()
-    planted = text.replace('"weight": self.weight,', '"weight": self.weight, "extra": 1,')
-    assert planted != text
-    module.write_text(planted)
+    with module.open("a") as file:
+        file.write("_build = build_mixture\n\n\ndef build_mixture(build, **section):\n")
+        file.write('    return {**_build(build, **section), "extra": 1}\n')
     # The counts changed and the rows did not: nothing after the mixture is made again.
     assert changed(copied) == {"mixture": 1}

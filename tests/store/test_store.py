@@ -169,6 +169,16 @@ TOLD = Stage(
 )
 
 
+def test_counts_that_are_no_json_are_not_stored(store: Store):
+    def build_nan(build: Build) -> dict[str, Any]:
+        return {"loss": float("nan")}
+
+    stage = Stage("nan", build_nan, lambda pinned, part: {}, version=1)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        store.ensure(stage, toy())
+    assert not store.has(store.locate(stage, toy(), {}).ref)
+
+
 def test_mentioned_output_is_built_first_told_by_its_manifest_and_part_of_the_key(store: Store):
     assert store.locate(TOLD, toy(), {}).status == "depends"
     ref = store.ensure(TOLD, toy())

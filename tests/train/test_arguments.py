@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,9 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from trl import SFTConfig
 
 from sft_core.recipe.sections import Runtime, Training
-from sft_core.train.arguments import OWNED, check_extra, training_arguments
+from sft_core.train.arguments import OWNED, WITHOUT_EFFECT, check_extra, training_arguments, warmup_steps
 from tests.train.tiny import Run, tiny_recipe
 
 
@@ -76,6 +78,8 @@ def test_training_keys_reach_the_arguments() -> None:
         ({"packing": True}, r"training\.extra\.packing: set by the recipe's own keys"),
         ({"warmup_ratio": 0.1}, r"training\.extra\.warmup_ratio: set by the recipe's own keys"),
         ({"learning_rate": 1e-3}, r"training\.extra\.learning_rate: set by the recipe's own keys"),
+        ({"eval_steps": 9}, r"training\.extra\.eval_steps: it has no effect here: models are scored after training"),
+        ({"hub_token": "x"}, r"training\.extra\.hub_token: it has no effect here: a release is pushed by the recipe's"),
         ({"adam_beta2": "high"}, r"training\.extra\.adam_beta2: found 'high'; input should be a valid number"),
     ],
 )
@@ -89,12 +93,38 @@ def test_extra_right_or_empty_passes() -> None:
     check_extra({"adam_beta2": 0.95, "optim": "adafactor"})
 
 
+# Each was looked up in transformers 5.23 and TRL 1.16: it changes the training, its speed or what is logged.
+EFFECTIVE = {
+    *("activation_checkpointing_kwargs", "activation_offloading", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_num_workers"),
+    *("dataloader_persistent_workers", "dataloader_prefetch_factor", "ddp_broadcast_buffers", "ddp_bucket_cap_mb"),
+    *("ddp_static_graph", "ddp_timeout", "debug", "full_determinism", "include_num_input_tokens_seen"),
+    *("liger_kernel_config", "log_level", "log_level_replica", "log_on_each_node", "neftune_noise_alpha", "optim"),
+    *("optim_args", "optim_target_modules", "project", "run_name", "skip_memory_metrics", "tf32", "torch_compile"),
+    *("torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "trackio_bucket_id"),
+    *("trackio_space_id", "trackio_static_space_id"),
+}
+
+
+def test_every_field_is_set_without_effect_or_effective() -> None:
+    """A new version's field is looked up before a recipe may set it."""
+    fields = {field.name for field in dataclasses.fields(SFTConfig)}
+    assert fields - OWNED - WITHOUT_EFFECT.keys() == EFFECTIVE
+    assert not OWNED & WITHOUT_EFFECT.keys() and WITHOUT_EFFECT.keys() <= fields
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (2, 1), (3, 1), (34, 2), (1000, 30)])
+def test_a_single_step_has_no_warmup(steps: int, warmup: int) -> None:
+    assert warmup_steps(0.03, steps) == warmup
+
+
+def test_a_single_step_learns(train_here: Callable[..., Run]) -> None:
+    (line,) = train_here(tiny_recipe(training={"max_steps": 1, "warmup_ratio": 0.03})).events
+    assert line["learning_rate"] == pytest.approx(1e-2)
+
+
 def test_owned_names_are_known_to_trl_or_the_recipe() -> None:
     # A name that TRL no longer has would be a check that checks nothing.
-    import dataclasses
-
-    from trl import SFTConfig
-
     fields = {field.name for field in dataclasses.fields(SFTConfig)}
     assert OWNED - fields - set(Training.model_fields) == set()
 

@@ -27,7 +27,7 @@ PRIVATE = {
     },
     "transformers": {
         *("_attn_implementation", "_can_set_attn_implementation", "_supports_flash_attn", "_supports_sdpa"),
-        *("_load_best_model", "_save_checkpoint", "_tr_loss"),
+        *("_get_grad_norm", "_load_best_model", "_save_checkpoint", "_tr_loss"),
     },
     "fsspec": {"_strip_protocol"},
     "jinja2": {"_Namespace__attrs"},
@@ -35,6 +35,7 @@ PRIVATE = {
 }
 # Of transformers.Trainer: what PackTrainer overrides, calls or sets.
 TRAINER = {
+    "_get_grad_norm",
     "_get_num_items_in_batch",
     "_get_train_sampler",
     "_globalstep_last_logged",
@@ -48,6 +49,7 @@ SIGNATURES = {
     Trainer.get_batch_samples: ["self", "epoch_iterator", "num_batches", "device"],
     Trainer._get_num_items_in_batch: ["self", "batch_samples", "device"],
     Trainer.compute_loss: ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    Trainer._get_grad_norm: ["self", "model", "grad_norm"],
     Trainer._save_checkpoint: ["self", "model", "trial"],
     Trainer.floating_point_ops: ["self", "inputs"],
     Trainer._prepare_inputs: ["self", "inputs"],

@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -5,10 +6,10 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch.utils.data import BatchSampler, SequentialSampler
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer
 
-from sft_core.train.schedule import EMPTY, order_coefficients, step_packs
+from sft_core.train.schedule import EMPTY, num_steps_of, order_coefficients, step_packs
 
 packs = st.integers(1, 60)
 batch_sizes = st.integers(1, 9)
@@ -85,6 +86,23 @@ def test_max_steps_with_epochs_wins() -> None:
     assert num_steps(2, 20) == 20
     assert num_steps(0.5, None) == 2
     assert num_steps(0.01, None) == 1
+
+
+@given(num_packs=st.integers(1, 60), batch=st.integers(1, 8), num_epochs=st.floats(0.01, 4))
+def test_broken_epochs_have_the_steps_of_the_trainer(num_packs: int, batch: int, num_epochs: float) -> None:
+    class Asked(Trainer):
+        def __init__(self) -> None:
+            pass
+
+        def get_total_train_batch_size(self, args: object) -> int:
+            return batch
+
+        def get_sp_size(self) -> int:
+            return 1
+
+    arguments = SimpleNamespace(max_steps=-1, num_train_epochs=num_epochs, gradient_accumulation_steps=batch)
+    *_, expected = Asked().set_initial_training_values(arguments, DataLoader(range(num_packs)))  # type: ignore[arg-type]
+    assert num_steps_of(num_packs, batch, num_epochs, None) == expected
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])

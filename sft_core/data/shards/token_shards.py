@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +57,16 @@ def read_index(folder: Path, columns: list[str] | None = None, shards: list[int]
     folders = shard_folders(folder)
     chosen = folders if shards is None else [folders[number] for number in shards]
     return pa.concat_tables(read_table(shard / "index.parquet", columns) for shard in chosen)
+
+
+def row_ids(folders: Sequence[Path], rows: np.ndarray) -> list[str]:
+    """The row_id of each token row. folders: as TokenShards takes them; a window has the id of its row."""
+    tokens, *windows = folders
+    ids = read_index(tokens, ["row_id"])["row_id"]
+    if windows:
+        of_row = np.concatenate([np.arange(len(ids)), read_windows(tokens, *windows).of_row])
+        rows = of_row[rows]
+    return ids.take(rows).to_pylist()
 
 
 class TokenShards:

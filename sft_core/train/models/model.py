@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from sft_core.data.tokenizer.tokenizer import load_tokenizer
+from sft_core.recipe.wording import some
+from sft_core.train.finite import check_weights
 from sft_core.train.job import ModelLoader, TokenizerLoader
 from sft_core.train.models.attention import choose_attention
 
@@ -49,7 +53,8 @@ def load_model(
     With `model.config` the weights are random and depend on the seed alone; so do the embeddings of added tokens.
     Weights are read from safetensors only. load_in_4bit: in NF4 with double quantization, for QLoRA. half: the model
     computes in half precision (autocast or weights), which attention kernels require. device: a file's weights are read
-    directly to it, without a copy on the CPU. Raises OSError or ValueError if the model cannot be loaded.
+    directly to it, without a copy on the CPU. Raises OSError or ValueError if the model cannot be loaded, also where
+    its files lack a tensor of the model or have one of another shape; NotFiniteError for weights that are not finite.
     """
     vocabulary = load_tokenizer(**dataclasses.asdict(tokenizer))
     torch.manual_seed(seed)
@@ -67,15 +72,62 @@ def load_model(
     if model.config is not None:
         network = AutoModelForCausalLM.from_config(settings, **options)
     else:
-        network = AutoModelForCausalLM.from_pretrained(
-            str(model.path), revision=model.revision, use_safetensors=True, trust_remote_code=trust, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(model.path),
+            revision=model.revision,
+            use_safetensors=True,
+            trust_remote_code=trust,
+            ignore_mismatched_sizes=True,  # check_loaded names them
+            output_loading_info=True,
+            **options,
         )
+        network, loading = loaded
+        check_loaded(str(model.path), loading)
+        check_weights(network.named_parameters(), str(model.path))
+        agree_on_ties(network)
     rows = network.get_input_embeddings().num_embeddings
     if len(vocabulary) > rows:
         log.info("embedding grows from %d to %d rows", rows, len(vocabulary))
         network.resize_token_embeddings(len(vocabulary), mean_resizing=model.config is None)
     agree_on_special_tokens(network, vocabulary, model.stop_tokens)
     return network, vocabulary
+
+
+def check_loaded(path: str, loading: dict[str, Any]) -> None:
+    """Raises ValueError where the files did not fill the model: transformers leaves random numbers in their place.
+
+    loading: the loading info of transformers. Tensors without a place in the model are logged: heads for other tasks
+    have none.
+    """
+    missing, unexpected = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+    misshapen = [
+        f"{name} ({[*stored]} in the file, {[*wanted]} in the model)"
+        for name, stored, wanted in sorted(loading["mismatched_keys"])
+    ]
+    if unexpected:
+        log.warning("%s: %d tensors have no place in the model: %s", path, len(unexpected), some(unexpected))
+    if misshapen or missing:
+        raise ValueError(
+            f"{path}: {len(missing) + len(misshapen)} tensors of the model would start as random numbers. "
+            + (f"Its files lack {some(missing)}. " if missing else "")
+            + (f"Of another shape: {some(misshapen)}. " if misshapen else "")
+            + (f"Its files have, without a place in the model: {some(unexpected)}. " if unexpected else "")
+            + "Take the whole checkpoint, and the config.json that belongs to its weights"
+        )
+
+
+def agree_on_ties(model: PreTrainedModel) -> None:
+    """Sets the config's tie_word_embeddings to what was loaded: a file may have a head of its own in spite of it.
+
+    Other software ties by the config alone, and so does transformers when it resizes embeddings.
+    """
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if inputs is None or outputs is None:
+        return
+    is_tied = inputs.weight is outputs.weight
+    if bool(model.config.tie_word_embeddings) != is_tied:
+        log.info("tie_word_embeddings=%s: the files have %s head", is_tied, "no" if is_tied else "their own")
+        model.config.tie_word_embeddings = is_tied
 
 
 def _nf4() -> BitsAndBytesConfig:
@@ -105,11 +157,24 @@ def agree_on_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     stops = list(dict.fromkeys([tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, stop_tokens), *others]))
     generation.eos_token_id = stops[0] if len(stops) == 1 else stops
     generation.pad_token_id = tokenizer.pad_token_id
-    if not generation.do_sample:
-        # transformers loads sampling values without do_sample, but refuses to save them in a changed file.
-        generation.temperature = generation.top_p = generation.top_k = generation.min_p = generation.typical_p = None
     generation.bos_token_id = model.config.bos_token_id
-    model.generation_config = generation
+    model.generation_config = saveable(generation)
+
+
+def saveable(generation: GenerationConfig) -> GenerationConfig:
+    """The config without the settings for which transformers would refuse to save it, as temperature without do_sample.
+
+    transformers loads such a config, and saves it as long as nothing of it is changed.
+    """
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        names = re.findall(r"^- `(\w+)`:", str(error), re.MULTILINE)
+        log.info("generation_config: left out %s", ", ".join(f"{name}={getattr(generation, name)}" for name in names))
+        for name in names:
+            setattr(generation, name, None)
+        generation.validate(strict=True)
+    return generation
 
 
 def save_checkpoint(
@@ -131,6 +196,14 @@ def save_checkpoint(
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
+
+
+def try_save(model: Any, tokenizer: PreTrainedTokenizerFast, chat_template: str | None, folder: Path) -> None:
+    """Saves a checkpoint without weights and removes it: a config that cannot be saved is found before training."""
+    try:
+        save_checkpoint(model, tokenizer, chat_template, folder, {})
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_adapter(
