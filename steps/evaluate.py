@@ -53,6 +53,8 @@ def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
     return needs | scored_model(pinned, part)
 
 
+LIBRARIES = ("torch", "transformers", "vllm", "math-verify")
+
 # The version stands for sft_core/evaluate: raise it when a change there changes a score.
 EVALUATED = Stage(
     "evaluated",
@@ -64,6 +66,7 @@ EVALUATED = Stage(
     },
     needs=_needs,
     version=5,
+    libraries=LIBRARIES,
     verify_inputs=True,
 )
 

@@ -61,5 +61,6 @@ HARNESS = Stage(
     loaders=_loaders,
     needs=evaluate.scored_model,
     version=2,
+    libraries=("torch", "transformers"),
     verify_inputs=True,
 )

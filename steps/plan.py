@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sft_core.data.mixing.mixture_counts import MixtureCounts
 from sft_core.pins.pinned import PinnedRecipe
 from sft_core.store.lookups import Lookups
+from sft_core.store.made_by import drift
+from sft_core.store.ref import Ref
 from sft_core.store.stage import Located, Part, Stage, Unresolved, part_name
 from sft_core.store.store import Store
 from steps.mix import MIXTURE
@@ -55,6 +57,28 @@ def estimated(store: Store, pinned: PinnedRecipe, planned: list[Located]) -> lis
         keys = pinned.recipe.for_phase(phase)
         line = estimate_line(estimate(keys, shape, plan, trained_share=trained_share), keys)
         lines.append(line if len(pinned.recipe.phases) == 1 else f"{phase}: {line}")
+    return lines
+
+
+def drifts(store: Store, pinned: PinnedRecipe, planned: Sequence[Located]) -> list[str]:
+    """How today's code and libraries differ from those that made outputs whose keys have a version in their place.
+
+    Such outputs stay hits. A line for outputs with the same difference.
+    """
+    refs: dict[tuple[str, str], list[Ref]] = {}
+    for located in planned:
+        if located.status != "hit" or located.ref is None or located.stage.version is None:
+            continue
+        before = store.manifest(located.ref).get("made_by")  # older manifests do not have it
+        now = before and located.stage.made_by(located.stage.modules(pinned, located.part))
+        if before and now and (difference := drift(before, now)):
+            refs.setdefault((located.stage.name, difference), []).append(located.ref)
+    lines = []
+    for (stage, difference), of_stage in refs.items():
+        names, name = f"{len(of_stage)} outputs of {stage}", f"{stage}/KEY"
+        if len(of_stage) == 1:
+            names = name = str(of_stage[0])
+        lines.append(f"{names}: {difference}. `sft store gc {name} --delete` lets the next run make it anew")
     return lines
 
 

@@ -19,7 +19,7 @@ from steps.download import CONVERSATIONS
 from steps.metrics import wants_conversation
 from steps.pack import PACKED, rows_to_pack
 from steps.selection import SELECTION
-from steps.training_job import job_identity, job_spec
+from steps.training_job import job_identity, job_spec, rank_module
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> Section:
@@ -66,7 +66,9 @@ TRAINED = Stage(
     section=_section,
     loaders=lambda pinned, part: {"job": job_spec(pinned, part)},
     needs=_needs,
+    modules=lambda pinned, part: (rank_module(pinned, pinned.phase_name(part)), "sft_core.train.merge"),
     version=3,
+    libraries=("torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "liger-kernel"),
     resumable=True,
     verify_inputs=True,
 )

@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,17 @@ def code_digest(module: str, libraries: tuple[str, ...] = (), *, others: tuple[s
     return digest.hexdigest()
 
 
+def module_digests(*modules: str) -> dict[str, str]:
+    """A short digest of each module in the closures of `modules`, by name.
+
+    Where a module imports dynamically, all modules of its package and of the packages that it imports count. Modules of
+    others than the project are left out.
+    """
+    roots = [module for module in modules if _path(module) is not None]
+    names = sorted({name for root in roots for name in closure(root, follow_packages=True)})
+    return {name: hashlib.sha256(_read(name).executed.encode()).hexdigest()[:12] for name in names}
+
+
 def user_code_digest(module: str) -> str:
     """SHA-256 (hex) of a user's module and of the modules that it imports from the same folder.
 
@@ -62,21 +74,39 @@ def user_code_digest(module: str) -> str:
     return digest.hexdigest()
 
 
-def closure(module: str, tree: Tree | None = None) -> list[str]:
-    """The modules of the project, or of another tree, that `module` can execute, itself included, sorted by name."""
+def closure(module: str, tree: Tree | None = None, *, follow_packages: bool = False) -> list[str]:
+    """The modules of the project, or of another tree, that `module` can execute, itself included, sorted by name.
+
+    follow_packages: takes whole packages where a module imports dynamically, in place of a ValueError.
+    """
     modules: set[str] = set()
     waiting = [module, *(name for name in _with_parents(module) if _path(name, tree))]
     while waiting:
         name = waiting.pop()
         if name not in modules:
             modules.add(name)
-            waiting.extend(_read(name, tree).imports)
+            code = _read(name, tree)
+            waiting.extend(code.imports)
+            if code.dynamic is not None:
+                if not follow_packages:
+                    where = f"{name}, line {code.dynamic}"
+                    raise ValueError(f"{where}: a dynamic import in a builder's code cannot be tracked")
+                waiting.extend(_of_packages(name, code.imports, tree))
     return sorted(modules)
+
+
+def _of_packages(module: str, imports: frozenset[str], tree: Tree | None) -> list[str]:
+    """The modules of the module's own package, and of the packages that it imports."""
+    package = module.rpartition(".")[0]
+    packages = {name for name in imports if not package.startswith(f"{name}.")} | {package}
+    files = [(name, path) for name in packages if (path := _path(name, tree)) and path.name == "__init__.py"]
+    return [f"{name}.{file.stem}" for name, path in files for file in path.parent.glob("[!_]*.py")]
 
 
 class _Module(NamedTuple):
     executed: str  # the syntax tree without positions, comments and docstrings
     imports: frozenset[str]
+    dynamic: int | None  # the line of a dynamic import
 
 
 def _read(module: str, tree: Tree | None = None) -> _Module:
@@ -91,7 +121,8 @@ def _read(module: str, tree: Tree | None = None) -> _Module:
 def _parse(module: str, path: Path, mtime_ns: int, size: int, tree: Tree) -> _Module:
     syntax = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     imports = frozenset(_imports(syntax, module, tree, is_package=path.name == "__init__.py"))
-    return _Module(ast.dump(_WithoutDocstrings().visit(syntax)), imports)
+    lines = [getattr(node, "lineno", 0) for node in _executed(syntax) if _DYNAMIC.intersection(_names(node))]
+    return _Module(ast.dump(_WithoutDocstrings().visit(syntax)), imports, min(lines, default=None))
 
 
 def _path(module: str, tree: Tree | None = None) -> Path | None:
@@ -116,12 +147,7 @@ def _imports(syntax: ast.Module, module: str, tree: Tree, *, is_package: bool) -
     """Modules of the tree that the module imports, with the packages around them, which run first."""
     names: set[str] = set()
     package = module.split(".") if is_package else module.split(".")[:-1]
-    waiting: list[ast.AST] = [syntax]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            waiting.extend(node.orelse)
-            continue
+    for node in _executed(syntax):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -131,12 +157,20 @@ def _imports(syntax: ast.Module, module: str, tree: Tree, *, is_package: bool) -
                 else [node.module]
             )
             names.update(".".join([*base, alias.name]) for alias in node.names)  # a module, or a name in one
-        if _DYNAMIC.intersection(_names(node)):
-            line = getattr(node, "lineno", "?")
-            raise ValueError(f"{module}, line {line}: a dynamic import in a builder's code cannot be tracked")
-        waiting.extend(ast.iter_child_nodes(node))
     inside = (name for name in names if tree.packages is None or name.split(".")[0] in tree.packages)
     return {part for name in inside for part in _with_parents(name) if _path(part, tree) is not None}
+
+
+def _executed(syntax: ast.Module) -> Iterator[ast.AST]:
+    """The nodes of a module, without those for types alone."""
+    waiting: list[ast.AST] = [syntax]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            waiting.extend(node.orelse)
+            continue
+        yield node
+        waiting.extend(ast.iter_child_nodes(node))
 
 
 _DYNAMIC = frozenset({"__import__", "import_module", "run_module", "run_path"})

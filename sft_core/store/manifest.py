@@ -13,6 +13,7 @@ from sft_core.store.digests import SHA256, hex_digest
 from sft_core.store.ref import Ref
 
 if TYPE_CHECKING:
+    from sft_core.store.made_by import MadeBy
     from sft_core.store.provenance import SourceCode
 
 MANIFEST = "manifest.json"
@@ -49,6 +50,7 @@ class Manifest(TypedDict):
     created: str
     python: str
     source_code: SourceCode
+    made_by: NotRequired[MadeBy]  # where the identity has a version
 
 
 class CorruptOutput(ValueError):

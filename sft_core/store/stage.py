@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from sft_core.store.code_digest import code_digest
+from sft_core.store.made_by import MadeBy, made_by
 from sft_core.store.manifest import Identity, Manifest
 from sft_core.store.ref import Ref
 
@@ -74,9 +75,11 @@ class Stage(Generic[S]):
     section's values of the same names; they are not part of the identity.
     needs: the outputs that the builder reads. A part says which output of a stage: {"source": "chat"}, {"round": 2}.
     reads_manifest_of: the outputs of which the builder reads only the manifest, so their files are not downloaded.
-    modules: modules that the builder reaches through an object among `loaders`. Its imports do not show them, but their
-    code counts as the builder's.
-    version: replaces the digest of the builder's code, where a rename must not cost days of training.
+    modules: modules that the builder reaches through an object among `loaders`, or that it starts as processes. Its
+    imports do not show them, but their code counts as the builder's.
+    version: replaces the digest of the builder's code, where a rename must not cost days of training. The manifest then
+    says by which code and libraries the output was made.
+    libraries: packages whose versions count.
     """
 
     name: str
@@ -99,6 +102,13 @@ class Stage(Generic[S]):
         if self.version is not None:
             return self.version
         return code_digest(self.build.__module__, self.libraries, others=modules)
+
+    def made_by(self, modules: tuple[str, ...]) -> MadeBy | None:
+        """The builder's code and libraries where the identity has a version; None where it has them itself.
+
+        modules: the result of `self.modules` for the part.
+        """
+        return None if self.version is None else made_by(modules or (self.build.__module__,), self.libraries)
 
     def inputs(self, subject: S, part: Part) -> Needs:
         """All outputs that must be there before it is built; their contents are part of the identity."""

@@ -23,6 +23,7 @@ from sft_core.store.cached import Cached
 from sft_core.store.digests import write_synced
 from sft_core.store.folders import Folders
 from sft_core.store.lookups import Lookups
+from sft_core.store.made_by import MadeBy
 from sft_core.store.manifest import (
     KEY_HEX,
     MANIFEST,
@@ -198,14 +199,14 @@ class Store:
             self._cached.fetch_kept(ref)
         out.mkdir(parents=True, exist_ok=True)
         log.info("stage=%s part=%s key=%s status=build", stage.name, located.name, ref.key)
-        started = time.monotonic()
+        started, by = time.monotonic(), stage.made_by(stage.modules(subject, located.part))
         try:
             arguments = {**located.identity["section"], **stage.loaders(subject, located.part)}
             upload = functools.partial(self.remote.keep, out.name, out) if self.remote and stage.resumable else None
             counts = stage.build(Build(out, inputs, subject.recipe.runtime, upload, manifests), **arguments)
             files = {str(path.relative_to(out)): file_digest(path) for path in files_of(out)}
             seconds = round(time.monotonic() - started, 3)
-            manifest = _manifest(ref, located.identity, files, counts, refs, seconds)
+            manifest = _manifest(ref, located.identity, files, counts, refs, seconds, by)
             # Manifest last, rename after it: a reader must never see half an output.
             write_synced(out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False))
             self._folders.put_in_place(out, ref)
@@ -319,8 +320,9 @@ def _manifest(
     counts: dict[str, Any],
     inputs: dict[str, Ref],
     seconds: float,
+    by: MadeBy | None,
 ) -> Manifest:
-    return {
+    manifest: Manifest = {
         "ref": list(ref),
         "identity": identity,
         "identity_sha256": sha256_of(identity),
@@ -333,3 +335,6 @@ def _manifest(
         "python": platform.python_version(),
         "source_code": source_code(),
     }
+    if by is not None:
+        manifest["made_by"] = by
+    return manifest

@@ -83,9 +83,9 @@ class FiniteSteps:
         wrong = [batch for batch in step.batches if not (is_loss and bool(batch.loss))]
         mine = np.concatenate([np.empty(0, np.int64), *(batch.suspects() for batch in wrong)]).astype(np.int64)
         rows = [text for text in self._of_all_ranks(self._name_rows(mine) if len(mine) else "") if text]
-        what = "the loss" if is_loss else "the norm of the gradients"
+        cause = "the loss" if is_loss else "the norm of the gradients"
         return (
-            f"step {step.number}: {what} is not finite, so training ended; the last whole checkpoint is kept. "
+            f"step {step.number}: {cause} is not finite, so training ended; the last whole checkpoint is kept. "
             f"Its rows: {'; '.join(rows)} (`sft lineage RUN --row ID` shows a row). "
             "Where the loss rose before (logs/log.jsonl), lower training.learning_rate, raise "
             "training.warmup_ratio or set training.max_grad_norm; where it is so from the first step on, look at these "

@@ -40,7 +40,7 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
     from sft_core.train.accelerator import unmet_demands
     from steps import start
     from steps.mix import SHARES_HEADER, planned_shares
-    from steps.plan import estimated
+    from steps.plan import drifts, estimated
     from steps.plan import plan as planned_outputs
     from steps.report_prompts import check_report_prompts, count_report_prompts
     from steps.runs.recipes import read_recipe
@@ -76,6 +76,7 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
         shares, of_phase = planned_shares(store, pinned, phase)
         problems += of_phase
         click.echo(("" if len(loaded.phases) == 1 else f"\nphase {phase}") + "\n" + text_table(SHARES_HEADER, shares))
+    problems += drifts(store, pinned, planned)
     unmet = {unmet_demands(loaded.for_phase(phase)) for phase in loaded.phases} | {start.unmet_engine(planned, loaded)}
     for problem in [*problems, *filter(None, unmet), *_of_model(planned, pinned, tries=memory)]:
         click.echo(problem, err=True)

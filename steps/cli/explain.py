@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_core.pins.pinned import pin
+from sft_core.store.made_by import drift
 from sft_core.store.store import Store
 from steps.cli.store import existing_store
 from steps.plan import differences, plan
@@ -20,7 +21,15 @@ def explained(a: str, b: str, root: str) -> list[str]:
     for name, before, after in _recipe_identities(a, b) if are_recipes else _output_identities(a, b, root):
         changes = [f"  {key}: {_short(old)} -> {_short(new)}" for key, old, new in differences(before, after)]
         lines += [name, *changes] if changes else []
-    return lines
+    return lines if are_recipes else [*lines, *_makers(a, b, root)]
+
+
+def _makers(a: str, b: str, root: str) -> list[str]:
+    """The difference of the code and libraries that made two outputs; of stages with a version they are in no key."""
+    store = existing_store(root)
+    before, after = (store.manifest(store.find(text)).get("made_by") for text in (a, b))
+    difference = before and after and drift(before, after, name=b)
+    return [f"{a}: {difference}. No key depends on it"] if difference else []
 
 
 def _recipe_identities(a: str, b: str) -> list[tuple[str, Any, Any]]:

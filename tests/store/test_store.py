@@ -401,6 +401,7 @@ def test_two_processes_one_output_is_built_once_and_both_read_it(store: Store, s
     (store.root / "hold").touch()
     children = [start_child(), start_child()]
     wait_for(lambda: any("status=waiting" in path.read_text() for path in store.root.glob("log-*")))
+    wait_for(lambda: list(store.root.glob("started-*")))
     assert len(list(store.root.glob("started-*"))) == 1
     (store.root / "hold").unlink()
     outputs = [child.communicate(timeout=30) for child in children]
