@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from sft_core.train.collate import Batch
 
 
+MAX_STEPS = 16  # a flag of a byte for each trained token of these steps is on the device
+
+
 class NotFiniteError(ArithmeticError):
     """A number of training is infinite or no number. The message says what to do."""
 
@@ -46,7 +49,8 @@ class FiniteSteps:
     """Whether the losses and the gradient norm of each step are finite.
 
     The answers stay on the device until `check`. Call it where the host waits for the device anyway: before a line of
-    the log, an evaluation, a checkpoint. name_rows: returns a text that names documents of the plan.
+    the log, an evaluation, a checkpoint. After MAX_STEPS steps without a call they are checked, too. name_rows: returns
+    a text that names documents of the plan.
     """
 
     def __init__(self, accelerator: Accelerator, name_rows: Callable[[np.ndarray], str]):
@@ -60,11 +64,13 @@ class FiniteSteps:
         self._batches.append(_MicroBatch(is_finite, are_finite, batch["entries"], batch["num_targets"]))
 
     def end_step(self, number: int, norm: torch.Tensor | float) -> None:
-        """norm: of the gradients of all ranks."""
+        """norm: of the gradients of all ranks. Raises as `check` does, in every MAX_STEPS-th step without one."""
         is_finite = norm.detach().isfinite() if isinstance(norm, torch.Tensor) else torch.tensor(math.isfinite(norm))
         is_finite = is_finite.to(self._batches[0].loss.device, non_blocking=True).reshape(())
         self._steps.append(_Step(number, self._batches, is_finite))
         self._batches = []
+        if len(self._steps) == MAX_STEPS:
+            self.check()
 
     def check(self) -> None:
         """Raises NotFiniteError for the first step that is not finite, on all ranks. All ranks call it together."""

@@ -14,7 +14,7 @@ import torch
 from sft_core.data.shards.token_shards import read_index, read_windows, row_ids
 from sft_core.pins.pinned import pin
 from sft_core.recipe.parse import parse_recipe
-from sft_core.train import trainer
+from sft_core.train import finite, trainer
 from sft_core.train.assemble import name_rows
 from sft_core.train.checkpoints import numbered
 from sft_core.train.collate import PackCollator
@@ -64,6 +64,18 @@ def test_loss_that_is_not_finite_ends_training_with_its_row(
     assert not (tmp_path / "model").exists()
     lines = [json.loads(line) for line in (tmp_path / "logs" / "log.jsonl").read_text().splitlines()]
     assert lines and all(line["step"] <= 2 and math.isfinite(line["loss"]) for line in lines)
+
+
+def test_steps_are_checked_though_nothing_is_logged(
+    train_here: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finite, "MAX_STEPS", 2)
+    times = [0]
+    monkeypatch.setattr(trainer, "trained_losses", functools.partial(spoiled, times=times))
+    with pytest.raises(NotFiniteError, match=r"\Astep [34]: the loss is not finite"):
+        train_here(tiny_recipe(training={"num_train_epochs": 50}, runtime={"logging_steps": 1000}), tmp_path)
+    assert times[0] <= 3, "epochs begun until the step is checked"
+    assert len((tmp_path / "logs" / "log.jsonl").read_text().splitlines()) == 1  # of the first step
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
