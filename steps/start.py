@@ -15,6 +15,7 @@ from sft_core.store.stage import Located
 from sft_core.store.store import Store
 from sft_core.train.accelerator import check_machine, has_gpu, lost_updates, slow_precision
 from sft_core.train.arguments import check_extra, check_report_to
+from sft_core.train.model_files import check_files, check_finite, model_folder
 from steps.evaluate import EVALUATED
 from steps.plan import phases_to_train, plan
 from steps.release import PUSHED
@@ -77,19 +78,27 @@ def check_place(recipe: Recipe) -> None:
 def model_warnings(planned: list[Located], pinned: PinnedRecipe, *, tries: bool = True) -> list[str]:
     """Warnings about a model that is still to be trained or scored.
 
-    tries: whether to import torch and try a small model of the same class. Raises ValueError for what the class cannot
-    do, and OSError for a config that cannot be read.
+    tries: whether to import torch, look into the weights, and try a small model of the same class. Raises ValueError
+    for what the class cannot do and for torn weight files, NotFiniteError for weights, and OSError for a config that
+    cannot be read.
     """
     recipe, warnings = pinned.recipe, []
     phases = phases_to_train(planned, pinned)
     for phase in phases:
         keys = recipe.for_phase(phase)
         warnings += [warning for warning in (lost_updates(keys), slow_precision(keys)) if warning]
-    if tries and any(located.stage in (TRAINED, EVALUATED) and located.status != "hit" for located in planned):
-        from sft_core.train.preflight import try_class  # imports torch
+    if any(located.stage in (TRAINED, EVALUATED) and located.status != "hit" for located in planned):
+        loader = pinned.model_loader
+        folder = model_folder(loader["path"], loader["revision"]) if loader["path"] is not None else None
+        if folder is not None:
+            check_files(folder, is_cache=loader["revision"] is not None)
+        if tries:
+            from sft_core.train.preflight import try_class  # imports torch
 
-        for phase in phases or [*recipe.phases][-1:]:
-            warnings += try_class(recipe.for_phase(phase), pinned.model_loader, here=not on_cluster())
+            if folder is not None:
+                check_finite(folder)
+            for phase in phases or [*recipe.phases][-1:]:
+                warnings += try_class(recipe.for_phase(phase), loader, here=not on_cluster())
     return list(dict.fromkeys(warnings))
 
 

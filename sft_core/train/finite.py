@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MAX_STEPS = 16  # a flag of a byte for each trained token of these steps is on the device
 
 
-class NotFiniteError(ArithmeticError):
+class NotFiniteError(ValueError):
     """A number of training is infinite or no number. The message says what to do."""
 
 
