@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_core.recipe.wording import nearest
 from sft_core.train.accelerator import liger
+from sft_core.train.sft_fields import sft_fields
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -69,10 +68,8 @@ def check_extra(extra: dict[str, Any]) -> None:
     if not extra:
         return
     from pydantic import TypeAdapter, ValidationError
-    from trl import SFTConfig
 
-    fields = {field.name for field in dataclasses.fields(SFTConfig)}
-    hints = typing.get_type_hints(SFTConfig)
+    fields = sft_fields()
     for name, value in extra.items():
         if name in OWNED:
             raise ValueError(f"training.extra.{name}: set by the recipe's own keys or by the pipeline; remove it")
@@ -82,7 +79,7 @@ def check_extra(extra: dict[str, Any]) -> None:
             hint = nearest(name, fields, otherwise="")  # it has 150 fields
             raise ValueError(f"training.extra.{name}: no field of trl.SFTConfig{hint}")
         try:
-            TypeAdapter(hints[name]).validate_python(value, strict=not isinstance(value, str))
+            TypeAdapter(fields[name]).validate_python(value, strict=not isinstance(value, str))
         except ValidationError as error:
             raise ValueError(f"training.extra.{name}: found {value!r}; {error.errors()[0]['msg'].lower()}") from None
 

@@ -1,5 +1,9 @@
 import dataclasses
+import enum
 import json
+import subprocess
+import sys
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,8 @@ from trl import SFTConfig
 
 from sft_core.recipe.sections import Runtime, Training
 from sft_core.train.arguments import OWNED, WITHOUT_EFFECT, check_extra, training_arguments, warmup_steps
-from tests.train.tiny import Run, tiny_recipe
+from sft_core.train.sft_fields import sft_fields
+from tests.train.tiny import ROOT, Run, tiny_recipe
 
 
 def arguments(num_data_ranks: int = 1, **training: Any) -> Any:
@@ -86,6 +91,29 @@ def test_training_keys_reach_the_arguments() -> None:
 def test_extra_wrong_is_an_error_that_says_why(extra: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_extra(extra)
+
+
+def test_fields_read_off_the_source_are_those_of_the_class() -> None:
+    hints = typing.get_type_hints(SFTConfig)
+    read = sft_fields()
+    assert read.keys() == {field.name for field in dataclasses.fields(SFTConfig)}
+    for name, kind in read.items():
+        members = {member for member in typing.get_args(hints[name]) or (hints[name],) if not is_enum(member)}
+        assert {*typing.get_args(kind)} | {kind} >= members, name
+
+
+def is_enum(kind: Any) -> bool:
+    """Whether YAML gives values of the type as strings."""
+    (kind, *_) = typing.get_args(kind) or (kind,)
+    return isinstance(kind, type) and (issubclass(kind, enum.Enum) or kind.__name__ == "ParallelismConfig")
+
+
+def test_extra_is_checked_without_torch_and_trl() -> None:
+    code = (
+        "import sys; from sft_core.train.arguments import check_extra; check_extra({'adam_beta2': 0.9})\n"
+        "assert not {'torch', 'trl', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_extra_right_or_empty_passes() -> None:

@@ -268,3 +268,11 @@ def test_init_holds_out_enough_prompts_of_small_data_for_its_own_plan(sft, tmp_p
         settings = ("model.model_name_or_path=null", "model.config={model_type: llama}", f"runtime.store={tmp_path}")
         overrides = [part for one in settings for part in ("--set", one)]
         assert "0 are there" in sft("plan", output, "--set", f"model.tokenizer_name_or_path={model}", *overrides).stdout
+
+
+@pytest.mark.parametrize("reader", ["head -1", "true"])
+def test_reader_that_has_read_enough_is_no_error(reader: str, tmp_path: Path) -> None:
+    store = f"--set runtime.store={tmp_path / 'store'}"
+    command = f"{sys.executable} -m steps.cli.main plan configs/quickstart.yaml {store} | {reader}"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done
