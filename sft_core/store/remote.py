@@ -221,14 +221,12 @@ class Remote:
     # Folders that unfinished builds keep
 
     def keep(self, name: str, out: Path, folder: Path) -> None:
-        """Uploads a finished folder below `out`, its digests.json last. Removes kept folders that are gone from `out`.
+        """Uploads a finished folder below `out`, its digests.json last, then removes kept folders that `out` lost.
 
-        A folder that is removed during its upload is not kept: a newer one replaces it.
+        In this order a whole kept folder is there at any time. A folder that is removed during its upload is not kept:
+        a newer one replaces it.
         """
         where = f".partial/{name}/{folder.resolve().relative_to(out.resolve()).as_posix()}"
-        for relative in self._kept(name):
-            if not (out / relative).exists():
-                self._remove(f".partial/{name}/{relative}", first=DIGESTS)
         self._remove(where, first=DIGESTS)  # an earlier attempt's digests would stand for other bytes
         try:
             files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / DIGESTS]
@@ -243,6 +241,9 @@ class Remote:
             log.info("kept=%s status=gone", folder.name)
             return
         log.info("kept=%s bytes=%d", folder.name, sum(transfer.num_bytes for transfer in transfers))
+        for relative in self._kept(name):
+            if not (out / relative).exists() and f".partial/{name}/{relative}" != where:
+                self._remove(f".partial/{name}/{relative}", first=DIGESTS)
 
     def fetch_kept(self, name: str, out: Path) -> None:
         """Downloads every whole kept folder into `out`. Damaged ones are left out, with a warning."""

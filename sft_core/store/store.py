@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -210,7 +211,6 @@ class Store:
             # Manifest last, rename after it: a reader must never see half an output.
             write_synced(out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False))
             self._folders.put_in_place(out, ref)
-            self._journal(located, seconds)
         except BaseException as error:
             if not stage.resumable:
                 shutil.rmtree(out, ignore_errors=True)
@@ -219,6 +219,10 @@ class Store:
                 error = OSError(error.errno, full).with_traceback(error.__traceback__)
             error.add_note(f"while building {stage.name} {located.name} ({ref})")
             raise error
+        try:
+            self._journal(located, seconds)
+        except OSError as error:  # as of a full disk: the output is whole
+            log.warning("%s has no line in builds.jsonl: %s", ref, error)
         log.info("stage=%s part=%s key=%s seconds=%.1f", stage.name, located.name, ref.key, seconds)
 
     def _input_refs(self, located: Located, subject: S, lookups: Lookups) -> dict[str, Ref]:
@@ -241,9 +245,8 @@ class Store:
         """Raises OSError, which says what to do, when the store cannot be written."""
         try:
             (self.root / ".locks").mkdir(parents=True, exist_ok=True)
-            probe = self.root / ".locks" / f".probe-{os.getpid()}"
-            probe.write_text("x")
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=self.root / ".locks") as probe:  # it has no name that a kill could leave
+                probe.write(b"x")
         except OSError as error:
             raise OSError(
                 error.errno,

@@ -8,6 +8,8 @@ import logging
 import shutil
 from pathlib import Path
 
+from humanize import naturalsize
+
 from sft_core.store.digests import is_whole, write_digests
 
 log = logging.getLogger(__name__)
@@ -25,8 +27,8 @@ def check_room(out: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise OSError(
             errno.ENOSPC,
-            f"training needs {num_bytes / 1e9:.1f} GB for its checkpoints and the model, and the disk of {out} has "
-            f"{free / 1e9:.1f} GB left; free some (`sft store gc`), or lower runtime.keep_checkpoints",
+            f"training needs {naturalsize(num_bytes)} for its checkpoints and the model, and the disk of {out} has "
+            f"{naturalsize(free)} left; free some (`sft store gc`), or lower runtime.keep_checkpoints",
         )
 
 

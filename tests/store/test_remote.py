@@ -360,6 +360,10 @@ def test_kept_checkpoints_outlive_the_machine(machine: Callable, server: ObjectS
     assert kept(server, store) == found, "as many as there are here"
     written = [one.path for one in server.requests if one.method == "PUT" and "/.partial/" in one.path]
     assert [path.endswith("digests.json") for path in written] == [False, True] * 3
+    calls = [(one.method, one.path) for one in server.requests if "/.partial/" in one.path]
+    newest = max(n for n, (method, path) in enumerate(calls) if method == "PUT" and "checkpoint-2" in path)
+    oldest = min(n for n, (method, path) in enumerate(calls) if method == "DELETE" and "checkpoint-0" in path)
+    assert newest < oldest, "until the newer one is whole the older one stays"
     assert store.refs() == []
 
     other = machine("two")

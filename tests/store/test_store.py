@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from sft_core.pins.pinned import PinnedRecipe
 from sft_core.recipe.parse import override, parse_recipe
 from sft_core.store import code_digest as code
+from sft_core.store import store as store_module
 from sft_core.store.lookups import Lookups
 from sft_core.store.manifest import CorruptOutput
 from sft_core.store.provenance import source_code
@@ -167,6 +168,32 @@ TOLD = Stage(
     reads_manifest_of=lambda pinned, part: {"numbers": (NUMBERS, {})},
     version=1,
 )
+
+
+def test_output_is_whole_though_the_journal_has_no_room(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(Store, "_journal", full)
+    ref = store.ensure(NUMBERS, toy())
+    store.verify(ref)
+    assert f"{ref} has no line in builds.jsonl" in caplog.text
+
+
+def test_probe_of_a_writable_store_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyPatch):
+    """The probe has no name that a kill could leave."""
+    plain = store_module.tempfile.TemporaryFile
+
+    def opened(**options: Any) -> Any:
+        file = plain(**options)
+        assert list((store.root / ".locks").iterdir()) == []
+        return file
+
+    monkeypatch.setattr(store_module.tempfile, "TemporaryFile", opened)
+    store.check_writable()
+    assert list((store.root / ".locks").iterdir()) == []
 
 
 def test_counts_that_are_no_json_are_not_stored(store: Store):

@@ -139,7 +139,7 @@ def test_full_disk_is_told_before_training(
     check_room(tmp_path, free // 2)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300_000))
-    with pytest.raises(OSError, match=r"needs 0\.0 GB for its checkpoints .* lower runtime\.keep_checkpoints"):
+    with pytest.raises(OSError, match=r"needs 1\.2 MB for .* 300\.0 kB left; .* lower runtime\.keep_checkpoints"):
         train_here(tiny_recipe(), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
     # What a resumed run has on the disk already is not asked for again.
