@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -252,7 +253,24 @@ def run(arguments: list[str], variables: dict[str, str], out: Path, *, log: Path
     if code:
         # The first error: the other ranks' errors only say that they lost the connection to that rank.
         errors = sorted(out.glob("error-rank*.txt"), key=lambda path: path.stat().st_mtime_ns)
-        raise RuntimeError(f"training failed (exit code {code}):\n{errors[0].read_text() if errors else ''.join(tail)}")
+        first = killed_ranks("".join(tail)) or (errors[0].read_text() if errors else "".join(tail))
+        raise RuntimeError(f"training failed (exit code {code}):\n{first}")
+
+
+def killed_ranks(output: str) -> str:
+    """Which ranks a signal ended, by the end of torchrun's output (torch 2.13); empty if none.
+
+    A killed rank writes no error, and the others only lose their connection to it. SIGTERM is torchrun's own, to the
+    ranks that are left.
+    """
+    kills = [(int(rank), signal.Signals(int(number))) for rank, number in _ENDED_BY.findall(output)]
+    lines = [f"rank {rank} was ended by {number.name}" for rank, number in sorted(kills) if number != signal.SIGTERM]
+    if any(number == signal.SIGKILL for _, number in kills):
+        lines.append("where nobody killed it, the machine ran out of memory: the kernel's log (dmesg) says so")
+    return "; ".join(lines)
+
+
+_ENDED_BY = re.compile(r"^ +rank +: (\d+) .*\n +exitcode +: -(\d+) ", re.MULTILINE)
 
 
 def _end(process: subprocess.Popen[str]) -> None:

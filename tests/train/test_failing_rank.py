@@ -9,9 +9,10 @@ from sft_core.data.packing.balance import pack_costs
 from sft_core.data.packing.plan import PLAN, PackPlan
 from sft_core.pins.pinned import pin
 from sft_core.recipe.parse import parse_recipe
+from sft_core.recipe.sections import Runtime
 from sft_core.store.stage import Build
 from sft_core.store.store import Store
-from sft_core.train.launch import build_trained
+from sft_core.train.launch import build_trained, killed_ranks, run, torchrun, variables
 from sft_core.train.models.model import load_model
 from sft_core.train.schedule import order_coefficients, step_packs
 from steps.pack import PACKED
@@ -47,3 +48,31 @@ def test_train_second_rank_fails_raises_its_error_and_ends_the_first(store: Stor
     assert (out / "logs" / "job.json").is_file()
     assert not processes_naming(str((out / "logs" / "job.json").resolve()))
     assert not (out / "model").exists()
+
+
+DYING = """
+import os, signal, sys, time
+from pathlib import Path
+out, ends = sys.argv[1:]
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), getattr(signal, ends))
+Path(out, "error-rank0.txt").write_text("RuntimeError: gloo: connection closed by peer")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("ends", "more"), [("SIGKILL", "ran out of memory"), ("SIGSEGV", "")])
+def test_rank_that_a_signal_ends_is_named_in_place_of_the_others_lost_connection(
+    ends: str, more: str, tmp_path: Path
+) -> None:
+    (tmp_path / "dying.py").write_text(DYING)
+    command = [*torchrun(Runtime(num_processes=2)), str(tmp_path / "dying.py"), str(tmp_path), ends]
+    with pytest.raises(RuntimeError, match=rf"training failed \(exit code 1\):\nrank 1 was ended by {ends}") as caught:
+        run(command, variables(tmp_path, num_threads=1), tmp_path, log=tmp_path / "log.txt")
+    assert more in str(caught.value) and "gloo" not in str(caught.value)
+
+
+def test_no_rank_is_called_killed_that_torchrun_ended() -> None:
+    text = "  rank      : 0 (local_rank: 0)\n  exitcode  : -15 (pid: 9)  (SIGTERM)\n"
+    assert killed_ranks(text) == "" and killed_ranks(text.replace("-15", "1")) == ""
+    assert killed_ranks(text.replace("-15", "-6")) == "rank 0 was ended by SIGABRT"
