@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 START = "start model"  # among the inputs of a build: the checkpoint of the phase before
+TORCHRUN = "torchrun"  # torchrun's folder in an unfinished output
 KEEP_S = 2.0  # between two checks for a new checkpoint
 LOOK_S = 1.0  # between two checks of the files of another node
 STARTED_WITHIN_S = 1800.0  # the first node may have to download its inputs
@@ -83,7 +84,7 @@ def launch(build: Build, job: TrainJob, of_ranks: object) -> dict[str, Json]:
         run_ranks(path, job.spec.rank_module, job.runtime, out, log=output)
     if job.spec.training.lora is not None:
         run(["-m", "sft_core.train.merge", str(path)], variables(out, num_threads=job.num_threads), out, log=output)
-    for leftover in ("checkpoints", "staging"):
+    for leftover in ("checkpoints", "staging", TORCHRUN):
         shutil.rmtree(out / leftover, ignore_errors=True)
     for leftover in ("trainer.lock", stop_request(out).name):
         (out / leftover).unlink(missing_ok=True)
@@ -185,10 +186,14 @@ def sigterm_asks_to_stop(out: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def torchrun(runtime: Runtime) -> list[str]:
-    """The arguments of Python that start this node's ranks. `node_environment` sets which of how many nodes it is."""
+def torchrun(runtime: Runtime, out: Path) -> list[str]:
+    """The arguments of Python that start this node's ranks. `node_environment` sets which of how many nodes it is.
+
+    Without a --log-dir torchrun makes a folder in the system's temporary one, and a kill leaves it there.
+    """
     alone = [] if "PET_NNODES" in os.environ else ["--standalone"]
-    return ["-m", "torch.distributed.run", *alone, f"--nproc_per_node={runtime.num_processes}"]
+    logs = f"--log-dir={out.resolve() / TORCHRUN}"
+    return ["-m", "torch.distributed.run", *alone, f"--nproc_per_node={runtime.num_processes}", logs]
 
 
 def node_environment(*, node: int, num_nodes: int, address: str, port: int) -> dict[str, str]:
@@ -219,7 +224,7 @@ def variables(out: Path, *, num_threads: int, distributed: str | None = None) ->
 def run_ranks(job: Path, rank_module: str, runtime: Runtime, out: Path, *, log: Path | None) -> None:
     """Runs this node's ranks by torchrun. Raises RuntimeError with the error of the rank that failed first."""
     settings = variables(out, num_threads=num_threads(runtime), distributed=runtime.distributed)
-    run([*torchrun(runtime), "-m", rank_module, str(job)], settings, out, log=log)
+    run([*torchrun(runtime, out), "-m", rank_module, str(job)], settings, out, log=log)
 
 
 def run(arguments: list[str], variables: dict[str, str], out: Path, *, log: Path | None) -> None:

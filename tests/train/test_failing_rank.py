@@ -66,10 +66,21 @@ def test_rank_that_a_signal_ends_is_named_in_place_of_the_others_lost_connection
     ends: str, more: str, tmp_path: Path
 ) -> None:
     (tmp_path / "dying.py").write_text(DYING)
-    command = [*torchrun(Runtime(num_processes=2)), str(tmp_path / "dying.py"), str(tmp_path), ends]
+    command = [*torchrun(Runtime(num_processes=2), tmp_path), str(tmp_path / "dying.py"), str(tmp_path), ends]
     with pytest.raises(RuntimeError, match=rf"training failed \(exit code 1\):\nrank 1 was ended by {ends}") as caught:
         run(command, variables(tmp_path, num_threads=1), tmp_path, log=tmp_path / "log.txt")
     assert more in str(caught.value) and "gloo" not in str(caught.value)
+
+
+def test_torchrun_leaves_nothing_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even while ranks run, so that no kill can leave it."""
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "rank.py").write_text("import os, tempfile; print(os.listdir(tempfile.gettempdir()))")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    command = [*torchrun(Runtime(), tmp_path), str(tmp_path / "rank.py")]
+    run(command, variables(tmp_path, num_threads=1), tmp_path, log=tmp_path / "log.txt")
+    assert "[]" in (tmp_path / "log.txt").read_text().splitlines()
+    assert (tmp_path / "torchrun").is_dir()
 
 
 def test_no_rank_is_called_killed_that_torchrun_ended() -> None:
