@@ -51,6 +51,7 @@ class Manifest(TypedDict):
     python: str
     source_code: SourceCode
     made_by: NotRequired[MadeBy]  # where the identity has a version
+    sha256: NotRequired[str]  # hex, of all other keys; manifests of before the key do not have it
 
 
 class CorruptOutput(ValueError):
@@ -61,7 +62,8 @@ def check(ref: Ref, manifest: Manifest, digest_of: Callable[[str], FileDigest | 
     """Raises CorruptOutput, with the remedy, for a missing or altered file, and for an altered manifest."""
     identity, content = sha256_of(manifest["identity"]), content_digest(manifest["files"])
     written = (manifest["identity_sha256"][:KEY_HEX], manifest["identity_sha256"], manifest["content"])
-    if written != (ref.key, identity, content):
+    of_all = manifest_digest(manifest)
+    if written != (ref.key, identity, content) or manifest.get("sha256", of_all) != of_all:
         raise CorruptOutput(f"{ref}: {MANIFEST} is not what was written. {remedy}")
     for name, entry in manifest["files"].items():
         digest = digest_of(name)
@@ -81,6 +83,11 @@ def read_manifest(path: Path, mtime_ns: int) -> Manifest:
 def content_digest(files: dict[str, FileDigest]) -> str:
     """The digest of an output's data files by name. It goes into the keys of the outputs that read this one."""
     return sha256_of({name: entry["sha256"] for name, entry in files.items() if not name.startswith(LOGS)})
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """The digest of a manifest, its counts too; without the key that holds it."""
+    return sha256_of({name: value for name, value in manifest.items() if name != "sha256"})
 
 
 def data_digest(manifest: Manifest) -> str:

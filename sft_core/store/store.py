@@ -38,6 +38,7 @@ from sft_core.store.manifest import (
     digest_in,
     file_digest,
     files_of,
+    manifest_digest,
     read_manifest,
     sha256_of,
 )
@@ -272,6 +273,14 @@ class Store:
                 remedy = f"Remove {self._folders.output(ref)}, the copy here; the next run reads or builds it again."
             check(ref, self.manifest(ref), functools.partial(digest_in, folder), remedy)
 
+    def foreign(self, ref: Ref) -> list[str]:
+        """Files in an output's folder on this machine that no builder put there. Nothing reads them."""
+        folder = self._folders.output(ref)
+        if not folder.is_dir():
+            return []
+        known = self.manifest(ref)["files"].keys()
+        return [name for path in files_of(folder) if (name := str(path.relative_to(folder))) not in known]
+
     def _remedy(self, ref: Ref) -> str:
         if self._cached:
             return self._cached.remedy(ref)
@@ -340,4 +349,5 @@ def _manifest(
     }
     if by is not None:
         manifest["made_by"] = by
-    return manifest
+    manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as a reader will find it: keys are strings
+    return {**manifest, "sha256": manifest_digest(manifest)}

@@ -31,13 +31,15 @@ def verify(ref: str | None, root: str) -> None:
 
     store = existing_store(root)
     refs = [store.find(ref)] if ref else store.refs()
-    faults = []
+    faults, foreign = [], []
     for output in tqdm(refs, unit=" outputs", disable=None):
         try:
             store.verify(output, remote=True)
         except CorruptOutput as fault:
             faults.append(str(fault))
-    click.echo("\n".join([*faults, f"{len(refs)} outputs verified, {len(faults)} damaged"]))
+        else:
+            foreign += [f"{output}: {name} is not of the output" for name in store.foreign(output)]
+    click.echo("\n".join([*faults, *foreign, f"{len(refs)} outputs verified, {len(faults)} damaged"]))
     sys.exit(1 if faults else 0)
 
 

@@ -459,15 +459,44 @@ def test_verify_a_flipped_byte_or_a_missing_file_is_found(store: Store, name: st
         store.verify(ref)
 
 
-@pytest.mark.parametrize("key", ["content", "identity_sha256", "identity", "files"])
+KEYS = ("content", "identity_sha256", "identity", "files", "counts", "inputs", "created", "seconds", "ref", "made_by")
+
+
+@pytest.mark.parametrize("key", KEYS)
 def test_verify_a_manifest_that_contradicts_itself_is_found(store: Store, key: str):
     ref = store.ensure(NUMBERS, toy())
     path = store.path(ref) / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest[key] = manifest[key][::-1] if isinstance(manifest[key], str) else {}
+    manifest[key] = manifest[key][::-1] if isinstance(manifest[key], str) else {} if manifest[key] else {"another": 1}
     path.write_text(json.dumps(manifest))
     with pytest.raises(CorruptOutput, match=r"manifest\.json is not what was written"):
         store.verify(ref)
+
+
+def test_manifest_of_before_the_digest_of_all_is_verified_by_the_others(store: Store):
+    ref = store.ensure(NUMBERS, toy())
+    path = store.path(ref) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest))
+    store.verify(ref)
+
+
+def test_counts_with_numbers_as_keys_are_verified(store: Store):
+    def build_by_number(build: Build) -> dict[str, Any]:
+        return {"by_length": {9: 1, 10: (2, 3)}}
+
+    ref = store.ensure(Stage("numbered", build_by_number, lambda pinned, part: {}, version=1), toy())
+    store.verify(ref)
+    assert store.manifest(ref)["counts"] == {"by_length": {"9": 1, "10": [2, 3]}}
+
+
+def test_files_that_no_builder_put_there_are_named(store: Store):
+    ref = store.ensure(NUMBERS, toy())
+    assert store.foreign(ref) == []
+    (store.path(ref) / "logs" / "notes.txt").write_text("mine")
+    store.verify(ref)
+    assert store.foreign(ref) == ["logs/notes.txt"]
 
 
 def test_manifest_cut_short_is_corrupt_and_can_still_be_removed(store: Store):

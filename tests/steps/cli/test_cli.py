@@ -149,6 +149,9 @@ def test_verify_whole_store_passes_and_damage_exits_with_1(sft, built_recipe):
     assert {line.split(":")[0] for line in lines[:-1]} == {str(tokens), str(mixture)}
     assert sft("verify", tokens, "--store", store.root, code=1).stdout.endswith("1 outputs verified, 1 damaged\n")
     packed = next(ref for ref in store.refs() if ref.stage == "packed")
+    (store.path(packed) / "notes.txt").write_text("mine")
+    assert f"{packed}: notes.txt is not of the output" in sft("verify", packed, "--store", store.root).stdout
+    (store.path(packed) / "notes.txt").unlink()
     assert sft("verify", f"packed/{packed.key[:5]}", "--store", store.root).stdout.startswith("1 outputs verified, 0")
 
 
