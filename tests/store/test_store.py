@@ -20,7 +20,6 @@ from sft_core.recipe.parse import override, parse_recipe
 from sft_core.store import code_digest as code
 from sft_core.store import store as store_module
 from sft_core.store.lookups import Lookups
-from sft_core.store.manifest import CorruptOutput
 from sft_core.store.provenance import source_code
 from sft_core.store.ref import Ref
 from sft_core.store.stage import Build, Stage
@@ -436,99 +435,6 @@ def test_two_processes_one_output_is_built_once_and_both_read_it(store: Store, s
     assert outputs[0][0] == outputs[1][0] == f"{store.locate(SLOW, toy(), {}).ref}\n"
     assert builds(store) == ["toy"]
     assert len(list(store.root.glob("started-*"))) == 1
-
-
-# Damage
-
-
-def flip_first_byte(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[0] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("name", ["numbers.txt", "logs/log.txt"])
-def test_verify_a_flipped_byte_or_a_missing_file_is_found(store: Store, name: str):
-    ref = store.ensure(NUMBERS, toy())
-    store.verify(ref)
-    flip_first_byte(store.path(ref) / name)
-    with pytest.raises(CorruptOutput, match=rf"{ref}: {name} has \d+ bytes with another digest .*sft store gc {ref}"):
-        store.verify(ref)
-    (store.path(ref) / name).unlink()
-    with pytest.raises(CorruptOutput, match=f"{name} is missing"):
-        store.verify(ref)
-
-
-KEYS = ("content", "identity_sha256", "identity", "files", "counts", "inputs", "created", "seconds", "ref", "made_by")
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_verify_a_manifest_that_contradicts_itself_is_found(store: Store, key: str):
-    ref = store.ensure(NUMBERS, toy())
-    path = store.path(ref) / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest[key] = manifest[key][::-1] if isinstance(manifest[key], str) else {} if manifest[key] else {"another": 1}
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(CorruptOutput, match=r"manifest\.json is not what was written"):
-        store.verify(ref)
-
-
-def test_manifest_of_before_the_digest_of_all_is_verified_by_the_others(store: Store):
-    ref = store.ensure(NUMBERS, toy())
-    path = store.path(ref) / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["sha256"]
-    path.write_text(json.dumps(manifest))
-    store.verify(ref)
-
-
-def test_counts_with_numbers_as_keys_are_verified(store: Store):
-    def build_by_number(build: Build) -> dict[str, Any]:
-        return {"by_length": {9: 1, 10: (2, 3)}}
-
-    ref = store.ensure(Stage("numbered", build_by_number, lambda pinned, part: {}, version=1), toy())
-    store.verify(ref)
-    assert store.manifest(ref)["counts"] == {"by_length": {"9": 1, "10": [2, 3]}}
-
-
-def test_files_that_no_builder_put_there_are_named(store: Store):
-    ref = store.ensure(NUMBERS, toy())
-    assert store.foreign(ref) == []
-    (store.path(ref) / "logs" / "notes.txt").write_text("mine")
-    store.verify(ref)
-    assert store.foreign(ref) == ["logs/notes.txt"]
-
-
-def test_manifest_cut_short_is_corrupt_and_can_still_be_removed(store: Store):
-    ref = store.ensure(NUMBERS, toy())
-    path = store.path(ref) / "manifest.json"
-    path.write_text(path.read_text()[:40])
-    for call in (store.verify, store.manifest):
-        with pytest.raises(CorruptOutput, match=rf"{ref}: manifest\.json cannot be read"):
-            call(ref)
-    assert store.refs() == [ref] and store.num_bytes(ref) > 0
-    store.remove(ref)
-    assert store.ensure(NUMBERS, toy()) == ref
-
-
-@pytest.mark.parametrize("verify_inputs", [True, False])
-def test_ensure_damaged_input_is_found_before_a_stage_that_verifies(store: Store, verify_inputs: bool):
-    started = []
-
-    def build(build: Build) -> dict[str, Any]:
-        started.append(build.out)
-        return {}
-
-    numbers = store.ensure(NUMBERS, toy())
-    flip_first_byte(store.path(numbers) / "numbers.txt")
-    stage = stage_of(build, needs=SUM.needs, verify_inputs=verify_inputs)
-    if verify_inputs:
-        with pytest.raises(CorruptOutput, match=f"{numbers}: numbers.txt has 1 bytes with another digest"):
-            store.ensure(stage, toy())
-        assert started == []
-    else:
-        store.ensure(stage, toy())
-        assert len(started) == 1
 
 
 # Stores that cannot be written
