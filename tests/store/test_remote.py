@@ -32,7 +32,8 @@ from sft_core.store.store import Store
 from steps.cli.main import main
 from steps.start import prepare
 from tests.object_server import ObjectServer
-from tests.store.test_store import NUMBERS, RECIPE, SUM, TOLD, builds, flip_first_byte, stage_of, toy, wait_for
+from tests.store.test_damage import flip_first_byte
+from tests.store.test_store import NUMBERS, RECIPE, SUM, TOLD, builds, stage_of, toy, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
