@@ -40,6 +40,7 @@ from metaflow import (  # noqa: E402
 
 from steps.runs.recipes import effective, open_store, parse_config  # noqa: E402
 from steps.runs.service import check_service  # noqa: E402
+from steps.runs.stopping import stop_gently  # noqa: E402
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
@@ -262,7 +263,7 @@ class SFTFlow(FlowSpec):
         self.num_rounds += 1
         self.rounds_left = len(known.rounds) - self.num_rounds
         current.card.extend(search.card(known, pinned.phase_name(part)))
-        current.card.extend(training.card(self.store.path(self.ref(self.trained))))
+        current.card.extend(training.card(self.store.path(self.ref(self.trained), "logs/*")))
 
     @property
     def progress(self):
@@ -305,4 +306,5 @@ if __name__ == "__main__":
         check_service(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"    {error}")
+    stop_gently(sys.argv[1:])
     SFTFlow()

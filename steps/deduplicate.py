@@ -8,7 +8,7 @@ from sft_core.pins.pinned import PinnedRecipe
 from sft_core.recipe.datasets.mixture import Deduplication
 from sft_core.store.stage import Needs, Part, Stage
 from steps.download import CONVERSATIONS
-from steps.tokenize import TOKENS
+from steps.tokenize import INDEX, TOKENS
 
 
 def _asked(pinned: PinnedRecipe, part: Part) -> Deduplication:
@@ -56,5 +56,10 @@ def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
 
 
 DUPLICATES = Stage(
-    "duplicates", build_duplicates, section=_section, needs=_needs, libraries=("datasketch", "numpy", "xxhash")
+    "duplicates",
+    build_duplicates,
+    section=_section,
+    needs=_needs,
+    reads={TOKENS.name: INDEX},
+    libraries=("datasketch", "numpy", "xxhash"),
 )

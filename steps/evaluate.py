@@ -10,7 +10,7 @@ from sft_core.store.store import Store
 from steps.download import CONVERSATIONS
 from steps.metrics import scoring_of_answers, wants_conversation
 from steps.tokenize import TOKENS
-from steps.train import checkpoint_of
+from steps.train import MODEL, TRAINED, checkpoint_of
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> Section:
@@ -65,9 +65,9 @@ EVALUATED = Stage(
         "tokenizer": pinned.tokenizer_loader,
     },
     needs=_needs,
+    reads={TRAINED.name: MODEL},
     version=5,
     libraries=LIBRARIES,
-    verify_inputs=True,
 )
 
 

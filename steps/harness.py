@@ -11,6 +11,7 @@ from sft_core.recipe.evaluation import LmEval
 from sft_core.rounds import BASE
 from sft_core.store.stage import Part, Section, Stage
 from steps import evaluate
+from steps.train import MODEL, TRAINED
 
 
 def _lm_eval(pinned: PinnedRecipe) -> LmEval:
@@ -60,7 +61,7 @@ HARNESS = Stage(
     section=_section,
     loaders=_loaders,
     needs=evaluate.scored_model,
+    reads={TRAINED.name: MODEL},
     version=2,
     libraries=("torch", "transformers"),
-    verify_inputs=True,
 )

@@ -20,7 +20,7 @@ from sft_core.store.stage import Needs, Part, Stage
 from sft_core.store.store import Store
 from steps.decontaminate import CONTAMINATION
 from steps.deduplicate import DUPLICATES
-from steps.tokenize import TOKENS
+from steps.tokenize import INDEX, TOKENS
 
 SHARES_HEADER = ("source", "asked", "available", "kept", "trained tokens: requested → achieved")
 
@@ -74,7 +74,7 @@ def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
     return needs
 
 
-MIXTURE = Stage("mixture", build_mixture, section=_section, needs=_needs)
+MIXTURE = Stage("mixture", build_mixture, section=_section, needs=_needs, reads={TOKENS.name: INDEX})
 
 
 KINDS = ("requested", "achieved")

@@ -19,7 +19,7 @@ from steps.mix import MIXTURE
 from steps.report import REPORT
 from steps.scored import scored_tasks, scorings
 from steps.tokenize import TOKENS
-from steps.train import TRAINED, checkpoint_of, last_round
+from steps.train import MODEL, TRAINED, checkpoint_of, last_round
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> Section:
@@ -116,9 +116,9 @@ RELEASED = Stage(
     build_release,
     section=_section,
     needs=_needs,
+    reads={TRAINED.name: MODEL},
     reads_manifest_of=_reads_manifest_of,
     libraries=("huggingface_hub",),
-    verify_inputs=True,
 )
 
 
@@ -134,5 +134,4 @@ PUSHED = Stage(
     section=_target,
     needs=lambda pinned, part: {"release": (RELEASED, {})},
     version=1,
-    verify_inputs=True,
 )

@@ -6,6 +6,7 @@ A search has no other state: after a kill, or with a larger cap, it continues fr
 from __future__ import annotations
 
 import dataclasses
+import io
 from typing import NamedTuple
 
 from sft_core.data.mixing.mixture_counts import MixtureCounts
@@ -96,8 +97,7 @@ def _searched(store: Store, pinned: PinnedRecipe, phase: str, lookups: Lookups, 
         located = store.locate(TRAINED, pinned, pinned.part_of(phase, round=rollout.round), lookups)
         if located.status != "hit" or located.ref is None:
             return Searched(pinned, rounds, False, measured)
-        with store.open(located.ref, CURVES) as file:
-            journal = read_journal(file)
+        journal = read_journal(io.BytesIO(store.read(located.ref, CURVES)))
         measured.append(Measured(journal.curves, search.observe(journal.curves), journal.cost, journal.drawn))
     rounds = dataclasses.replace(rounds, best=search.best)
     return Searched(_with_rounds(pinned, phase, rounds), rounds, True, measured, search.ended_by)

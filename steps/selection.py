@@ -5,7 +5,7 @@ from typing import Any
 from sft_core.data.packing.held_out import build_selection
 from sft_core.pins.pinned import PinnedRecipe
 from sft_core.store.stage import Needs, Part, Stage
-from steps.tokenize import TOKENS
+from steps.tokenize import INDEX, TOKENS
 
 
 def _section(pinned: PinnedRecipe, part: Part) -> dict[str, Any]:
@@ -24,4 +24,4 @@ def _needs(pinned: PinnedRecipe, part: Part) -> Needs:
     return {source: (TOKENS, {"source": source}) for source in pinned.phase(part).sources}
 
 
-SELECTION = Stage("selection", build_selection, section=_section, needs=_needs)
+SELECTION = Stage("selection", build_selection, section=_section, needs=_needs, reads={TOKENS.name: INDEX})

@@ -10,6 +10,8 @@ from sft_core.store.store import Store
 from steps.download import CONVERSATIONS
 from steps.render import RENDERED, how_rendered, loaders
 
+INDEX = ("*/index.parquet",)  # the files that tell of rows without their tokens
+
 TOKENS = Stage(
     "tokens",
     build_tokens,

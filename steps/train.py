@@ -14,7 +14,7 @@ from sft_core.store.stage import Build, Needs, Part, Section, Stage, Unresolved
 from sft_core.store.store import Store
 from sft_core.train import accelerator
 from sft_core.train.job import TrainSpec
-from sft_core.train.launch import START, build_trained
+from sft_core.train.launch import START, TEMPORARY, build_trained
 from steps.download import CONVERSATIONS
 from steps.metrics import wants_conversation
 from steps.pack import PACKED, rows_to_pack
@@ -60,6 +60,8 @@ def build_round(build: Build, *, job: TrainSpec | SearchSpec, round: int) -> dic
 
 
 # The version stands for sft_core/train: raise it when a change there changes what is trained.
+MODEL = ("model/*",)  # of what a training writes, the files that are scored and released
+
 TRAINED = Stage(
     "trained",
     build_round,
@@ -70,7 +72,7 @@ TRAINED = Stage(
     version=3,
     libraries=("torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "liger-kernel"),
     resumable=True,
-    verify_inputs=True,
+    temporary=TEMPORARY,
 )
 
 

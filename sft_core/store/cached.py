@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import shutil
@@ -12,8 +11,18 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft_core.store.digests import DIGESTS, is_whole
 from sft_core.store.folders import Folders
-from sft_core.store.manifest import MANIFEST, CorruptOutput, Manifest, check, data_digest, digest_in, read_manifest
+from sft_core.store.manifest import (
+    MANIFEST,
+    CorruptOutput,
+    Manifest,
+    check_files,
+    data_digest,
+    digest_in,
+    parse_manifest,
+    read_manifest,
+)
 from sft_core.store.ref import Ref
 
 if TYPE_CHECKING:
@@ -32,7 +41,7 @@ class Cached:
     def publish(self, ref: Ref) -> None:
         """Uploads an output of this machine. When another machine was first, its output replaces the local one."""
         folder, path, started = self.folders.output(ref), self.folders.manifest(ref), time.monotonic()
-        manifest = read_manifest(path, path.stat().st_mtime_ns)
+        manifest = read_manifest(ref, path, path.stat().st_mtime_ns)
         data = data_digest(manifest)
         try:
             won = self.remote.publish(ref, folder, manifest["files"], data)
@@ -56,7 +65,7 @@ class Cached:
             try:
                 manifest = self.fetch_manifest(ref)
                 self.remote.download(ref, folder, manifest["files"], data_digest(manifest))
-                check(ref, manifest, functools.partial(digest_in, folder), self.remedy(ref))
+                check_files(ref, manifest, manifest["files"], functools.partial(digest_in, folder), self.remedy(ref))
                 shutil.copyfile(self.folders.manifest_copy(ref), folder / MANIFEST)
                 self.folders.put_in_place(folder, ref)
             except FileNotFoundError as error:
@@ -69,18 +78,25 @@ class Cached:
     def verify(self, ref: Ref) -> None:
         """Raises CorruptOutput for a missing or altered file behind the URL, and for an altered manifest."""
         manifest = self.fetch_manifest(ref)
-        check(ref, manifest, functools.partial(self.remote.digest_of, ref, data_digest(manifest)), self.remedy(ref))
+        digest_of = functools.partial(self.remote.digest_of, ref, data_digest(manifest))
+        check_files(ref, manifest, manifest["files"], digest_of, self.remedy(ref))
 
     def fetch_kept(self, ref: Ref) -> None:
-        """Fills an empty scratch folder with the folders that an unfinished build on another machine has kept."""
+        """Adds the folders that an unfinished build on another machine has kept, where those are the newer ones."""
         scratch = self.folders.scratch(ref)
-        if scratch.is_dir() and any(scratch.iterdir()):
+        kept = sorted(self.remote.kept(scratch.name), key=_age)
+        places = {(scratch / name).parent for name in kept}
+        here = [path.parent for path in scratch.rglob(DIGESTS) if path.parent.parent in places]
+        if not kept or any(_age(folder.name) >= _age(kept[-1]) and is_whole(folder) for folder in here):
             return
         fetched = self.folders.empty_fetching(ref)
         self.remote.fetch_kept(scratch.name, fetched)
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.parent.mkdir(parents=True, exist_ok=True)
-        fetched.rename(scratch)  # all at once: a build that has some of the folders would never fetch the others
+        # The newest last: it is what a build that was killed here looks at.
+        for name in [name for name in kept if (fetched / name).is_dir()]:
+            shutil.rmtree(scratch / name, ignore_errors=True)
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            (fetched / name).rename(scratch / name)
+        shutil.rmtree(fetched)
 
     def manifest_path(self, ref: Ref) -> Path:
         """A file on this machine with the manifest, which is downloaded at the first call."""
@@ -90,12 +106,12 @@ class Cached:
         return path
 
     def fetch_manifest(self, ref: Ref) -> Manifest:
-        """Downloads the manifest and keeps a copy. Raises CorruptOutput when it cannot be read."""
+        """Downloads the manifest and keeps a copy. Raises CorruptOutput when it is not what was written."""
         text, path = self.remote.read(ref), self.folders.manifest_copy(ref)
         try:
-            manifest = json.loads(text)  # parse before copying: an unreadable copy would outlive the output's removal
-        except ValueError as error:
-            raise CorruptOutput(f"{ref}: {MANIFEST} cannot be read ({error}). {self.remedy(ref)}") from None
+            manifest = parse_manifest(ref, text)  # before copying: a damaged copy would outlive the output's removal
+        except CorruptOutput as error:
+            raise CorruptOutput(f"{error}. {self.remedy(ref)}") from None
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         unfinished.write_text(text, encoding="utf-8")
@@ -105,3 +121,8 @@ class Cached:
     def remedy(self, ref: Ref) -> str:
         """What to do about a damaged output behind the URL; the end of a message."""
         return f"Remove it with `sft store gc {ref} --delete --store {self.remote.url}`; the next run builds it again."
+
+
+def _age(name: str) -> int:
+    """The number at the end of a kept folder's name."""
+    return int(name.rpartition("-")[2])

@@ -1,6 +1,6 @@
 """Digests of files, and digests.json, which is written last into a folder: half a checkpoint has none.
 
-Training waits for a checkpoint's digests, so they are XXH3, which finds damage; digests that name an output are SHA-256
+XXH3 finds damage, and training and readers wait for little of it; digests that name an output are SHA-256
 (sft_core/store/manifest.py).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,13 +27,14 @@ class Readable(Protocol):
     def readinto(self, buffer: memoryview, /) -> int | None: ...
 
 
-def hex_digest(file: Readable, algorithm: str) -> str:
-    """The digest of a file from its read position on."""
+def hex_digests(file: Readable, algorithms: Sequence[str]) -> dict[str, str]:
+    """The digests of a file from its read position on, by algorithm. The file is read once."""
     # Read, not mapped into memory, though that is twice as fast: a disk's error would end the process by a signal.
-    digest, block = _HASHES[algorithm](), memoryview(bytearray(_BLOCK_BYTES))
+    digests, block = {name: _HASHES[name]() for name in algorithms}, memoryview(bytearray(_BLOCK_BYTES))
     while num_bytes := file.readinto(block):
-        digest.update(block[:num_bytes])
-    return digest.hexdigest()
+        for digest in digests.values():
+            digest.update(block[:num_bytes])
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def write_digests(folder: Path) -> None:
@@ -73,6 +74,16 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def sync(paths: Iterable[Path]) -> None:
+    """Waits until the disk has the files and folders, so that a crash of the machine loses none of them."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _digest_of(path: Path, algorithm: str) -> str:
     with path.open("rb", buffering=0) as file:
-        return hex_digest(file, algorithm)
+        return hex_digests(file, [algorithm])[algorithm]

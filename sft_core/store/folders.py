@@ -12,11 +12,12 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from sft_core.store.digests import sync
 from sft_core.store.manifest import MANIFEST
 from sft_core.store.ref import Ref
 
@@ -64,6 +65,7 @@ class Folders:
         shutil.rmtree(self.output(ref), ignore_errors=True)  # files of a killed removal would stop the rename
         self.output(ref).parent.mkdir(parents=True, exist_ok=True)
         folder.rename(self.output(ref))
+        sync([self.output(ref).parent])
 
     def remove(self, ref: Ref, *, missing_ok: bool = False) -> None:
         """Removes the output and the copy of its manifest. Raises FileNotFoundError when the output is not here."""
@@ -102,6 +104,12 @@ class Folders:
 
     def _lock(self, name: str) -> FileLock:
         return FileLock(self.root / ".locks" / f"{name}.lock")
+
+
+def remove_matching(folder: Path, patterns: Sequence[str]) -> None:
+    """Removes what is in a folder under the names that the patterns match."""
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _name(ref: Ref) -> str:

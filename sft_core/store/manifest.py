@@ -1,20 +1,23 @@
-"""manifest.json of an output: digests of its files, of its content and of its identity, and the check against them."""
+"""manifest.json of an output: digests of its files, of its content and of its identity, and the checks against them."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
-from collections.abc import Callable
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
-from sft_core.store.digests import SHA256, hex_digest
+from sft_core.store.digests import SHA256, XXH3, hex_digests
+from sft_core.store.provenance import SourceCode, source_code
 from sft_core.store.ref import Ref
 
 if TYPE_CHECKING:
     from sft_core.store.made_by import MadeBy
-    from sft_core.store.provenance import SourceCode
 
 MANIFEST = "manifest.json"
 LOGS = "logs/"  # files for people: verified, but not part of the content, so no reader's key depends on them
@@ -23,7 +26,8 @@ KEY_HEX = 16  # 64 bits: a collision is out of reach for a store, and the manife
 
 class FileDigest(TypedDict):
     bytes: int
-    sha256: str  # hex
+    sha256: str  # hex; it is in the content digest, and so in the keys of readers
+    xxh3_128: NotRequired[str]  # hex, to verify: ten times as fast; manifests of before the key do not have it
 
 
 class Identity(TypedDict):
@@ -58,26 +62,78 @@ class CorruptOutput(ValueError):
     """An output whose bytes are not those that were written."""
 
 
-def check(ref: Ref, manifest: Manifest, digest_of: Callable[[str], FileDigest | None], remedy: str) -> None:
-    """Raises CorruptOutput, with the remedy, for a missing or altered file, and for an altered manifest."""
-    identity, content = sha256_of(manifest["identity"]), content_digest(manifest["files"])
-    written = (manifest["identity_sha256"][:KEY_HEX], manifest["identity_sha256"], manifest["content"])
-    of_all = manifest_digest(manifest)
-    if written != (ref.key, identity, content) or manifest.get("sha256", of_all) != of_all:
-        raise CorruptOutput(f"{ref}: {MANIFEST} is not what was written. {remedy}")
-    for name, entry in manifest["files"].items():
-        digest = digest_of(name)
-        if digest != entry:
-            state = "is missing" if digest is None else f"has {digest['bytes']} bytes with another digest"
-            raise CorruptOutput(
-                f"{ref}: {name} {state} (written: {entry['bytes']} bytes, sha256 {entry['sha256'][:12]}). {remedy}"
-            )
+def make_manifest(
+    ref: Ref,
+    identity: Identity,
+    files: dict[str, FileDigest],
+    counts: dict[str, Any],
+    inputs: dict[str, Ref],
+    seconds: float,
+    by: MadeBy | None,
+) -> Manifest:
+    manifest: Manifest = {
+        "ref": list(ref),
+        "identity": identity,
+        "identity_sha256": sha256_of(identity),
+        "content": content_digest(files),
+        "files": files,
+        "counts": counts,
+        "inputs": {name: list(input_ref) for name, input_ref in inputs.items()},
+        "seconds": seconds,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "source_code": source_code(),
+    }
+    if by is not None:
+        manifest["made_by"] = by
+    manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as a reader will find it: keys are strings
+    return {**manifest, "sha256": manifest_digest(manifest)}
+
+
+def parse_manifest(ref: Ref, text: str) -> Manifest:
+    """Raises CorruptOutput, without a remedy, for a text that is not the one that was written."""
+    try:
+        manifest: Manifest = json.loads(text)
+    except ValueError as error:
+        raise CorruptOutput(f"{ref}: {MANIFEST} cannot be read ({error})") from None
+    try:
+        identity, content = sha256_of(manifest["identity"]), content_digest(manifest["files"])
+        written = (manifest["identity_sha256"][:KEY_HEX], manifest["identity_sha256"], manifest["content"])
+        of_all = manifest_digest(manifest)
+        is_written = written == (ref.key, identity, content) and manifest.get("sha256", of_all) == of_all
+    except (KeyError, TypeError, AttributeError):  # a damaged byte can be anywhere
+        is_written = False
+    if not is_written:
+        raise CorruptOutput(f"{ref}: {MANIFEST} is not what was written")
+    return manifest
 
 
 @functools.lru_cache(maxsize=4096)
-def read_manifest(path: Path, mtime_ns: int) -> Manifest:
-    """The manifest in a file that was last written at `mtime_ns`. Raises ValueError when it is no JSON."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_manifest(ref: Ref, path: Path, mtime_ns: int) -> Manifest:
+    """The manifest in a file that was last written at `mtime_ns`. Raises CorruptOutput, without a remedy."""
+    return parse_manifest(ref, path.read_text(encoding="utf-8", errors="replace"))
+
+
+DigestOf = Callable[[str, str], tuple[int, str] | None]  # (name, algorithm): bytes and hex digest; None: no such file
+
+
+def check_files(ref: Ref, manifest: Manifest, names: Iterable[str], digest_of: DigestOf, remedy: str) -> None:
+    """Raises CorruptOutput, with the remedy, for the first missing or altered file among the names."""
+    for name in names:
+        entry = manifest["files"][name]
+        algorithm, digest = verified_by(entry)
+        found = digest_of(name, algorithm)
+        if found != (entry["bytes"], digest):
+            state = "is missing" if found is None else f"has {found[0]} bytes with another digest"
+            raise CorruptOutput(
+                f"{ref}: {name} {state} (written: {entry['bytes']} bytes, {algorithm} {digest[:12]}). {remedy}"
+            )
+
+
+def verified_by(entry: FileDigest) -> tuple[str, str]:
+    """The algorithm that verifies a file, and its digest by it."""
+    fast = entry.get("xxh3_128")
+    return (SHA256, entry["sha256"]) if fast is None else (XXH3, fast)
 
 
 def content_digest(files: dict[str, FileDigest]) -> str:
@@ -101,16 +157,28 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def files_of(folder: Path) -> list[Path]:
-    """The files of an output, without its manifest, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+def files_of(folder: Path, without: Sequence[str] = ()) -> list[Path]:
+    """The files of an output, without its manifest, sorted. without: patterns of names in the folder to leave out."""
+    left_out = {path for pattern in without for path in folder.glob(pattern)}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return sorted(path for path in files if left_out.isdisjoint((path, *path.parents)))
 
 
 def file_digest(path: Path) -> FileDigest:
     with path.open("rb", buffering=0) as file:
-        return {"bytes": path.stat().st_size, "sha256": hex_digest(file, SHA256)}
+        digests = hex_digests(file, (SHA256, XXH3))
+        return {"bytes": path.stat().st_size, "sha256": digests[SHA256], "xxh3_128": digests[XXH3]}
 
 
-def digest_in(folder: Path, name: str) -> FileDigest | None:
-    """The digest of a file of the folder; None when the file is missing."""
-    return file_digest(folder / name) if (folder / name).is_file() else None
+def digest_in(folder: Path, name: str, algorithm: str) -> tuple[int, str] | None:
+    """Size and digest of a file of the folder; None when the file is missing."""
+    path = folder / name
+    if not path.is_file():
+        return None
+    with path.open("rb", buffering=0) as file:
+        return path.stat().st_size, hex_digests(file, [algorithm])[algorithm]
+
+
+def digest_of(data: bytes, name: str, algorithm: str) -> tuple[int, str]:
+    """Size and digest of a file's whole content."""
+    return len(data), hex_digests(io.BytesIO(data), [algorithm])[algorithm]

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import fsspec
 from tqdm import tqdm
 
-from sft_core.store.digests import DIGESTS, SHA256, hex_digest, is_whole
+from sft_core.store.digests import DIGESTS, hex_digests, is_whole
 from sft_core.store.folders import cache_folder
 from sft_core.store.manifest import MANIFEST, FileDigest
 from sft_core.store.ref import Ref
@@ -157,11 +157,11 @@ class Remote:
         with self._reached():
             return self._fs.open(f"{self._data(ref, digest)}/{name}", "rb")
 
-    def digest_of(self, ref: Ref, digest: str, name: str) -> FileDigest | None:
-        """Size and SHA-256 of a file, in the manifest's form; None when it is missing. It reads the whole file."""
+    def digest_of(self, ref: Ref, data: str, name: str, algorithm: str) -> tuple[int, str] | None:
+        """Size and digest of a file; None when it is missing. It reads the whole file."""
         try:
-            with self._reached(), self._fs.open(f"{self._data(ref, digest)}/{name}", "rb") as file:
-                return {"bytes": file.size, "sha256": hex_digest(file, SHA256)}
+            with self._reached(), self._fs.open(f"{self._data(ref, data)}/{name}", "rb") as file:
+                return file.size, hex_digests(file, [algorithm])[algorithm]
         except FileNotFoundError:
             return None
 
@@ -241,13 +241,13 @@ class Remote:
             log.info("kept=%s status=gone", folder.name)
             return
         log.info("kept=%s bytes=%d", folder.name, sum(transfer.num_bytes for transfer in transfers))
-        for relative in self._kept(name):
+        for relative in self.kept(name):
             if not (out / relative).exists() and f".partial/{name}/{relative}" != where:
                 self._remove(f".partial/{name}/{relative}", first=DIGESTS)
 
     def fetch_kept(self, name: str, out: Path) -> None:
         """Downloads every whole kept folder into `out`. Damaged ones are left out, with a warning."""
-        for relative, sizes in self._kept(name).items():
+        for relative, sizes in self.kept(name).items():
             base = f"{self._root}/.partial/{name}/{relative}"
             transfers = [Transfer(f"{base}/{file}", str(out / relative / file), size) for file, size in sizes.items()]
             self._fetch(f"fetch {name}", transfers)
@@ -260,7 +260,7 @@ class Remote:
     def drop_kept(self, name: str) -> None:
         self._remove(f".partial/{name}", first=DIGESTS)
 
-    def _kept(self, name: str) -> dict[str, dict[str, int]]:
+    def kept(self, name: str) -> dict[str, dict[str, int]]:
         """{folder: {file: bytes}} of the kept folders that have their digests.json. folder: its path below `out`."""
         objects = self._find(f".partial/{name}")
         folders = [path.rpartition("/")[0] for path in objects if path.rpartition("/")[2] == DIGESTS]

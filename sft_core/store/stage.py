@@ -52,9 +52,10 @@ class Build:
     def keep(self, folder: Path) -> None:
         """Keeps a finished folder below `out`, such as a checkpoint, so that it outlives this machine.
 
-        A store behind a URL uploads the folder; a store that is a folder does nothing. A build that starts with an
-        empty `out` gets the kept folders back, under the same names, without the damaged ones. All of them are removed
-        once the output is whole.
+        A store behind a URL uploads the folder; a store that is a folder does nothing. The names of folders end with a
+        number, as checkpoint-60 does, and the highest is the newest. A build whose `out` has no whole folder as new as
+        the newest kept one gets the kept folders back, under the same names, without the damaged ones. All of them are
+        removed once the output is whole.
 
         The folder holds the digests.json that `write_digests` (sft_core/store/digests.py) writes; it is uploaded last.
         Kept folders that are no longer below `out` are removed, so the URL never keeps more of them than `out`; a
@@ -74,12 +75,16 @@ class Stage(Generic[S]):
     loaders: how to load what the section names only by digest, as paths. The builder gets them in place of the
     section's values of the same names; they are not part of the identity.
     needs: the outputs that the builder reads. A part says which output of a stage: {"source": "chat"}, {"round": 2}.
+    reads: patterns of the files that the builder reads, by the stage of an input; it reads all files of other stages.
+    The store verifies those files before the build.
     reads_manifest_of: the outputs of which the builder reads only the manifest, so their files are not downloaded.
     modules: modules that the builder reaches through an object among `loaders`, or that it starts as processes. Its
     imports do not show them, but their code counts as the builder's.
     version: replaces the digest of the builder's code, where a rename must not cost days of training. The manifest then
     says by which code and libraries the output was made.
     libraries: packages whose versions count.
+    temporary: patterns of names in `out` of what a resumable build needs to go on, and the output does not have. It is
+    removed once the output is whole.
     """
 
     name: str
@@ -87,12 +92,13 @@ class Stage(Generic[S]):
     section: Callable[[S, Part], Section]
     loaders: Callable[[S, Part], Mapping[str, object]] = lambda subject, part: {}
     needs: Callable[[S, Part], Needs] = lambda subject, part: {}
+    reads: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     reads_manifest_of: Callable[[S, Part], Needs] = lambda subject, part: {}
     modules: Callable[[S, Part], tuple[str, ...]] = lambda subject, part: ()
     version: int | None = None
     libraries: tuple[str, ...] = ()
     resumable: bool = False
-    verify_inputs: bool = False
+    temporary: tuple[str, ...] = ()
 
     def code(self, modules: tuple[str, ...]) -> str | int:
         """The builder's code in an identity: the version, or a digest, which takes milliseconds.

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import functools
+import glob
 import json
 import logging
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -21,30 +22,29 @@ from pathlib import Path
 from typing import IO, Any
 
 from sft_core.store.cached import Cached
-from sft_core.store.digests import write_synced
-from sft_core.store.folders import Folders
+from sft_core.store.digests import sync, write_synced
+from sft_core.store.folders import Folders, remove_matching
 from sft_core.store.lookups import Lookups
-from sft_core.store.made_by import MadeBy
 from sft_core.store.manifest import (
     KEY_HEX,
     MANIFEST,
     CorruptOutput,
-    FileDigest,
     Identity,
     Manifest,
-    check,
-    content_digest,
+    check_files,
     data_digest,
     digest_in,
+    digest_of,
     file_digest,
     files_of,
-    manifest_digest,
+    make_manifest,
+    parse_manifest,
     read_manifest,
     sha256_of,
 )
-from sft_core.store.provenance import source_code
 from sft_core.store.ref import Ref
 from sft_core.store.stage import Build, Located, Part, S, Stage, Unresolved
+from sft_core.store.verified import Verified
 
 log = logging.getLogger(__name__)
 USE_NOTED_S = 86400  # at most one note of a use behind a URL in this time: each note is a request
@@ -72,6 +72,7 @@ class Store:
             self.address = str(self.root)
         self._folders = Folders(self.root)
         self._cached = Cached(self.remote, self._folders) if self.remote else None
+        self._verified = Verified()
 
     # Locating
 
@@ -115,30 +116,54 @@ class Store:
         """Whether the output can be read without a download."""
         return self._folders.is_here(ref)
 
-    def path(self, ref: Ref) -> Path:
-        """The output's folder, to read; it is downloaded first when only the URL has it. Raises CorruptOutput."""
-        if self._cached and not self.is_here(ref) and self.has(ref):
-            self._cached.download(ref)
+    def path(self, ref: Ref, *patterns: str) -> Path:
+        """The output's folder, to read; it is downloaded first when only the URL has it.
+
+        The files that match one of the patterns, or all without a pattern, are verified, each once in a process. Read
+        no others. Raises CorruptOutput for a missing or altered one.
+        """
+        self._fetch(ref)
+        files = self.manifest(ref)["files"]
+        chosen = [name for name in files if not patterns or any(fnmatch.fnmatch(name, one) for one in patterns)]
+        self._verified.check(ref, self.manifest(ref), self._folders.output(ref), chosen, self._remedy_here(ref))
         return self._folders.output(ref)
 
+    def _fetch(self, ref: Ref) -> None:
+        if self._cached and not self.is_here(ref) and self.has(ref):
+            self._cached.download(ref)
+
+    def read(self, ref: Ref, name: str) -> bytes:
+        """A whole file of an output, verified; behind a URL only that file is fetched. Raises CorruptOutput."""
+        with self.open(ref, name) as file:
+            data = file.read()
+        check_files(ref, self.manifest(ref), [name], functools.partial(digest_of, data), self._remedy(ref))
+        return data
+
     def open(self, ref: Ref, name: str) -> IO[bytes]:
-        """A file of an output, open to read a part of it: behind a URL only that part is fetched, and not cached."""
+        """A file of an output, open to read a part of it.
+
+        The file is verified where it is on this machine. Behind a URL only the part that is read is fetched: it is not
+        cached and cannot be verified, so no output is made from it.
+        """
         if self.remote and not self.is_here(ref):
             return self.remote.open(ref, data_digest(self.manifest(ref)), name)
-        return (self._folders.output(ref) / name).open("rb")
+        return (self.path(ref, glob.escape(name)) / name).open("rb")
 
     def scratch(self, ref: Ref) -> Path:
         """The folder in which a build works. For a resumable stage it stays until the output is whole."""
         return self._folders.scratch(ref)
 
     def manifest(self, ref: Ref) -> Manifest:
+        """Raises CorruptOutput when it is not what was written, and FileNotFoundError without the output."""
         path = self._folders.manifest(ref)
         if self._cached and not path.is_file():
             path = self._cached.manifest_path(ref)
         try:
-            return read_manifest(path, path.stat().st_mtime_ns)
-        except ValueError as error:
-            raise CorruptOutput(f"{ref}: {MANIFEST} cannot be read ({error}). {self._remedy(ref)}") from None
+            return read_manifest(ref, path, path.stat().st_mtime_ns)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{ref} is not in the store at {self.address}") from None
+        except CorruptOutput as error:
+            raise CorruptOutput(f"{error}. {self._remedy(ref)}") from None
 
     # Building
 
@@ -189,10 +214,11 @@ class Store:
         assert ref is not None
         refs = self._input_refs(located, subject, lookups)
         read = stage.needs(subject, located.part)
-        inputs = {name: self.path(input_ref) for name, input_ref in refs.items() if name in read}
-        if stage.verify_inputs:
-            for name in inputs:
-                self.verify(refs[name])
+        inputs = {
+            name: self.path(input_ref, *stage.reads.get(input_ref.stage, ()))
+            for name, input_ref in refs.items()
+            if name in read
+        }
         manifests = {name: self.manifest(input_ref) for name, input_ref in refs.items()}
         out = self.scratch(ref)
         if not stage.resumable:
@@ -203,14 +229,19 @@ class Store:
         log.info("stage=%s part=%s key=%s status=build", stage.name, located.name, ref.key)
         started, by = time.monotonic(), stage.made_by(stage.modules(subject, located.part))
         try:
-            arguments = {**located.identity["section"], **stage.loaders(subject, located.part)}
-            upload = functools.partial(self.remote.keep, out.name, out) if self.remote and stage.resumable else None
-            counts = stage.build(Build(out, inputs, subject.recipe.runtime, upload, manifests), **arguments)
-            files = {str(path.relative_to(out)): file_digest(path) for path in files_of(out)}
-            seconds = round(time.monotonic() - started, 3)
-            manifest = _manifest(ref, located.identity, files, counts, refs, seconds, by)
-            # Manifest last, rename after it: a reader must never see half an output.
-            write_synced(out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False))
+            manifest = self._finished(ref, out)
+            if manifest is None:
+                arguments = {**located.identity["section"], **stage.loaders(subject, located.part)}
+                upload = functools.partial(self.remote.keep, out.name, out) if self.remote and stage.resumable else None
+                counts = stage.build(Build(out, inputs, subject.recipe.runtime, upload, manifests), **arguments)
+                files = files_of(out, without=stage.temporary)
+                digests = {str(path.relative_to(out)): file_digest(path) for path in files}
+                sync([*files, *{folder for path in files for folder in path.parents if folder.is_relative_to(out)}])
+                seconds = round(time.monotonic() - started, 3)
+                manifest = make_manifest(ref, located.identity, digests, counts, refs, seconds, by)
+                # Manifest last, rename after it: a reader must never see half an output.
+                write_synced(out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False))
+            remove_matching(out, stage.temporary)  # after the manifest: until then a killed build needs them
             self._folders.put_in_place(out, ref)
         except BaseException as error:
             if not stage.resumable:
@@ -221,10 +252,22 @@ class Store:
             error.add_note(f"while building {stage.name} {located.name} ({ref})")
             raise error
         try:
-            self._journal(located, seconds)
+            self._journal(located, manifest["seconds"])
         except OSError as error:  # as of a full disk: the output is whole
             log.warning("%s has no line in builds.jsonl: %s", ref, error)
-        log.info("stage=%s part=%s key=%s seconds=%.1f", stage.name, located.name, ref.key, seconds)
+        log.info("stage=%s part=%s key=%s seconds=%.1f", stage.name, located.name, ref.key, manifest["seconds"])
+
+    def _finished(self, ref: Ref, out: Path) -> Manifest | None:
+        """The manifest in a folder whose build was killed when it was whole, and not yet in its place."""
+        if not (out / MANIFEST).is_file():
+            return None
+        try:
+            manifest = parse_manifest(ref, (out / MANIFEST).read_text(encoding="utf-8", errors="replace"))
+            check_files(ref, manifest, manifest["files"], functools.partial(digest_in, out), "")
+        except CorruptOutput:
+            (out / MANIFEST).unlink()
+            return None
+        return manifest
 
     def _input_refs(self, located: Located, subject: S, lookups: Lookups) -> dict[str, Ref]:
         refs = {}
@@ -267,11 +310,9 @@ class Store:
         if self._cached and remote:
             self._cached.verify(ref)
         else:
-            folder = self.path(ref)
-            remedy = self._remedy(ref)
-            if self.remote:
-                remedy = f"Remove {self._folders.output(ref)}, the copy here; the next run reads or builds it again."
-            check(ref, self.manifest(ref), functools.partial(digest_in, folder), remedy)
+            self._fetch(ref)
+            manifest, digest_of = self.manifest(ref), functools.partial(digest_in, self._folders.output(ref))
+            check_files(ref, manifest, manifest["files"], digest_of, self._remedy_here(ref))
 
     def foreign(self, ref: Ref) -> list[str]:
         """Files in an output's folder on this machine that no builder put there. Nothing reads them."""
@@ -285,6 +326,12 @@ class Store:
         if self._cached:
             return self._cached.remedy(ref)
         return f"Remove it with `sft store gc {ref} --delete`; the next run builds it again."
+
+    def _remedy_here(self, ref: Ref) -> str:
+        """For a damaged copy on this machine."""
+        if self._cached:
+            return f"Remove {self._folders.output(ref)}, the copy here; the next run reads or builds it again."
+        return self._remedy(ref)
 
     def refs(self) -> list[Ref]:
         """Every output, oldest use first."""
@@ -323,31 +370,3 @@ class Store:
     def abandoned(self) -> list[Path]:
         """Folders of builds and downloads that no process continues."""
         return self._folders.abandoned()
-
-
-def _manifest(
-    ref: Ref,
-    identity: Identity,
-    files: dict[str, FileDigest],
-    counts: dict[str, Any],
-    inputs: dict[str, Ref],
-    seconds: float,
-    by: MadeBy | None,
-) -> Manifest:
-    manifest: Manifest = {
-        "ref": list(ref),
-        "identity": identity,
-        "identity_sha256": sha256_of(identity),
-        "content": content_digest(files),
-        "files": files,
-        "counts": counts,
-        "inputs": {name: list(input_ref) for name, input_ref in inputs.items()},
-        "seconds": seconds,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "python": platform.python_version(),
-        "source_code": source_code(),
-    }
-    if by is not None:
-        manifest["made_by"] = by
-    manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as a reader will find it: keys are strings
-    return {**manifest, "sha256": manifest_digest(manifest)}

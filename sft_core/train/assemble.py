@@ -25,6 +25,7 @@ from sft_core.recipe.rank_strategies import STRATEGIES
 from sft_core.recipe.wording import some
 from sft_core.train.arguments import training_arguments
 from sft_core.train.callbacks import LogEvents
+from sft_core.train.checkpoints import restore_logs
 from sft_core.train.collate import PackCollator, slot_alone
 from sft_core.train.continuation import Continuation, resumable
 from sft_core.train.first_rank import is_first_rank, on_first_rank
@@ -112,6 +113,14 @@ class Start:
     router: RouterLoss | None
 
 
+def _to_resume(job: TrainJob, num_ranks: int) -> Path | None:
+    """The checkpoint to resume from, whose logs are put in place."""
+    checkpoint = resumable(job.out / "checkpoints", job.runtime.distributed, num_ranks)
+    if checkpoint is not None:
+        restore_logs(checkpoint, job.out / "logs")
+    return checkpoint
+
+
 def load_start(job: TrainJob, plan: TrainingPlan) -> Start:
     """Loads the start model and connects the ranks. All ranks call it together."""
     spec, training = job.spec, job.spec.training
@@ -135,7 +144,7 @@ def load_start(job: TrainJob, plan: TrainingPlan) -> Start:
         training, job.runtime, num_steps=len(plan.schedule), num_data_ranks=num_data_ranks, staging=job.out / "staging"
     )
     # TrainingArguments have connected the ranks. Rank 0 checks for all: a checkpoint has many gigabytes.
-    checkpoint = on_first_rank(lambda: resumable(job.out / "checkpoints", job.runtime.distributed, num_ranks))
+    checkpoint = on_first_rank(lambda: _to_resume(job, num_ranks))
     model, tokenizer = loaded or load()
     on_first_rank(lambda: try_save(model, tokenizer, spec.chat_template, job.out / "staging" / "tried"))
     model.config.use_cache = False

@@ -13,11 +13,28 @@ from humanize import naturalsize
 from sft_core.store.digests import is_whole, write_digests
 
 log = logging.getLogger(__name__)
+LOGS = "logs"
+STOP = "stop-requested"
 
 
 def stop_request(out: Path) -> Path:
     """The file by which a launcher asks its ranks to save and stop."""
-    return out / "stop-requested"
+    return out / STOP
+
+
+def save_logs(logs: Path, checkpoint: Path) -> None:
+    """Copies the logs so far into a checkpoint: a training that resumes elsewhere goes on with them."""
+    (checkpoint / LOGS).mkdir()
+    for path in logs.glob("*.jsonl"):
+        shutil.copyfile(path, checkpoint / LOGS / path.name)
+
+
+def restore_logs(checkpoint: Path, logs: Path) -> None:
+    """Replaces the logs by those of the checkpoint. Checkpoints of before they had logs leave them as they are."""
+    for path in (checkpoint / LOGS).glob("*.jsonl"):
+        unfinished = logs / f".unfinished-{path.name}"
+        shutil.copyfile(path, unfinished)
+        unfinished.replace(logs / path.name)
 
 
 def check_room(out: Path, num_bytes: int) -> None:

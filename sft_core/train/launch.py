@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft_core.data.packing.over_long import windows_of
 from sft_core.die_with_parent import STARTED_BY, die_with_parent
-from sft_core.train.checkpoints import stop_request, worth_keeping
+from sft_core.train.checkpoints import STOP, stop_request, worth_keeping
 from sft_core.train.counts import TrainedCounts
 from sft_core.train.job import TrainJob, TrainSpec, job_path, write_job
 from sft_core.train.strategy import environment
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 START = "start model"  # among the inputs of a build: the checkpoint of the phase before
 TORCHRUN = "torchrun"  # torchrun's folder in an unfinished output
+# What a training needs to go on, and the output does not have.
+TEMPORARY = ("checkpoints", "staging", TORCHRUN, "trainer.lock", STOP, "error-rank*.txt", ".unfinished-*")
 KEEP_S = 2.0  # between two checks for a new checkpoint
 LOOK_S = 1.0  # between two checks of the files of another node
 STARTED_WITHIN_S = 1800.0  # the first node may have to download its inputs
@@ -80,14 +81,10 @@ def launch(build: Build, job: TrainJob, of_ranks: object) -> dict[str, Json]:
     for stale in (*out.glob("error-rank*.txt"), stop_request(out)):
         stale.unlink(missing_ok=True)
     path = write_job(of_ranks, out)  # after the removal: ranks of other nodes start now, and may write errors
-    with sigterm_asks_to_stop(out), kept_checkpoints(build):
+    with signals_ask_to_stop(out), kept_checkpoints(build):
         run_ranks(path, job.spec.rank_module, job.runtime, out, log=output)
     if job.spec.training.lora is not None:
         run(["-m", "sft_core.train.merge", str(path)], variables(out, num_threads=job.num_threads), out, log=output)
-    for leftover in ("checkpoints", "staging", TORCHRUN):
-        shutil.rmtree(out / leftover, ignore_errors=True)
-    for leftover in ("trainer.lock", stop_request(out).name):
-        (out / leftover).unlink(missing_ok=True)
     events = [json.loads(line) for line in (out / "logs" / "log.jsonl").read_text().splitlines()]
     first, last = events[0], events[-1]
     counts = TrainedCounts(round=job.round, steps=last["of"], first_loss=first["loss"], last_loss=last["loss"])
@@ -109,7 +106,7 @@ def join_training(out: Path, runtime: Runtime, rank_module: str, is_done: Callab
         )
     if is_done():
         return
-    with sigterm_asks_to_stop(out):
+    with signals_ask_to_stop(out):
         run_ranks(job, rank_module, runtime, out, log=None)
     if not comes_true(is_done, STORED_WITHIN_S):
         raise RuntimeError(f"{out}: the ranks ended, and the first node did not store their output")
@@ -167,23 +164,24 @@ def kept_checkpoints(build: Build) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sigterm_asks_to_stop(out: Path) -> Iterator[None]:
-    """On SIGTERM (the machine is reclaimed) the ranks save a checkpoint and end; a retry resumes from it."""
+def signals_ask_to_stop(out: Path) -> Iterator[None]:
+    """On SIGTERM (the machine is reclaimed) or Ctrl-C the ranks save a checkpoint and end; a retry resumes from it."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
 
     def ask(signum: int, frame: Any) -> None:
-        stop_request(out).touch()
-        os.write(
-            1, b"SIGTERM: the ranks save a checkpoint after this step, and end\n"
-        )  # not print: the signal may interrupt a print
+        if not stop_request(out).exists():
+            stop_request(out).touch()
+            # Not print: the signal may interrupt a print.
+            os.write(1, b"asked to stop: the ranks save a checkpoint after this step, and end\n")
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def torchrun(runtime: Runtime, out: Path) -> list[str]:
@@ -193,7 +191,8 @@ def torchrun(runtime: Runtime, out: Path) -> list[str]:
     """
     alone = [] if "PET_NNODES" in os.environ else ["--standalone"]
     logs = f"--log-dir={out.resolve() / TORCHRUN}"
-    return ["-m", "torch.distributed.run", *alone, f"--nproc_per_node={runtime.num_processes}", logs]
+    ranks = f"--nproc_per_node={runtime.num_processes}"
+    return ["-m", "torch.distributed.run", *alone, ranks, logs, "--signals_to_handle=SIGINT"]
 
 
 def node_environment(*, node: int, num_nodes: int, address: str, port: int) -> dict[str, str]:
@@ -240,7 +239,7 @@ def run(arguments: list[str], variables: dict[str, str], out: Path, *, log: Path
         errors="replace",
         env=variables,
         start_new_session=True,
-        preexec_fn=functools.partial(die_with_parent, os.getpid()),
+        preexec_fn=functools.partial(_begin, os.getpid()),
     )
     tail: collections.deque[str] = collections.deque(maxlen=40)
     try:
@@ -262,6 +261,12 @@ def run(arguments: list[str], variables: dict[str, str], out: Path, *, log: Path
         raise RuntimeError(f"training failed (exit code {code}):\n{first}")
 
 
+def _begin(launcher: int) -> None:
+    """In the new process. SIGTERM to all processes, as systemd sends it, is for the launcher, not for torchrun."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    die_with_parent(launcher)
+
+
 def killed_ranks(output: str) -> str:
     """Which ranks a signal ended, by the end of torchrun's output (torch 2.13); empty if none.
 
@@ -279,11 +284,7 @@ _ENDED_BY = re.compile(r"^ +rank +: (\d+) .*\n +exitcode +: -(\d+) ", re.MULTILI
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
+    """Ends torchrun; the kernel ends its ranks with it."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    except ProcessLookupError:
-        pass
+    process.wait()

@@ -6,8 +6,10 @@ Reads shards and a plan, writes a checkpoint folder; knows neither the store nor
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -32,6 +34,7 @@ class Stopped(RuntimeError):
 def as_rank(out: Path) -> Iterator[None]:
     """Around a rank's training: its logging, a lock on the folder, and a file with its error for the launcher."""
     rank = int(os.environ.get("RANK", "0"))
+    signal.signal(signal.SIGTERM, functools.partial(_terminated, out))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
     try:
         with _alone(out) if rank == 0 else contextlib.nullcontext():
@@ -40,6 +43,12 @@ def as_rank(out: Path) -> Iterator[None]:
         # The launcher shows this file instead of torchrun's and the other ranks' output.
         (out / f"error-rank{rank}.txt").write_text(traceback.format_exc())
         raise
+
+
+def _terminated(out: Path, number: int, frame: object) -> None:
+    """On SIGTERM. torchrun sends it where another rank failed; else all processes got it, and the launcher stops."""
+    if any(out.glob("error-rank*.txt")):
+        os._exit(128 + number)
 
 
 @contextlib.contextmanager

@@ -325,6 +325,7 @@ class PackTrainer(SFTTrainer):
         if self.accelerator.is_main_process:
             staged = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             continuation.write(staged)
+            checkpoints.save_logs(self._folder.parent / checkpoints.LOGS, staged)
             best = self.state.best_global_step if self._keeps_best else None
             checkpoints.publish(staged, self._folder, keep=self._keep, best=best)
         self.accelerator.wait_for_everyone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,22 @@ FLOW = Path(__file__).resolve().parents[2] / "flows" / "sft_flow.py"
 def verify(ref: str | None, root: str) -> None:
     """Compare the files of an output, or of every output, with the digests in its manifest.
 
+    Outputs that were made from a damaged one are named. They are right unless the damage is older than they are, and
+    every build verifies what it reads; `sft store gc --damaged` removes both.
+
     \b
     Example: sft verify tokens/3f2a
     """
-    from tqdm import tqdm
-
-    from sft_core.store.manifest import CorruptOutput
+    from steps.cli.damage import find_damage
 
     store = existing_store(root)
     refs = [store.find(ref)] if ref else store.refs()
-    faults, foreign = [], []
-    for output in tqdm(refs, unit=" outputs", disable=None):
-        try:
-            store.verify(output, remote=True)
-        except CorruptOutput as fault:
-            faults.append(str(fault))
-        else:
-            foreign += [f"{output}: {name} is not of the output" for name in store.foreign(output)]
-    click.echo("\n".join([*faults, *foreign, f"{len(refs)} outputs verified, {len(faults)} damaged"]))
-    sys.exit(1 if faults else 0)
+    found = find_damage(store, refs)
+    damaged = [str(fault) for fault in found.faults.values()]
+    made = [f"{output}: was made from damaged {', '.join(map(str, behind))}" for output, behind in found.made.items()]
+    foreign = [f"{output}: {name} is not of the output" for output in found.whole for name in store.foreign(output)]
+    click.echo("\n".join([*damaged, *made, *foreign, f"{len(refs)} outputs verified, {len(damaged)} damaged"]))
+    sys.exit(1 if damaged else 0)
 
 
 @click.command()
@@ -113,7 +110,9 @@ def resume() -> None:
     click.echo(f"resuming {run.id}" + (f", evaluating {', '.join(failed)} again" if failed else ""))
     # `start` tags a run, and a resume does not run it again.
     tags = [part for tag in resumed_tags(run.tags, source_code()) for part in ("--tag", tag)]
-    sys.exit(subprocess.call([sys.executable, str(FLOW), "resume", *step, "--origin-run-id", run.id, *tags]))
+    command = [sys.executable, str(FLOW), "resume", *step, "--origin-run-id", run.id, *tags]
+    sys.stdout.flush()
+    os.execv(command[0], command)  # in place of this process, so that signals reach the scheduler
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -12,10 +13,12 @@ import click
 
 from sft_core.evaluate.chat import Answer, Chat, Checkpoint, Sampling
 from sft_core.pins.pinned import HubUnreachable, resolve
+from sft_core.store.manifest import MANIFEST
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
 from steps.cli.lineage import trace
 from steps.runs.recorded import is_run, recorded
+from steps.train import MODEL
 
 HELP = (
     "/think and /no_think switch thinking, /system TEXT sets the system message (without TEXT: none), "
@@ -92,15 +95,24 @@ def _in_folder(folder: Path) -> Place:
         raise ValueError(f"{folder} holds no config.json, so it is no model; name a folder of save_pretrained")
     output = folder.resolve().parent
     ref, store = Ref(output.parent.name, output.name), Store(output.parent.parent)
-    if not store.is_here(ref) or store.manifest(ref).get("ref") != list(ref):
-        return Place(str(folder), {})  # no output of a store
-    return Place(str(folder), _template_kwargs(store, ref))
+    if folder.name != "model" or not _is_output(store, ref):
+        return Place(str(folder), {})
+    return _in_store(store, ref)
+
+
+def _is_output(store: Store, ref: Ref) -> bool:
+    """Whether the folder is an output in its place, and not a copy of one."""
+    try:
+        manifest = json.loads((store.root / ref.stage / ref.key / MANIFEST).read_text(encoding="utf-8"))
+        return manifest["ref"] == list(ref)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _in_store(store: Store, ref: Ref) -> Place:
     if ref.stage not in _WITH_MODEL:
         raise ValueError(f"{ref} holds no model; a checkpoint is an output of {', '.join(_WITH_MODEL)}")
-    return Place(str(store.path(ref) / "model"), _template_kwargs(store, ref))
+    return Place(str(store.path(ref, *MODEL) / "model"), _template_kwargs(store, ref))
 
 
 def _template_kwargs(store: Store, ref: Ref) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -152,8 +153,7 @@ def _counts(store: Store, run: Recorded) -> dict[tuple[str, str], Any]:
 
 
 def _flops(store: Store, rollout: Ref) -> float:
-    with store.open(rollout, CURVES) as file:
-        return read_journal(file)[1].training_flops
+    return read_journal(io.BytesIO(store.read(rollout, CURVES)))[1].training_flops
 
 
 def _scores(stores: list[Store], runs: tuple[Recorded, Recorded]) -> list[ScorePair]:
@@ -218,8 +218,7 @@ def _rows(store: Store, run: Recorded, task: str) -> pa.Table | None:
         return None
     if "rows.parquet" not in store.manifest(ref)["files"]:
         return None
-    with store.open(ref, "rows.parquet") as file:
-        return read_table(file)
+    return read_table(io.BytesIO(store.read(ref, "rows.parquet")))
 
 
 def as_tables(comparison: Comparison) -> list[RenderableType]:

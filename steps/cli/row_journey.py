@@ -18,6 +18,7 @@ from sft_core.data.sources import splits
 from sft_core.parquet import read_table
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
+from steps.tokenize import INDEX
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -145,8 +146,9 @@ def _texts(store: Store, rendered: Ref, row_id: str) -> list[Text]:
 def _rows(store: Store, tokens: Ref, row_id: str) -> list[TokenRow]:
     rows: list[TokenRow] = []
     first = 0
-    for shard in range(len(shard_folders(store.path(tokens)))):
-        index = read_index(store.path(tokens), ["row_id", "num_tokens", "num_trained"], shards=[shard])
+    folder = store.path(tokens, *INDEX)
+    for shard in range(len(shard_folders(folder))):
+        index = read_index(folder, ["row_id", "num_tokens", "num_trained"], shards=[shard])
         for place in np.flatnonzero(index["row_id"].to_numpy(zero_copy_only=False) == row_id).tolist():
             num_tokens, num_trained = (index[name][place].as_py() for name in ("num_tokens", "num_trained"))
             rows.append({"row": first + place, "shard": shard, "num_tokens": num_tokens, "num_trained": num_trained})
@@ -158,7 +160,7 @@ def _in_packs(store: Store, lineage: Lineage, packed: Ref, source: str, rows: li
     plan, inputs = PackPlan.read(store.path(packed)), lineage.inputs(packed)
     numbers = [row["row"] for row in rows]
     if (windows := inputs.get(windows_of(source))) is not None:
-        tokens = store.path(inputs[source])
+        tokens = store.path(inputs[source], *INDEX)
         cut = read_windows(tokens, store.path(windows))
         numbers += (len(read_index(tokens, ["num_tokens"])) + np.flatnonzero(np.isin(cut.of_row, numbers))).tolist()
     is_it = (plan.source == _section(lineage, packed)["sources"].index(source)) & np.isin(plan.row, numbers)
@@ -190,7 +192,7 @@ def steps_of(store: Store, lineage: Lineage, trained: Ref, plan: PackPlan, packs
         last = json.loads(file.read().splitlines()[-1])
     if last["step"] < last["of"]:
         return None
-    folder = str(store.path(trained) / "model")
+    folder = str(store.path(trained, "model/config.json") / "model")
     linear, quadratic = order_coefficients(skeleton(path=folder, revision=None, config=None, trust_remote_code=False))
     schedule = step_packs(
         pack_costs(plan.num_tokens, plan.offsets, linear=linear, quadratic=quadratic),

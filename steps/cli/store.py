@@ -53,23 +53,34 @@ def list_outputs(root: str) -> None:
 @click.argument("refs", nargs=-1)
 @click.option("--store", "root", default="store", show_default=True, help="The store: a folder or a URL.")
 @click.option("--unused-for", "days", type=float, default=30.0, show_default=True, help="Days without use.")
+@click.option("--damaged", is_flag=True, help="Damaged outputs, and all that were made from them, used or not.")
 @click.option("--delete", is_flag=True, help="Remove them; without it, only show what would go.")
-def gc(refs: tuple[str, ...], root: str, days: float, delete: bool) -> None:
+def gc(refs: tuple[str, ...], root: str, days: float, damaged: bool, delete: bool) -> None:
     """Remove outputs that no run has used for a while, or those named, and leftovers of killed builds.
 
     \b
     Examples: sft store gc --unused-for 14
               sft store gc tokens/3f2a --delete
+              sft store gc --damaged
     """
     import shutil
 
+    from steps.cli.damage import find_damage
+
     opened = existing_store(root)
+    if damaged and refs:
+        raise ValueError(f"--damaged: found {refs[0]!r} beside it; it looks at every output, name none")
     old = time.time() - days * 86400
-    chosen = [opened.find(ref) for ref in refs] or [ref for ref in opened.refs() if opened.last_used(ref) < old]
-    unfinished = [] if refs else [path for path in opened.abandoned() if path.stat().st_mtime < old]
+    if damaged:
+        found = find_damage(opened, opened.refs())
+        chosen = [*found.made, *found.faults]  # what was made goes first: a killed removal then leaves the damaged one
+    else:
+        chosen = [opened.find(ref) for ref in refs] or [ref for ref in opened.refs() if opened.last_used(ref) < old]
+    by_age = not refs and not damaged
+    unfinished = [path for path in opened.abandoned() if path.stat().st_mtime < old] if by_age else []
     sizes = {str(ref): opened.num_bytes(ref) for ref in chosen}
     sizes |= {f"{path.name} (unfinished)": _folder_bytes(path) for path in unfinished}
-    leftovers = [] if refs or not opened.remote else opened.remote.leftovers()
+    leftovers = opened.remote.leftovers() if by_age and opened.remote else []
     leftovers = [leftover for leftover in leftovers if leftover.last_used < old]
     sizes |= {f"{leftover.path} (unfinished)": leftover.num_bytes for leftover in leftovers}
     for name, size in sizes.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def wait_until(condition, what: str) -> None:
 
 
 def logged_steps(project: Project) -> list[int]:
-    paths = list(project.store.glob("**/log.jsonl"))
+    paths = [*project.store.glob(".partial/*/logs/log.jsonl"), *project.store.glob("trained/*/logs/log.jsonl")]
     return [json.loads(line)["step"] for line in paths[0].read_text().splitlines()] if paths else []
 
 
@@ -83,6 +84,53 @@ def test_killed_trainer_and_killed_flow_resume_from_the_last_checkpoint(tmp_path
     starts = [int(line.split("=")[1].split("/")[0]) for line in log.splitlines() if line.startswith("step=")]
     again = len(starts) - len(set(starts))
     assert again <= 2 * 20, f"{again} steps were computed again, at most one interval a kill"
+
+
+def stopped_at(log: str) -> int:
+    """The step at which the ranks ended, as asked."""
+    [step] = set(re.findall(r"stopped at step (\d+) of", log))
+    return int(step)
+
+
+def test_run_that_is_asked_to_stop_saves_and_a_resume_computes_no_step_again(tmp_path: Path) -> None:
+    """As a pod (the scheduler alone), a terminal (its process group) and systemd (every process) ask."""
+    project = Project(tmp_path)
+    recipe = copy.deepcopy(RECIPE)
+    recipe["training"]["max_steps"] = STEPS
+    recipe["runtime"] |= {"save_steps": STEPS, "logging_steps": 1}
+    project.write(recipe)
+
+    def everyone(run: subprocess.Popen, number: int) -> None:
+        for process in processes(project, ""):
+            os.kill(process, number)
+
+    asked = [
+        (lambda run, number: run.send_signal(number), signal.SIGTERM, [*project.command("run"), "--with", "retry"])
+    ]
+    resume = [sys.executable, "-m", "steps.cli.main", "resume"]
+    asked += [
+        (lambda run, number: os.killpg(run.pid, number), signal.SIGINT, resume),
+        (everyone, signal.SIGTERM, resume),
+    ]
+    reached = 0
+    for attempt, (ask, number, command) in enumerate(asked):
+        run = project.start(command, log=f"log{attempt}.txt")
+        wait_until(lambda: len(logged_steps(project)) > reached + 5, "some steps")  # noqa: B023
+        ask(run, number)
+        ask(run, number)  # twice is once
+        assert run.wait(TIMEOUT_S) != 0, "the run says that it failed"
+        log = (tmp_path / f"log{attempt}.txt").read_text()
+        assert log.count("a training saves a checkpoint after this step, then the run ends") == 1, log[-3000:]
+        assert reached < stopped_at(log) < STEPS
+        reached = stopped_at(log)
+        assert checkpoint_steps(project)[-1] == reached
+        assert not processes(project, "sft_core.train.main")
+        assert "Task is starting (retry)" not in log or "the run is stopping: this task does not start" in log
+
+    assert "exact_match" in project.sft("resume")
+    log = next(project.store.glob("trained/*/logs/train.log")).read_text()
+    starts = [int(step) for step in re.findall(r"^step=(\d+)/", log, re.MULTILINE)]
+    assert starts == list(range(1, STEPS + 1))
 
 
 def test_two_runs_on_one_store_both_finish_and_build_each_output_once(tmp_path: Path) -> None:

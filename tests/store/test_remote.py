@@ -257,7 +257,7 @@ def test_damaged_copy_is_told_before_it_is_trained_on(machine: Callable):
     ref = machine("one").ensure(NUMBERS, toy())
     store = machine("two")
     flip_first_byte(store.path(ref) / "numbers.txt")
-    stage = stage_of(build_pair, needs=SUM.needs, verify_inputs=True)
+    stage = stage_of(build_pair, needs=SUM.needs)
     with pytest.raises(CorruptOutput, match=rf"numbers.txt has 1 bytes.* Remove {store.root}/{ref}, the copy here"):
         store.ensure(stage, toy())
     shutil.rmtree(store.root / ref.stage / ref.key)
@@ -314,7 +314,7 @@ def test_race_of_two_machines_one_wins_and_both_read_it(
     assert len(data) == 1, "what lost is removed"
 
 
-STEPS = 4
+STEPS = 5
 
 
 def build_steps(build: Build) -> dict[str, Any]:
@@ -426,6 +426,28 @@ def test_kept_checkpoints_here_come_before_those_there(machine: Callable, server
     ref = store.ensure(STEPPED, toy())
     assert store.manifest(ref)["counts"]["found"] == ["checkpoint-0", "checkpoint-1"]
     assert not [one for one in server.requests if one.method == "GET" and "/.partial/" in one.path]
+
+
+def test_kept_checkpoint_replaces_the_same_one_that_is_torn_here(machine: Callable, monkeypatch, caplog):
+    ref, store = fail_at(3, machine("one"), monkeypatch), machine("one")
+    (store.scratch(ref) / "checkpoints" / "checkpoint-2" / "state" / "weights.bin").write_bytes(b"torn")
+    with caplog.at_level(logging.INFO):
+        store.ensure(STEPPED, toy())
+    assert "kept=checkpoints/checkpoint-2 status=fetched" in caplog.text
+
+
+def test_machine_that_comes_back_goes_on_from_the_newer_checkpoint(
+    machine: Callable, server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+):
+    ref = fail_at(2, machine("one"), monkeypatch)
+    fail_at(4, machine("two"), monkeypatch)
+    store = machine("one")
+    fail_at(4, store, monkeypatch)
+    newest = ["checkpoint-2", "checkpoint-3"]
+    assert sorted(path.name for path in (store.scratch(ref) / "checkpoints").iterdir())[-2:] == newest
+    assert {name.split("/")[2] for name in kept(server, store)} == {*newest}
+    store.ensure(STEPPED, toy())
+    assert store.manifest(ref)["counts"]["found"][-2:] == newest
 
 
 def test_keep_in_a_folder_store_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

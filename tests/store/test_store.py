@@ -366,11 +366,12 @@ def test_failed_build_scratch_is_kept_only_for_a_resumable_stage(store: Store, r
 
 def test_ensure_where_a_killed_removal_left_files_builds(store: Store):
     ref = store.ensure(NUMBERS, toy())
-    (store.path(ref) / "manifest.json").unlink()
-    (store.path(ref) / "stray.txt").write_text("x")
+    folder = store.path(ref)
+    (folder / "manifest.json").unlink()
+    (folder / "stray.txt").write_text("x")
     assert store.refs() == []
     assert store.ensure(NUMBERS, toy()) == ref
-    assert not (store.path(ref) / "stray.txt").exists()
+    assert not (folder / "stray.txt").exists()
     store.verify(ref)
 
 
@@ -511,7 +512,8 @@ def test_remove_takes_one_output_and_the_next_ensure_builds_it(store: Store):
     numbers, total = store.ensure(NUMBERS, toy()), store.ensure(SUM, toy())
     store.remove(numbers)
     assert store.refs() == [total]
-    assert not store.path(numbers).exists()
+    with pytest.raises(FileNotFoundError, match=f"{numbers} is not in the store at {store.root}"):
+        store.path(numbers)
     assert store.ensure(SUM, toy()) == total
     assert builds(store) == ["numbers", "sum", "numbers"]
 

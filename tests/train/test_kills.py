@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,22 @@ def test_killed_between_two_lines_of_the_log_writes_the_same_log(
     assert start(killed, size, **BETWEEN).wait(120)
     assert f"resume checkpoint=checkpoint-{newest}\n" in (killed / "logs" / "ranks.log").read_text()
     assert_same_log_and_bits(killed, whole)
+
+
+@pytest.mark.parametrize("step", [21, NUM_STEPS])
+def test_checkpoint_alone_goes_on_elsewhere_with_its_logs(
+    step: int, start: Callable[..., Attempt], tmp_path: Path
+) -> None:
+    """As on a machine that has what another one kept behind a URL; the last checkpoint leaves no step to train."""
+    whole, elsewhere = tmp_path / "whole", tmp_path / "elsewhere"
+    assert start(whole, 1, **BETWEEN).wait(120)
+    checkpoint = Path("checkpoints") / f"checkpoint-{step}"
+    shutil.copytree(whole / checkpoint, elsewhere / checkpoint)
+    (elsewhere / "logs").mkdir()
+    (elsewhere / "logs" / "log.jsonl").write_text('{"step": 1, "loss": 9.0, "of": 24}\n')  # stale, as of an own try
+    assert start(elsewhere, 1, **BETWEEN).wait(120)
+    assert steps_of((elsewhere / "logs" / "ranks.log").read_text()) == ([24] if step == 21 else [])
+    assert_same_log_and_bits(elsewhere, whole)
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])

@@ -146,13 +146,32 @@ def test_verify_whole_store_passes_and_damage_exits_with_1(sft, built_recipe):
     (store.path(mixture) / "manifest.json").write_text("{")
     lines = sft("verify", "--store", store.root, code=1).stdout.splitlines()
     assert lines[-1] == "8 outputs verified, 2 damaged"
-    assert {line.split(":")[0] for line in lines[:-1]} == {str(tokens), str(mixture)}
-    assert sft("verify", tokens, "--store", store.root, code=1).stdout.endswith("1 outputs verified, 1 damaged\n")
     packed = next(ref for ref in store.refs() if ref.stage == "packed")
+    assert lines[2:-1] == [f"{packed}: was made from damaged {tokens}, {mixture}"] or lines[2:-1] == [
+        f"{packed}: was made from damaged {mixture}, {tokens}"
+    ]
+    assert {line.split(":")[0] for line in lines[:2]} == {str(tokens), str(mixture)}
+    assert sft("verify", tokens, "--store", store.root, code=1).stdout.endswith("1 outputs verified, 1 damaged\n")
     (store.path(packed) / "notes.txt").write_text("mine")
     assert f"{packed}: notes.txt is not of the output" in sft("verify", packed, "--store", store.root).stdout
     (store.path(packed) / "notes.txt").unlink()
     assert sft("verify", f"packed/{packed.key[:5]}", "--store", store.root).stdout.startswith("1 outputs verified, 0")
+
+
+def test_gc_damaged_removes_what_was_made_from_it_too(sft, built_recipe):
+    store = Store(built_recipe["runtime"]["store"])
+    rendered = next(ref for ref in store.refs() if ref.stage == "rendered")
+    readers = {ref for ref in store.refs() if str(rendered) in sft("lineage", ref, "--store", store.root).stdout}
+    assert {ref.stage for ref in readers} == {"rendered", "tokens", "mixture", "packed"}
+    path = next(store.path(rendered).rglob("*.parquet"))
+    path.write_bytes(path.read_bytes()[:-1])
+    told = sft("store", "gc", "--damaged", "--store", store.root).stdout
+    assert {line.split()[2] for line in told.splitlines()[:-1]} == set(map(str, readers))
+    assert "name none" in sft("store", "gc", "--damaged", rendered, "--store", store.root, code=1).stderr
+    others = {*store.refs()} - readers
+    sft("store", "gc", "--damaged", "--delete", "--store", store.root)
+    assert {*store.refs()} == others
+    assert sft("verify", "--store", store.root).stdout == f"{len(others)} outputs verified, 0 damaged\n"
 
 
 def test_store_list_names_every_output(sft, built_recipe):
