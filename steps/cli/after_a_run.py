@@ -109,7 +109,7 @@ def resume() -> None:
     step = ["evaluate"] if failed else []
     click.echo(f"resuming {run.id}" + (f", evaluating {', '.join(failed)} again" if failed else ""))
     # `start` tags a run, and a resume does not run it again.
-    tags = [part for tag in resumed_tags(run.tags, source_code()) for part in ("--tag", tag)]
+    tags = [part for tag in resumed_tags(run, source_code()) for part in ("--tag", tag)]
     command = [sys.executable, str(FLOW), "resume", *step, "--origin-run-id", run.id, *tags]
     sys.stdout.flush()
     os.execv(command[0], command)  # in place of this process, so that signals reach the scheduler

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 FLOW = "SFTFlow"
 LATEST = "latest"
+RESUMES = "resumes:"  # before a run's id, in the tag of a resume
 # The steps whose output a command can be asked for, and the artifact that holds its address.
 OUTPUTS = {
     "mix": "mixture",
@@ -57,10 +58,23 @@ class Beginning(NamedTuple):
 def last_attempt() -> Attempt:
     """The newest run or resume, finished or not. Raises ValueError if there is none.
 
-    An attempt that was killed before its first step has nothing to resume, so the one before it counts.
+    An attempt that was killed before its first step has nothing to resume, so the one before it counts. Of a resume and
+    the attempts that it continues, the one with the most finished tasks counts: a resume that is killed while Metaflow
+    copies finished tasks into it has fewer, and would pin the names of the hub anew.
     """
-    run = next((run for run in _runs() if any(True for _ in run)), _runs()[0])
+    runs = _runs()
+    attempts = [next((run for run in runs if any(True for _ in run)), runs[0])]
+    by_id = {run.id: run for run in runs}
+    while (origin := by_id.get(_resumed(attempts[-1]))) is not None:
+        attempts.append(origin)
+    run = max(attempts, key=lambda run: sum(task.successful for step in run for task in step))
     return Attempt(str(run.id), sorted(run.user_tags), [step.id for step in run])
+
+
+def _resumed(run: Any) -> str | None:
+    """The id of the run that a resume continues."""
+    tagged = [tag.removeprefix(RESUMES) for tag in run.user_tags if tag.startswith(RESUMES)]
+    return tagged[0] if tagged else (run.origin_pathspec or "").rpartition("/")[2] if any(True for _ in run) else None
 
 
 def beginning(run: str) -> Beginning:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_core.local_files import is_local
 from sft_core.store.provenance import SourceCode, source_code, source_label
+from steps.runs.recorded import RESUMES, Attempt
 
 if TYPE_CHECKING:
     from sft_core.recipe.recipe import Recipe
@@ -27,10 +27,10 @@ def tags_of(recipe: Recipe, source: SourceCode) -> list[str]:
     ]
 
 
-def resumed_tags(tags: Iterable[str], source: SourceCode) -> list[str]:
-    """The tags of a resumed run: the old run's tags, with the commit of the present source."""
-    kept = [tag for tag in tags if not tag.startswith("commit:")]
-    return [*kept, *(f"{kind}:{value}" for kind, value in _commit(source).items())]
+def resumed_tags(run: Attempt, source: SourceCode) -> list[str]:
+    """The tags of a resume: those of the run that it continues, with that run's id and the commit of the source."""
+    kept = [tag for tag in run.tags if not tag.startswith(("commit:", RESUMES))]
+    return [*kept, *(f"{kind}:{value}" for kind, value in _commit(source).items()), f"{RESUMES}{run.id}"]
 
 
 def _commit(source: SourceCode) -> dict[str, str]:

@@ -63,6 +63,13 @@ def test_killed_trainer_and_killed_flow_resume_from_the_last_checkpoint(tmp_path
     first_reached = checkpoint_steps(project)[-1]
     assert first_reached < STEPS
 
+    # A resume that is killed while it copies finished tasks is no attempt to go on from.
+    copying = project.start([sys.executable, "-m", "steps.cli.main", "resume"])
+    runs = project.folder / ".metaflow" / "SFTFlow"
+    wait_until(lambda: len(list(runs.glob("[0-9]*/start"))) == 2, "the first step of the resume")
+    os.killpg(copying.pid, signal.SIGKILL)
+    copying.wait(TIMEOUT_S)
+
     # The scheduler alone is killed: its task and trainer must not live on.
     resumed = project.start([sys.executable, "-m", "steps.cli.main", "resume"])
     wait_until(lambda: checkpoint_steps(project)[-1] > first_reached, "a checkpoint of the resumed run")
@@ -75,6 +82,8 @@ def test_killed_trainer_and_killed_flow_resume_from_the_last_checkpoint(tmp_path
 
     output = project.sft("resume")
     assert "exact_match" in output
+    log = (project.folder / "log.txt").read_text() + output
+    assert re.findall(r"/(\w+)/\d+ .pid \d+.\] Task is starting", log).count("download") == 2, "each source once"
     newest = "from metaflow import Flow, namespace; namespace(None); print(*next(iter(Flow('SFTFlow'))).user_tags)"
     assert "recipe:small" in project.call([sys.executable, "-c", newest])
     assert max(names(project.builds()).values()) == 1, "no step built its output again"

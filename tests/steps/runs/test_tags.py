@@ -7,6 +7,7 @@ from metaflow.tagging_util import MAX_TAG_SIZE, validate_tags
 
 from sft_core.recipe.parse import override, parse_recipe
 from sft_core.store.provenance import SourceCode
+from steps.runs.recorded import Attempt
 from steps.runs.tags import resumed_tags, tag_run, tags_of
 
 COMMIT: SourceCode = {"version": "0.1.0", "commit": "0123456789abcdef", "dirty": False}
@@ -48,9 +49,10 @@ def test_tags_are_cut_to_what_metaflow_takes(small_recipe):
 
 
 def test_tags_of_a_resumed_run_are_its_own_and_the_commit_that_goes_on():
-    tags = ["commit:7654321-dirty", "mine", "model:org/m", "recipe:small"]
-    assert resumed_tags(tags, COMMIT) == ["mine", "model:org/m", "recipe:small", "commit:0123456"]
-    assert resumed_tags(tags, NOWHERE) == tags[1:]
+    kept = ["mine", "model:org/m", "recipe:small"]
+    run = Attempt("7", ["commit:7654321-dirty", *kept, "resumes:6"], [])
+    assert resumed_tags(run, COMMIT) == [*kept, "commit:0123456", "resumes:7"]
+    assert resumed_tags(run, NOWHERE) == [*kept, "resumes:7"]
 
 
 def test_run_that_the_metadata_here_does_not_know_is_left_untagged(small_recipe, tmp_path, monkeypatch, caplog):
