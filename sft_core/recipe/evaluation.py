@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from sft_core.recipe.sections import PositiveInt, Section
+from sft_core.recipe.sections import PositiveInt, Section, Seed
 
 LM_EVAL = "lm_eval:"  # before a task of the harness, where it is listed with sources; no source's name has a ':'
 DEFAULT_METRIC = "exact_match"
@@ -31,7 +31,7 @@ class Sampling(Section):
         1.0, description="draw from the likeliest tokens that together have this probability"
     )
     top_k: PositiveInt | None = Field(None, description="draw from so many of the likeliest tokens; default: from all")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the draws")
+    seed: Seed = Field(0, description="of the draws")
     num_samples: PositiveInt = Field(1, description="answers to each prompt; a row's score is their mean")
 
 

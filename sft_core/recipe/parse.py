@@ -30,11 +30,15 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
-def read_yaml(text: str) -> dict[str, Any]:
-    """YAML 1.2 text as plain JSON-able data: `1e-5` is a number, a key that stands twice is an error."""
-    data = _parse_yaml(text, "the recipe")
+def read_yaml(text: str, name: str = "the recipe") -> dict[str, Any]:
+    """YAML 1.2 text as plain JSON-able data: `1e-5` is a number, a key that stands twice is an error.
+
+    name: what the text is, for a message.
+    """
+    data = _parse_yaml(text, name)
     if not isinstance(data, dict):
-        raise ValueError(f"a recipe is a mapping of sections; found {type(data).__name__}")
+        kind = "nothing" if data is None else type(data).__name__
+        raise ValueError(f"{name}: found {kind}; a recipe is a mapping of sections")
     return data
 
 
@@ -94,7 +98,7 @@ def load_recipe(path: str | Path, *, overrides: tuple[str, ...] = (), limit: int
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: a recipe is UTF-8 text; byte {error.start} is not") from None
-    return parse_recipe(override(read_yaml(text), overrides, limit))
+    return parse_recipe(override(read_yaml(text, str(path)), overrides, limit))
 
 
 def override(data: dict[str, Any], overrides: tuple[str, ...], limit: int | None = None) -> dict[str, Any]:

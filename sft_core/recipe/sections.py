@@ -16,6 +16,7 @@ from sft_core.recipe.wording import short
 
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as NumPy takes it
 LossScope = Literal["assistant", "completion", "all"]
 SECRETS = ("hub_token", "push_to_hub_token", "token", "use_auth_token")
 Scheduler = Literal[
@@ -144,7 +145,7 @@ class Training(Section):
     )
     use_liger_kernel: bool | Literal["auto"] = Field("auto", description="auto: on a GPU")
     lora: Lora | None = Field(None, description="train an adapter and merge it; default: full fine-tuning")
-    seed: int = Field(42, description="of the order of packs, of dropout, and of random weights")
+    seed: Seed = Field(42, description="of the order of packs, of dropout, and of random weights")
     extra: dict[str, JsonValue] = Field({}, description="any other field of trl.SFTConfig")
 
     @model_validator(mode="after")

@@ -77,6 +77,8 @@ def list_files(paths: list[str] | tuple[str, ...]) -> list[Path]:
     """The files that paths and globs name, sorted within each. Raises FileNotFoundError for a path without files."""
     files: list[Path] = []
     for path in map(os.path.expanduser, paths):
+        if Path(path).is_dir():
+            raise ValueError(f"{path}: is a folder; name the files in it, as {Path(path) / '*.jsonl'}")
         names = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
         matches = [Path(name) for name in names if Path(name).is_file()]
         if not matches:
@@ -102,12 +104,15 @@ def _is_known(path: Path) -> bool:
 
 
 def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[RawRow]:
-    with open_parquet(path) as file:
-        missing = [name for name in columns or () if name not in file.schema_arrow.names]
-        if missing:
-            raise ValueError(f"{path}: no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}")
-        start = 0
-        for batch in file.iter_batches(batch_size=ROWS_A_BATCH, columns=columns, use_threads=False):
-            for index, row in enumerate(batch.to_pylist()):
-                yield f"{path.name}: row {start + index}", without_nulls(row)
-            start += batch.num_rows
+    try:
+        with open_parquet(path) as file:
+            missing = [name for name in columns or () if name not in file.schema_arrow.names]
+            if missing:
+                raise ValueError(f"no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}")
+            start = 0
+            for batch in file.iter_batches(batch_size=ROWS_A_BATCH, columns=columns, use_threads=False):
+                for index, row in enumerate(batch.to_pylist()):
+                    yield f"{path.name}: row {start + index}", without_nulls(row)
+                start += batch.num_rows
+    except (ValueError, OSError) as error:  # of Arrow: they name no file
+        raise type(error)(f"{path}: {error}") from None

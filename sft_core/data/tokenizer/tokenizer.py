@@ -45,7 +45,12 @@ def load_tokenizer(
     """The fast tokenizer with the recipe's tokens added. Raises ValueError for one that cannot be used."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except OSError:
+        raise  # it names the place
+    except Exception as error:  # of the tokenizer's files: each reader of them has errors of its own
+        raise ValueError(f"{path}: the tokenizer cannot be read ({type(error).__name__}: {error})") from None
     if not tokenizer.is_fast:
         raise ValueError(f"{path}: has no fast tokenizer (tokenizer.json); convert it with transformers first")
     new = [token for token in add_special_tokens if token not in tokenizer.get_added_vocab()]

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from sft_core.recipe.datasets.union import AnyDataset
-from sft_core.recipe.sections import PositiveInt, Section, Share
+from sft_core.recipe.sections import PositiveInt, Section, Seed, Share
 
 RESERVED = ("mixture", "packs", "selection", "duplicates")  # names of inputs that stages read beside the sources
 
@@ -39,7 +39,7 @@ class DatasetMixture(Section):
     """The sources, how much of each is trained on, and how prompts are held out."""
 
     datasets: Annotated[tuple[AnyDataset, ...], Field(min_length=1, description="the sources of conversations")]
-    seed: int = Field(0, description="of the draw of each source's rows, and of their order")
+    seed: Seed = Field(0, description="of the draw of each source's rows, and of their order")
     selection_share: Share = Field(0.02, description="share of prompts for decisions during training")
     report_share: Share = Field(0.05, description="share of prompts for the scores that are reported")
     max_rejected_share: Share = Field(0.05, description="a source with more bad rows than this fails")
