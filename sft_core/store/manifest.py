@@ -122,9 +122,9 @@ def check_files(ref: Ref, manifest: Manifest, names: Iterable[str], digest_of: D
     for name in names:
         entry = manifest["files"][name]
         algorithm, digest = verified_by(entry)
-        found = digest_of(name, algorithm)
-        if found != (entry["bytes"], digest):
-            state = "is missing" if found is None else f"has {found[0]} bytes with another digest"
+        present = digest_of(name, algorithm)
+        if present != (entry["bytes"], digest):
+            state = "is missing" if present is None else f"has {present[0]} bytes with another digest"
             raise CorruptOutput(
                 f"{ref}: {name} {state} (written: {entry['bytes']} bytes, {algorithm} {digest[:12]}). {remedy}"
             )

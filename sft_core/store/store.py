@@ -124,7 +124,7 @@ class Store:
         """
         self._fetch(ref)
         files = self.manifest(ref)["files"]
-        chosen = [name for name in files if not patterns or any(fnmatch.fnmatch(name, one) for one in patterns)]
+        chosen = [name for name in files if not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
         self._verified.check(ref, self.manifest(ref), self._folders.output(ref), chosen, self._remedy_here(ref))
         return self._folders.output(ref)
 

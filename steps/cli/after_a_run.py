@@ -32,12 +32,14 @@ def verify(ref: str | None, root: str) -> None:
 
     store = existing_store(root)
     refs = [store.find(ref)] if ref else store.refs()
-    found = find_damage(store, refs)
-    damaged = [str(fault) for fault in found.faults.values()]
-    made = [f"{output}: was made from damaged {', '.join(map(str, behind))}" for output, behind in found.made.items()]
-    foreign = [f"{output}: {name} is not of the output" for output in found.whole for name in store.foreign(output)]
-    click.echo("\n".join([*damaged, *made, *foreign, f"{len(refs)} outputs verified, {len(damaged)} damaged"]))
-    sys.exit(1 if damaged else 0)
+    damage = find_damage(store, refs)
+    faults = [str(fault) for fault in damage.faults.values()]
+    derived = [
+        f"{output}: was made from damaged {', '.join(map(str, behind))}" for output, behind in damage.derived.items()
+    ]
+    foreign = [f"{output}: {name} is not of the output" for output in damage.whole for name in store.foreign(output)]
+    click.echo("\n".join([*faults, *derived, *foreign, f"{len(refs)} outputs verified, {len(faults)} damaged"]))
+    sys.exit(1 if faults else 0)
 
 
 @click.command()

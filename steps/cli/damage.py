@@ -14,12 +14,12 @@ from sft_core.store.store import Store
 
 
 class Damage(NamedTuple):
-    """faults: what is wrong with each damaged output. made: other outputs that were made from damaged ones, directly or
+    """faults: what is wrong with each damaged output. derived: other outputs that were made from damaged ones, directly or
     not, with those. whole: the verified outputs without damage.
     """
 
     faults: dict[Ref, CorruptOutput]
-    made: dict[Ref, list[Ref]]
+    derived: dict[Ref, list[Ref]]
     whole: list[Ref]
 
 
@@ -31,8 +31,8 @@ def find_damage(store: Store, refs: Sequence[Ref]) -> Damage:
             store.verify(ref, remote=True)
         except CorruptOutput as fault:
             faults[ref] = fault
-    made = _made_from(store, faults.keys()) if faults else {}
-    return Damage(faults, made, [ref for ref in refs if ref not in faults])
+    derived = _made_from(store, faults.keys()) if faults else {}
+    return Damage(faults, derived, [ref for ref in refs if ref not in faults])
 
 
 def _made_from(store: Store, damaged: Collection[Ref]) -> dict[Ref, list[Ref]]:
@@ -45,14 +45,14 @@ def _made_from(store: Store, damaged: Collection[Ref]) -> dict[Ref, list[Ref]]:
             continue  # nobody knows what it was made from
         for address in inputs.values():
             readers[Ref(*address)].append(ref)
-    made: dict[Ref, list[Ref]] = {}
+    derived: dict[Ref, list[Ref]] = {}
     for start in damaged:
         waiting = collections.deque(readers[start])
-        seen: set[Ref] = set()
+        reached: set[Ref] = set()
         while waiting:
             ref = waiting.popleft()
-            if ref not in seen and ref not in damaged:
-                seen.add(ref)
-                made.setdefault(ref, []).append(start)
+            if ref not in reached and ref not in damaged:
+                reached.add(ref)
+                derived.setdefault(ref, []).append(start)
                 waiting += readers[ref]
-    return made
+    return derived

@@ -72,8 +72,11 @@ def gc(refs: tuple[str, ...], root: str, days: float, damaged: bool, delete: boo
         raise ValueError(f"--damaged: found {refs[0]!r} beside it; it looks at every output, name none")
     old = time.time() - days * 86400
     if damaged:
-        found = find_damage(opened, opened.refs())
-        chosen = [*found.made, *found.faults]  # what was made goes first: a killed removal then leaves the damaged one
+        damage = find_damage(opened, opened.refs())
+        chosen = [
+            *damage.derived,
+            *damage.faults,
+        ]  # what was made goes first: a killed removal then leaves the damaged one
     else:
         chosen = [opened.find(ref) for ref in refs] or [ref for ref in opened.refs() if opened.last_used(ref) < old]
     by_age = not refs and not damaged

@@ -34,8 +34,10 @@ def stop_gently(arguments: Sequence[str]) -> None:
             return
         os.environ[STOPPING] = "1"
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        told = f"{name}: a training saves a checkpoint after this step, then the run ends; `sft resume` continues it\n"
-        os.write(2, told.encode())  # not print: the signal may interrupt one
+        message = (
+            f"{name}: a training saves a checkpoint after this step, then the run ends; `sft resume` continues it\n"
+        )
+        os.write(2, message.encode())  # not print: the signal may interrupt one
         for task in scheduler.children():
             try:
                 if "step" in task.cmdline():  # Metaflow's helpers go on: the scheduler still talks to them

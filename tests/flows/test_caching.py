@@ -67,6 +67,16 @@ def test_second_run_and_runtime_changes_build_nothing(finished: Project) -> None
     assert changed(finished, recipe=recipe) == {}
 
 
+def test_run_hands_over_no_damaged_release(finished: Project) -> None:
+    weights = next(finished.store.glob("release/*/model/model.safetensors"))
+    whole = weights.read_bytes()
+    weights.unlink()  # it may be a link to the training's
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    told = finished.call(finished.command("run"), succeeds=False)
+    assert f"release/{weights.parts[-3]}: model/model.safetensors has" in told
+    weights.write_bytes(whole)
+
+
 def test_learning_rate_rebuilds_training_and_on(finished: Project) -> None:
     assert planned(finished, "--set", "training.learning_rate=2e-3") == TRAINED_ON
 

@@ -23,6 +23,7 @@ from steps.cli.chat import find_checkpoint
 from steps.train import TRAINED
 from tests.evaluate.chained import NO_THINK, SMILE, THINK, chained
 from tests.hub_server import HubServer
+from tests.store.test_damage import flip_first_byte
 
 ROOT = Path(__file__).resolve().parents[3]
 TIMEOUT_S = 60
@@ -197,6 +198,15 @@ def test_chat_knows_the_template_kwargs_of_a_stored_checkpoint(stored: tuple[Sto
         assert place.kwargs == {"header": False}
     # The chained model answers to a prompt's end alone, which the header does not change: the template sees the kwarg.
     assert chat(tmp_path, ref, "--store", store.root, "--prompt", "hello").stdout == SMILE + "\n"
+
+
+def test_chat_damaged_checkpoint_is_told_by_whatever_name(stored: tuple[Store, Ref], sft):
+    store, ref = stored
+    folder = store.path(ref)
+    flip_first_byte(folder / "model" / "model.safetensors")
+    for name in (str(ref), str(folder), str(folder / "model")):
+        told = sft("chat", name, "--store", store.root, "--prompt", "hello", code=1).stderr
+        assert f"{ref}: model/model.safetensors has" in told and f"sft store gc {ref} --delete" in told
 
 
 def test_chat_folder_outside_a_store_has_no_kwargs(model: Path, tmp_path: Path):
