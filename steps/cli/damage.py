@@ -14,8 +14,8 @@ from sft_core.store.store import Store
 
 
 class Damage(NamedTuple):
-    """faults: what is wrong with each damaged output. derived: other outputs that were made from damaged ones, directly or
-    not, with those. whole: the verified outputs without damage.
+    """faults: what is wrong with each damaged output. derived: other outputs that were made from damaged ones, directly
+    or not, with those. whole: the verified outputs without damage.
     """
 
     faults: dict[Ref, CorruptOutput]
