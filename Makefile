@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup run test lint bench gpu gpu-dry smollm2 ui clean
+.PHONY: help setup run test lint bench faults gpu gpu-dry smollm2 ui clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ lint: setup  ## ruff, mypy, and the layers of imports
 
 bench: setup smollm2  ## the benchmarks, each against what one would use instead
 	for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+
+faults: setup  ## kills, flipped bits, full disks, machines in turn, bad input: what becomes of runs, in 25 minutes
+	$(BIN)/python -m tests.campaign
 
 gpu: setup  ## what needs a GPU, measured and checked in eight minutes on one (benchmarks/gpu.py)
 	$(BIN)/python benchmarks/gpu.py

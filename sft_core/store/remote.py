@@ -14,10 +14,7 @@ import contextlib
 import errno
 import hashlib
 import logging
-import os
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -212,10 +209,11 @@ class Remote:
         """Raises OSError unless an object can be written and removed. Tries it once."""
         if self._is_writable:
             return
-        probe = f"{self._root}/.probe-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+        probe = f"{self._root}/.probe"  # one name for all processes: those that are killed here leave one object
         with self._reached("written"):
             self._fs.pipe_file(probe, b"x")
-            self._fs.rm_file(probe)
+            with contextlib.suppress(FileNotFoundError):  # another process may have removed it
+                self._fs.rm_file(probe)
         self._is_writable = True
 
     # Folders that unfinished builds keep
