@@ -125,7 +125,11 @@ def _values(value: dict[str, Any]) -> str:
     kind = value.get("format") or names.get(value["type"], value["type"])
     if value.get("minimum") == 0 and value.get("maximum") == 1:
         return f"{kind}, 0 to 1"
-    return ", ".join([kind, *(text.format(f"{value[bound]:g}") for bound, text in BOUNDS if bound in value)])
+    return ", ".join([kind, *(text.format(_number(value[bound])) for bound, text in BOUNDS if bound in value)])
+
+
+def _number(bound: float) -> str:
+    return f"{bound:,}" if bound >= 1e6 else f"{bound:g}"
 
 
 def _default(value: dict[str, Any], is_section: bool, is_required: bool) -> str:

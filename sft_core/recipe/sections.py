@@ -16,7 +16,7 @@ from sft_core.recipe.wording import short
 
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as NumPy takes it
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # as NumPy takes it
 LossScope = Literal["assistant", "completion", "all"]
 SECRETS = ("hub_token", "push_to_hub_token", "token", "use_auth_token")
 Scheduler = Literal[
