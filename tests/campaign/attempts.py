@@ -25,15 +25,26 @@ HOOK = Path(__file__).parent / "hook"
 LOST_S = 60.0
 
 
+def _of_flow(recipe: Path) -> list[str]:
+    if any((recipe.parent / ".metaflow" / "SFTFlow").glob("[0-9]*/start")):
+        return [sys.executable, "-m", "steps.cli.main", "resume"]
+    return [sys.executable, str(ROOT / "flows" / "sft_flow.py"), "--config", "recipe", recipe.name, "run"]
+
+
 class Attempt:
     def __init__(
         self,
         data: dict[str, Any],
         folder: Path,
         *,
+        by_flow: bool = False,
         event: int | None = None,
         environment: Mapping[str, str] | None = None,
     ):
+        """by_flow: Metaflow runs the steps, and `sft resume` continues them; else the store alone builds what it lacks.
+
+        event: the number of the event, see the hook, at which a process kills the attempt.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         path, self.log = folder / "recipe.json", folder / "log.txt"
         path.write_text(json.dumps(data))
@@ -44,7 +55,7 @@ class Attempt:
             variables |= {EVENT: str(event), STORE: data["runtime"]["store"]}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.campaign.pipeline", str(path)],
+                _of_flow(path) if by_flow else [sys.executable, "-m", "tests.campaign.pipeline", str(path)],
                 cwd=folder,
                 env=variables,
                 stdout=log,

@@ -41,27 +41,30 @@ def undisturbed(folder: Path) -> dict[str, str]:
     return files_of(store)
 
 
-def lives(seed: int, num_kills: int, folder: Path, expected: dict[str, str]) -> Iterator[Life]:
+def lives(
+    seed: int, num_kills: int, folder: Path, expected: dict[str, str], *, by_flow: bool = False
+) -> Iterator[Life]:
     """Runs, one after another, until that many kills hit; the last run is left to end."""
     rng, hit = random.Random(seed), 0
     for number in itertools.count():
         if hit >= num_kills:
             return
-        life = _life(rng, num_kills - hit, folder / f"life-{number}", expected)
+        life = _life(rng, num_kills - hit, folder / f"life-{number}", expected, by_flow)
         hit += life.kills
         yield life
 
 
-def _life(rng: random.Random, most_kills: int, folder: Path, expected: dict[str, str]) -> Life:
+def _life(rng: random.Random, most_kills: int, folder: Path, expected: dict[str, str], by_flow: bool) -> Life:
     shutil.rmtree(folder, ignore_errors=True)
     store = folder / "store"
     kills = events = failed = 0
     while True:
         is_last = kills >= most_kills
         event = rng.randint(1, MAX_EVENT) if not is_last and rng.random() < 0.5 else None
-        attempt = Attempt(recipe(str(store)), folder, event=event)
+        attempt = Attempt(recipe(str(store)), folder, by_flow=by_flow, event=event)
         # Half of the moments are in the first seconds, where the data stages are; a training starts after ten.
         moment = WHOLE_S if is_last or event is not None else rng.choice([rng.uniform(1, 6), rng.uniform(6, 30)])
+        moment *= 2 if by_flow else 1
         code = attempt.ended_within(moment)
         attempt.kill()
         if code == 0:
@@ -85,7 +88,7 @@ def as_row(found: list[Life]) -> tuple[str, str, str]:
     whole = sum(not life.different and not life.not_resumed for life in found)
     return (
         f"{kills} kills in {len(found)} runs, {events} of them at a write or rename",
-        f"each run ends by being started again, with the same bits; at most {SAVE_STEPS} steps again a kill",
+        f"each run ends with the same bits, without other help; at most {SAVE_STEPS} steps again a kill",
         f"{whole} of {len(found)} runs; {sum(life.steps_again for life in found)} steps again, at most "
         f"{max((life.most_again for life in found), default=0)} after a kill",
     )
