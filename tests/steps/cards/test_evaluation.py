@@ -17,6 +17,7 @@ from sft_core.store.store import Store
 from steps import evaluate, report
 from steps.cards import task
 from tests.report.columns import HEADER
+from tests.steps.cards.outputs import saved
 from tests.train.tiny import tiny_recipe
 
 SCRIPT = "<script>alert(1)</script>"
@@ -37,15 +38,13 @@ def save(store: Store, model: str, values: list[float], outputs: list[str], cut_
         **{"outputs": [[output] for output in outputs], "num_generated": [[7]] * n},
         **{"cut_off": [[row < cut_off] for row in range(n)], "scores": [[v] for v in values], "score": values},
     }
-    table, folder = pa.table(columns, schema=ROWS), store.root / "evaluated" / model
-    folder.mkdir(parents=True)
-    pq.write_table(table, folder / "rows.parquet")
+    table = pa.table(columns, schema=ROWS)
     found = [vars(score) for score in scores(table, "exact_match")]
-    (folder / "scores.json").write_text(json.dumps(found))
     counts = {"rows": n, "over_long": 0, **answer_counts(table), "timeouts": 0, "metric": "exact_match"}
-    manifest = {"identity": {"part": {"task": "copy", "model": model}}, "counts": {**counts, "scores": found}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return Ref("evaluated", model)
+    ref = saved(store, "evaluated", {"task": "copy", "model": model}, {**counts, "scores": found})
+    pq.write_table(table, store.path(ref) / "rows.parquet")
+    (store.path(ref) / "scores.json").write_text(json.dumps(found))
+    return ref
 
 
 @pytest.fixture
