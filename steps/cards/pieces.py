@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sft_core.data.tokens.lengths import end_of
-from sft_core.report.shown import as_markup, shown
+from sft_core.report.shown import as_markup, in_one_line, shown
 
 if TYPE_CHECKING:
     from sft_core.pins.pinned import PinnedRecipe
@@ -154,7 +154,11 @@ def _tag(name: str, *content: str, style: str = "") -> Html:
 def _drawn(part: Any) -> Any:
     """The part of a chart's specification with its strings as they are shown: Vega refuses some that act."""
     if isinstance(part, Mapping):
-        return {shown(name): _drawn(value) for name, value in part.items()}
+        drawn = {shown(name): _drawn(value) for name, value in part.items()}
+        if isinstance(title := drawn.get("title"), str):
+            # Vega-Lite writes a title into an expression, and leaves backslashes and line feeds in it as they are.
+            drawn["title"] = in_one_line(title).replace("\\", "\N{REVERSE SOLIDUS OPERATOR}")
+        return drawn
     if isinstance(part, list | tuple):
         return [_drawn(value) for value in part]
     return shown(part) if isinstance(part, str) else part
