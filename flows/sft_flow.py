@@ -291,9 +291,9 @@ class SFTFlow(FlowSpec):
 
     def ensure(self, stage, pinned, **part):
         """The output's address as text, which the UI shows."""
-        from steps.colour import faults_in_colour
+        from steps.colour import errors_as_text
 
-        with faults_in_colour():
+        with errors_as_text():
             return str(self.store.ensure(stage, pinned, **part))
 
     def ref(self, address):

@@ -28,6 +28,11 @@ def in_one_line(text: str) -> str:
     return shown(text).replace("\n", _symbol("\n")).replace("\t", _symbol("\t"))
 
 
+def in_json(text: str) -> str:
+    """JSON that means the same, with an escape in place of each character that acts."""
+    return _ACTING.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def as_markup(text: str) -> str:
     """Markdown, and HTML as well, that shows the text as it is; it has no line feed of its own.
 
