@@ -330,9 +330,9 @@ def _with_interval(value: float, stderr: float | None, n: int, *, is_share: bool
     return f"{value:.4f}" if low is None else f"{value:.4f} ({low:.4f} to {high:.4f})"
 
 
-def _difference(difference: tuple[float, float | None, float | None] | None) -> str:
+def _difference(difference: tuple[float, float | None, float | None] | None) -> str | None:
     if difference is None:
-        return "-"
+        return None
     value, low, high = difference
     return f"{value:+.4f}" if low is None else f"{value:+.4f} ({low:+.4f} to {high:+.4f})"
 

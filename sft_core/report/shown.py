@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 _PICTURES = 0x2400  # the block of Unicode that has a symbol for each of C0
@@ -9,7 +10,7 @@ _PICTURES = 0x2400  # the block of Unicode that has a symbol for each of C0
 # surrogate pairs, which no encoding can write.
 _ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # What begins or ends markup, in CommonMark or HTML; a line's end too, since a line can begin a list or a heading.
-_MARKUP = r"[\\`*{}\[\]<>#|!&~$\n\t]|(?<![^\W_])_|_(?![^\W_])|^[-+=](?=\s)|^\d(?=\d*[.)]\s)"
+_MARKUP = r"[\\`*{}\[\]<>#|!&~$\n\t]|(?<![^\W_])_|_(?![^\W_])|^[-+=](?=[-+=]*(?:\s|$))|^\d(?=\d*[.)](?:\s|$))"
 # What a renderer links or replaces by itself, even where it is escaped: addresses, @names, :emoji:.
 _LINKED = r"://|\b(?i:www)(?=\.)|@(?=[\w-]+\.)|(?<!\w)@(?=\w)|:(?=[\w+-]+:)"
 _SPECIAL = re.compile(f"(?P<linked>{_LINKED})|{_MARKUP}")
@@ -56,6 +57,18 @@ def show_error(error: BaseException) -> None:
         each.args = tuple(shown(part) if isinstance(part, str) else part for part in each.args)
         if notes := getattr(each, "__notes__", None):
             notes[:] = map(shown, notes)
+
+
+def log_as_text(level: int) -> None:
+    """Logs messages alone to the standard error, as `shown` has them; nothing where logging is set up already."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_TextFormatter("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+class _TextFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 def _symbol(character: str) -> str:
