@@ -361,6 +361,7 @@ def _line(value: str) -> str:
 
 
 def _code(text: str) -> str:
+    text = _line(text)  # an empty line would end the paragraph, and the code with it
     ticks, padding = "`" * (1 + _longest_run(text)), " " if "`" in text else ""
     return f"{ticks}{padding}{text}{padding}{ticks}"
 
