@@ -134,6 +134,14 @@ def test_answer_in_a_terminal_is_text_and_in_a_pipe_what_the_model_wrote():
     assert piped == f"{HOSTILE}<think>{HOSTILE}"
 
 
+def test_console_shows_what_a_text_was_made_of_without_it():
+    from rich.text import Text
+
+    assert "\x1b[2J" in Text(HOSTILE).plain, "Rich keeps escape sequences"
+    output = printed(Text(HOSTILE))
+    assert "␛[2J" in output and not re.search("[\x00-\x09\x0b-\x1f\x80-\x9f\u2028-\u202e]", without_colours(output))
+
+
 def test_cli_writes_by_say_and_rich_by_one_console():
     writers = ("click.echo", "click.secho", "print", "Console")
     found = []
