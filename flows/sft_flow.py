@@ -38,6 +38,8 @@ from metaflow import (  # noqa: E402
     step,
 )
 
+from sft_core.report.shown import shown  # noqa: E402
+from steps.cards.offline import fetch_nothing  # noqa: E402
 from steps.runs.recipes import effective, open_store, parse_config  # noqa: E402
 from steps.runs.service import check_service  # noqa: E402
 from steps.runs.stopping import stop_gently  # noqa: E402
@@ -62,12 +64,14 @@ class SFTFlow(FlowSpec):
     @step
     def start(self):
         """Pin the commits and digests of the recipe's names, and refuse bad input before any work."""
+        from steps.colour import errors_as_text
         from steps.runs.tags import tag_run
         from steps.start import prepare
 
         recipe = effective(self.recipe, self.set, self.limit)
         tag_run(f"{current.flow_name}/{current.run_id}", recipe)
-        self.pins = prepare(recipe).pins
+        with errors_as_text():
+            self.pins = prepare(recipe).pins
         self.recipe_name, self.sources = recipe.name, recipe.sources
         self.next(self.download, foreach="sources")
 
@@ -290,9 +294,9 @@ class SFTFlow(FlowSpec):
 
     def ensure(self, stage, pinned, **part):
         """The output's address as text, which the UI shows."""
-        from steps.colour import faults_in_colour
+        from steps.colour import errors_as_text
 
-        with faults_in_colour():
+        with errors_as_text():
             return str(self.store.ensure(stage, pinned, **part))
 
     def ref(self, address):
@@ -305,6 +309,7 @@ if __name__ == "__main__":
     try:
         check_service(sys.argv[1:])
     except ValueError as error:
-        sys.exit(f"    {error}")
+        sys.exit(f"    {shown(str(error))}")
     stop_gently(sys.argv[1:])
+    fetch_nothing()  # a process of this file renders the cards
     SFTFlow()

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from sft_core.report.shown import show_error
+
 # Import Rich only where something is painted: at the top, every task of a flow would wait for it.
 if TYPE_CHECKING:
     from rich.text import Text
@@ -16,13 +18,10 @@ TRAINED, MASKED, CONTROL, WARNING = "green", "dim", "reverse", "bold red"
 
 
 def painted(pieces: Iterable[Piece]) -> Text:
-    from rich.text import Text
+    from steps.console import styled
 
-    text = Text()
-    for piece in pieces:
-        style = TRAINED if piece.is_trained else MASKED
-        text.append(piece.text, f"{style} {CONTROL}" if piece.is_control else style)
-    return text
+    styles = {True: TRAINED, False: MASKED}
+    return styled(*((piece.text, f"{styles[piece.is_trained]}{f' {CONTROL}' * piece.is_control}") for piece in pieces))
 
 
 def legend() -> Text:
@@ -33,26 +32,27 @@ def legend() -> Text:
 
 def print_fault(error: Exception) -> bool:
     """Prints the row of a failed mask proof to a terminal. Returns False without a terminal, or for another error."""
-    from rich.console import Console
+    from steps.console import TextConsole
 
     pieces: list[Piece] = getattr(error, "pieces", [])
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = TextConsole(stderr=True, soft_wrap=True)
     if not pieces or not console.is_terminal:
         return False
-    console.print(f"\n{getattr(error, 'fault', error)}", markup=False)
+    console.print(f"\n{getattr(error, 'fault', error)}")
     console.print(legend(), end="\n\n")
     console.print(painted(pieces))
     for note in getattr(error, "__notes__", ()):
-        console.print(note, markup=False)
+        console.print(note)
     return True
 
 
 def last_column_red(table: str, name: str) -> str:
     """The text table with its last column in red, "-" excepted; without a terminal, the table unchanged."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
+    from steps.console import TextConsole
+
+    console = TextConsole(soft_wrap=True)
     if not console.is_terminal:
         return table
     header, rule, *rows = table.split("\n")
@@ -64,11 +64,15 @@ def last_column_red(table: str, name: str) -> str:
 
 
 @contextlib.contextmanager
-def faults_in_colour() -> Iterator[None]:
-    """Prints the row of a mask proof that fails in the body; the error propagates, with the row in plain text."""
+def errors_as_text() -> Iterator[None]:
+    """Lets an error of the body pass with what acts in its text as symbols: Metaflow prints it, and keeps it.
+
+    Prints the row of a mask proof that fails, in colour; the error has the row in plain text.
+    """
     try:
         yield
-    except ValueError as error:
+    except Exception as error:
         if hasattr(error, "pieces"):
             print_fault(error)
+        show_error(error)
         raise

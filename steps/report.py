@@ -7,6 +7,7 @@ from typing import Any
 
 from sft_core.evaluate.summary import GAIN_HEADER, build_report
 from sft_core.report.rows import ScoreRow, ThinkingGain
+from sft_core.report.shown import shown
 from sft_core.report.tables import overview_rows, text_table
 from sft_core.store.stage import Stage
 from steps.colour import last_column_red
@@ -75,7 +76,7 @@ def summary(
     if gains:
         parts.append("What thinking gains (mean score, paired 95 % interval; generated tokens; share cut off):")
         parts.append(text_table(GAIN_HEADER, [tuple(row.values()) for row in gains]))
-    parts.append(f"checkpoint: {checkpoint}" + (f"\npushed: {pushed}" if pushed else ""))
+    parts.append(shown(f"checkpoint: {checkpoint}" + (f"\npushed: {pushed}" if pushed else "")))
     parts.append("perplexity and token accuracy: sft scores --all; what was answered: sft answers latest")
     parts.append("cards: python flows/sft_flow.py card view report (or train, pack, mix, evaluate, tokenize)")
     return "\n\n".join(["", *parts])

@@ -12,8 +12,9 @@ from multiprocessing.connection import Connection
 from sft_core.die_with_parent import die_with_parent
 from sft_core.evaluate.loading import is_device_sound, keeping_a_model
 from sft_core.pins.pinned import PinnedRecipe
+from sft_core.report.shown import log_as_text
 from sft_core.store.store import Store
-from steps.colour import faults_in_colour
+from steps.colour import errors_as_text
 from steps.evaluate import EVALUATED, measure_ahead
 from steps.outcomes import Order, Outcome
 from steps.scored import scoring_stage
@@ -25,7 +26,7 @@ def main() -> None:
     end, started_by = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(started_by)
     os.set_inheritable(end, False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_as_text(logging.INFO)
     pipe = Connection(end)
     try:
         pinned = pickle.loads(pipe.recv_bytes())
@@ -42,7 +43,7 @@ def main() -> None:
 def _run(store: Store, pinned: PinnedRecipe, order: Order) -> Outcome | None:
     stage, part = scoring_stage(*order.scoring)
     try:
-        with faults_in_colour():
+        with errors_as_text():
             if order.is_ahead:
                 assert stage is EVALUATED, "lm-eval's tasks are transformers'"
                 measure_ahead(store, pinned, part)

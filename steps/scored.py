@@ -7,6 +7,7 @@ from typing import Any
 
 from sft_core.pins.pinned import PinnedRecipe
 from sft_core.recipe.evaluation import LM_EVAL
+from sft_core.report.shown import shown
 from sft_core.store.lookups import Lookups
 from sft_core.store.stage import Needs, Part, Stage
 from sft_core.store.store import Store
@@ -65,8 +66,8 @@ def reasons_of(inputs: Iterable[Any]) -> dict[str, str]:
 
 
 def shortened(reasons: dict[str, str]) -> dict[str, str]:
-    """The first line of each reason, cut so that together they fit what the UI shows of an artifact."""
+    """The first line of each reason as text, cut so that together they fit what the UI shows of an artifact."""
     room = MAX_REASONS - sum(len(task.encode()) + 16 for task in reasons)
     size = max(MIN_REASON, min(MAX_REASON, room // max(1, len(reasons))))
-    lines = {task: (reason.strip() or "no reason was given").splitlines()[0] for task, reason in reasons.items()}
+    lines = {task: shown(reason.strip() or "no reason was given").splitlines()[0] for task, reason in reasons.items()}
     return {task: line.encode()[:size].decode(errors="ignore") for task, line in lines.items()}

@@ -62,6 +62,7 @@ class Page:
     tables: list[list[list[str]]]  # each a list of rows, the header first
     charts: list[Chart]
     frames: list[str]  # addresses of the pages inside it: a card server shows a card in one
+    acting: list[str]  # the beginnings of elements that load, lead to another place, or run
     width: int  # of what it holds: more than the window's where the page has to be scrolled sideways
     height: int
     errors: list[str] = field(default_factory=list)  # exceptions, console errors, what this machine did not serve
@@ -99,12 +100,12 @@ class Browser:
     def process_id(self) -> int:
         return self._process.pid
 
-    def open(self, address: str | Path, *, width: int | None = None, contains: str = "") -> Page:
-        """The page once it stays as it is, its charts are drawn, and its text holds `contains`."""
+    def open(self, address: str | Path, *, width: int | None = None, contains: str = "", script: str = "") -> Page:
+        """The page once it stays as it is, its charts are drawn, and its text holds `contains`. script: run in it."""
         with self._tab(width) as tab:
-            return tab.load(_url(address), contains)
+            return tab.load(_url(address), contains, script)
 
-    def card(self, components: list[Any], *, width: int | None = None) -> Page:
+    def card(self, components: list[Any], *, width: int | None = None, script: str = "") -> Page:
         """What `current.card.extend(components)` shows on a blank card. What its place cuts off is an error."""
         from metaflow.plugins.cards.card_modules.basic import BlankCard
 
@@ -113,7 +114,7 @@ class Browser:
         with tempfile.TemporaryDirectory(prefix="card-") as folder:
             path = Path(folder) / "card.html"
             path.write_text(html)
-            page = self.open(path, width=width)
+            page = self.open(path, width=width, script=script)
         if page.width > (width or self.width):
             page.errors.append(f"{page.width} pixels wide, in a window of {width or self.width}")
         return page
@@ -260,9 +261,12 @@ LOOK = r"""() => {
     };
     // What a scroll bar would have to bring into sight: of a table that is wider than its place nobody sees the end.
     const clipped = one => getComputedStyle(one).overflowX === "visible" ? 0 : one.scrollWidth - one.clientWidth;
+    const ACTING = "a, area, img, picture, script:not(body > script), iframe, object, embed, link, meta, base, "
+        + "form:not(.vega-bindings), input, button[formaction], video, audio, source, track, image, use, "
+        + "foreignObject, [onload], [onerror], [onclick], [onmouseover], [srcset], [background]";
     const body = document.body;
     const hidden = body ? Math.max(0, ...[...body.querySelectorAll("*")].map(clipped)) : 0;
-    if (!body) return {ready: false, text: "", charts: [], specs};
+    if (!body) return {ready: false, text: "", charts: [], specs, acting: []};
     return {
         ready: document.readyState === "complete" && (!window.mfCardDataId || !!body.querySelector("[data-component]")),
         text: body.innerText,
@@ -270,6 +274,7 @@ LOOK = r"""() => {
         tables: [...body.querySelectorAll("table")].map(table => [...table.rows].map(cells)),
         charts: [...body.querySelectorAll(".vega-embed svg.marks")].map(chart),
         specs,
+        acting: [...body.querySelectorAll(ACTING)].map(one => one.outerHTML.slice(0, 200)),
         frames: [...body.querySelectorAll("iframe")].map(frame => frame.src),
         width: document.documentElement.scrollWidth + hidden,
         height: document.documentElement.scrollHeight,

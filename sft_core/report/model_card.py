@@ -1,7 +1,8 @@
 """The model card: README.md in the hub's format, metadata and Markdown. Sees plain numbers and strings only.
 
 Names and licences come from data and from other people's cards, and none of them may act as Markdown or YAML: text is
-escaped and kept in one line, the hub's own library writes the metadata, and a fence is longer than any in its text.
+escaped by `as_markup` and kept in one line, the hub's own library writes the metadata, and a fence is longer than any
+in its text.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sft_core.report.rows import PhaseChange
+from sft_core.report.shown import as_markup
 from sft_core.report.tables import markdown_table
 
 Z_95 = 1.959964  # two-sided 95 % of the normal distribution
@@ -197,7 +199,7 @@ def interval(value: float, stderr: float | None, n: int, *, is_share: bool) -> t
 
 
 def _origin(base: Base) -> str:
-    revision = f" at revision `{base.revision}`" if base.revision else ""
+    revision = f" at revision {_code(base.revision)}" if base.revision else ""
     lines = [f"Fine-tuned on conversations with {_FLOW}, from {_text(base.name)}{revision}."]
     if base.revision:
         lines.append(f"Licence of the base model: {_text(base.licence or UNKNOWN)}.")
@@ -316,11 +318,7 @@ def _use(card: Card) -> list[str]:
         ")\n"
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=256)[0]))"
     )
-    served = (
-        [f"Served by vLLM, requests carry {_code(json.dumps({'chat_template_kwargs': kwargs}, ensure_ascii=False))}."]
-        if kwargs
-        else []
-    )
+    served = [f"Served by vLLM, requests carry {_code(_json({'chat_template_kwargs': kwargs}))}."] if kwargs else []
     return ["## Use", " ".join(sentences), _fenced("python", code), *served]
 
 
@@ -332,9 +330,9 @@ def _with_interval(value: float, stderr: float | None, n: int, *, is_share: bool
     return f"{value:.4f}" if low is None else f"{value:.4f} ({low:.4f} to {high:.4f})"
 
 
-def _difference(difference: tuple[float, float | None, float | None] | None) -> str:
+def _difference(difference: tuple[float, float | None, float | None] | None) -> str | None:
     if difference is None:
-        return "-"
+        return None
     value, low, high = difference
     return f"{value:+.4f}" if low is None else f"{value:+.4f} ({low:+.4f} to {high:+.4f})"
 
@@ -344,21 +342,17 @@ def _words(metric: str) -> str:
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
-    return markdown_table(
-        header, [tuple(_text(value) if isinstance(value, str) else value for value in row) for row in rows]
-    )
+    escaped = [tuple(_text(value) if isinstance(value, str) else value for value in row) for row in rows]
+    return markdown_table(tuple(map(_text, header)), escaped)
 
 
 def _bullets(facts: dict[str, str]) -> str:
     return "\n".join(f"- {_text(name)}: {_text(str(value))}" for name, value in facts.items())
 
 
-_SPECIAL = re.compile(r"[\\`*{}\[\]<>#|!&~$]|(?<!\w)_|_(?!\w)")
-
-
 def _text(value: str) -> str:
     """Text that Markdown shows unchanged, in one line."""
-    return _SPECIAL.sub(lambda match: "\\" + match[0], _line(value))
+    return as_markup(_line(value))
 
 
 def _line(value: str) -> str:
@@ -367,8 +361,9 @@ def _line(value: str) -> str:
 
 
 def _code(text: str) -> str:
-    ticks = "`" * (1 + _longest_run(text))
-    return f"{ticks} {text} {ticks}"
+    text = _line(text)  # an empty line would end the paragraph, and the code with it
+    ticks, padding = "`" * (1 + _longest_run(text)), " " if "`" in text else ""
+    return f"{ticks}{padding}{text}{padding}{ticks}"
 
 
 def _fenced(language: str, text: str) -> str:
@@ -378,6 +373,11 @@ def _fenced(language: str, text: str) -> str:
 
 def _longest_run(text: str) -> int:
     return max((len(run) for run in re.findall("`+", text)), default=0)
+
+
+def _json(data: dict[str, Any]) -> str:
+    text = json.dumps(data, ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(data)
 
 
 def _yaml(data: dict[str, Any]) -> str:

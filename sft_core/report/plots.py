@@ -306,9 +306,11 @@ def first_to_last(rows: Sequence[ScoreRow], metric: str) -> Mapping[str, object]
     task = {"field": "task", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 300}}
 
     def dots(model: str, colour: str) -> Mapping[str, object]:
+        # A tooltip whose entry is called `image` is a picture, which the browser loads: it may not be a model's name.
+        shown = [{"field": "task"}, {"field": model, "type": "quantitative", "title": f"score of {model}"}]
         return {
-            "mark": {"type": "point", "filled": True, "size": 90, "color": colour, "tooltip": True},
-            "encoding": {"y": task, "x": {"field": model, "type": "quantitative"}},
+            "mark": {"type": "point", "filled": True, "size": 90, "color": colour},
+            "encoding": {"y": task, "x": {"field": model, "type": "quantitative"}, "tooltip": shown},
         }
 
     return {

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from sft_core.report.flags import Answers, red_flags
 from sft_core.report.rows import OverviewRow, Score, ScoreRow
+from sft_core.report.shown import in_one_line
 
 LOSSES = ("loss", "perplexity", "token_accuracy")  # every row has them; any other score is one of answers
 
@@ -83,8 +84,8 @@ def _rounded(value: float | None) -> float | None:
 
 
 def text_table(header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
-    """Columns aligned by width: words to the left, numbers to the right."""
-    cells = [header, *(tuple(_cell(value) for value in row) for row in rows)]
+    """Columns aligned by width: words to the left, numbers to the right; a row is a line, whatever its cells hold."""
+    cells = [tuple(map(in_one_line, header)), *(tuple(in_one_line(_cell(value)) for value in row) for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     numeric = [
         all(isinstance(row[column], (int, float)) or row[column] is None for row in rows)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft_core.data.packing.over_long import windows_of
 from sft_core.die_with_parent import STARTED_BY, die_with_parent
+from sft_core.report.shown import shown
 from sft_core.train.checkpoints import STOP, stop_request, worth_keeping
 from sft_core.train.counts import TrainedCounts
 from sft_core.train.job import TrainJob, TrainSpec, job_path, write_job
@@ -248,7 +249,7 @@ def run(arguments: list[str], variables: dict[str, str], out: Path, *, log: Path
             for line in process.stdout:
                 file.write(line)
                 file.flush()
-                print(line, end="", flush=True)
+                print(shown(line), end="", flush=True)
                 tail.append(line)
         code = process.wait()
     except BaseException:

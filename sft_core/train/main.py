@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_core.die_with_parent import die_with_parent
+from sft_core.report.shown import log_as_text
 from sft_core.train.checkpoints import check_room, discard_staged, stop_request
 from sft_core.train.job import TrainJob, read_job
 
@@ -35,7 +36,7 @@ def as_rank(out: Path) -> Iterator[None]:
     """Around a rank's training: its logging, a lock on the folder, and a file with its error for the launcher."""
     rank = int(os.environ.get("RANK", "0"))
     signal.signal(signal.SIGTERM, functools.partial(_terminated, out))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
+    log_as_text(logging.INFO if rank == 0 else logging.ERROR)
     try:
         with _alone(out) if rank == 0 else contextlib.nullcontext():
             yield

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from steps.cli.say import say, say_painted
 from steps.cli.store import existing_store
 
 WHOLE_LINE = 400  # characters
@@ -38,7 +39,7 @@ def verify(ref: str | None, root: str) -> None:
         f"{output}: was made from damaged {', '.join(map(str, behind))}" for output, behind in damage.derived.items()
     ]
     foreign = [f"{output}: {name} is not of the output" for output in damage.whole for name in store.foreign(output)]
-    click.echo("\n".join([*faults, *derived, *foreign, f"{len(refs)} outputs verified, {len(faults)} damaged"]))
+    say("\n".join([*faults, *derived, *foreign, f"{len(refs)} outputs verified, {len(faults)} damaged"]))
     sys.exit(1 if faults else 0)
 
 
@@ -56,11 +57,10 @@ def scores(whole: bool, as_json: bool) -> None:
     from steps.runs.recorded import last_finished
 
     run = last_finished()
-    click.echo(
-        json.dumps(run.scores, indent=1)
-        if as_json
-        else summary(run.scores, run.gains, run.checkpoint, run.pushed, whole).strip()
-    )
+    if as_json:
+        say(json.dumps(run.scores, indent=1))
+    else:
+        say_painted(summary(run.scores, run.gains, run.checkpoint, run.pushed, whole).strip())
 
 
 @click.command()
@@ -79,17 +79,18 @@ def answers(run: str, task: str | None, only: Any, limit: int, as_json: bool) ->
     """
     from itertools import islice
 
+    from sft_core.report.shown import in_json
     from steps.cli.answers import answers, as_text
     from steps.runs.recorded import recorded
 
     rows = answers(recorded(run), task, only)
     for row in islice(rows, limit):
         if as_json:
-            click.echo(json.dumps(row, ensure_ascii=False))
+            say(in_json(json.dumps(row, ensure_ascii=False)))
         else:
             _console().print(as_text(row))
     if num_more := sum(1 for _ in rows):
-        click.echo(f"{num_more} rows more; --limit", err=True)
+        say(f"{num_more} rows more; --limit", err=True)
 
 
 @click.command()
@@ -109,7 +110,7 @@ def resume() -> None:
     failed = failed_tasks(run.id)
     # Metaflow takes a failed evaluation for done. Resume from its step: the scores that are there are hits.
     step = ["evaluate"] if failed else []
-    click.echo(f"resuming {run.id}" + (f", evaluating {', '.join(failed)} again" if failed else ""))
+    say(f"resuming {run.id}" + (f", evaluating {', '.join(failed)} again" if failed else ""))
     # `start` tags a run, and a resume does not run it again.
     tags = [part for tag in resumed_tags(run, source_code()) for part in ("--tag", tag)]
     command = [sys.executable, str(FLOW), "resume", *step, "--origin-run-id", run.id, *tags]
@@ -145,7 +146,8 @@ def chat(
     """Talk to a checkpoint: an output (stage/key), a run's id or `latest`, a folder, or a hub id.
 
     Its own chat template writes the prompts, with the kwargs that the store knows it was trained with. In the
-    conversation, /help tells the commands.
+    conversation, /help tells the commands. A terminal shows the control characters of an answer as symbols; a pipe or a
+    file gets the answer as the model wrote it.
 
     \b
     Examples: sft chat latest
@@ -194,7 +196,7 @@ def compare(run_a: str, run_b: str, as_json: bool) -> None:
 
     comparison = compared(recorded(run_a), recorded(run_b))
     if as_json:
-        click.echo(json.dumps(comparison, indent=1))
+        say(json.dumps(comparison, indent=1))
     else:
         _console().print(*as_tables(comparison), sep="\n")
 
@@ -225,17 +227,17 @@ def lineage(ref: str, row_id: str | None, as_json: bool, root: str) -> None:
     else:
         data, trees = lineage.as_json(store, traced), [lineage.as_tree(store, traced)]
     if as_json:
-        click.echo(json.dumps(data, indent=1))
+        say(json.dumps(data, indent=1))
     else:
         _console().print(*trees, sep="\n")
 
 
 def _console() -> Any:
     """Lines are folded in a terminal and whole elsewhere."""
-    from rich.console import Console
+    from steps.console import TextConsole
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=WHOLE_LINE)
+    console = TextConsole()
+    return console if console.is_terminal else TextConsole(width=WHOLE_LINE)
 
 
 COMMANDS = (verify, scores, answers, resume, chat, compare, lineage)

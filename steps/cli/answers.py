@@ -61,14 +61,14 @@ def _plain(task: str, change: Change, by_model: Mapping[str, Mapping[str, Any]])
 
 def as_text(row: Mapping[str, Any]) -> Text:
     """row: as `answers` gives it."""
-    from rich.text import Text
+    from steps.console import styled
 
     scores = " → ".join(f"{score:.4g}" for score in row["score"].values())
     title = f"{row['task']}  {row['change']}: {scores}"
-    text = Text.assemble((title, STYLES[row["change"]]), (f"  row {row['row_id']}\n", "dim"))
+    text = styled((title, STYLES[row["change"]]), (f"  row {row['row_id']}\n", "dim"))
     parts = [("asked", row["asked"]), ("wanted", row["wanted"])]
     parts += [(model, output) for model in row["score"] for output in row[model]]
     for name, message in parts:
         lines = (message or "-").strip("\n").split("\n")
-        text.append(f"  {name:<7}", "dim").append("\n         ".join(lines) + "\n")
+        text.append_text(styled((f"  {name:<7}", "dim"), "\n         ".join(lines) + "\n"))
     return text

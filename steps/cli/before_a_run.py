@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from steps.cli.say import say
+
 if TYPE_CHECKING:
     from sft_core.pins.pinned import PinnedRecipe
     from sft_core.store.stage import Located
@@ -60,29 +62,29 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
         for located in planned
     ]
     if as_json:
-        click.echo(json.dumps(rows, indent=1))
+        say(json.dumps(rows, indent=1))
         start.check_training(planned, pinned)
         return
-    click.echo(text_table(("stage", "name", "key", "status"), [tuple(row.values()) for row in rows]))
+    say(text_table(("stage", "name", "key", "status"), [tuple(row.values()) for row in rows]))
     for problem in pinned.unresolved:
-        click.echo(f"cannot compute keys that depend on {problem}", err=True)
+        say(f"cannot compute keys that depend on {problem}", err=True)
     counts = {status: sum(row["status"] == status for row in rows) for status in ("hit", "build", "depends")}
-    click.echo(f"\n{counts['hit']} are there, {counts['build']} to build, {counts['depends']} depend on one to build")
+    say(f"\n{counts['hit']} are there, {counts['build']} to build, {counts['depends']} depend on one to build")
     known = [count for count in prompts.values() if count is not None]
     if known:
-        click.echo(f"unique report prompts a task: {min(known)} to {max(known)}")
+        say(f"unique report prompts a task: {min(known)} to {max(known)}")
     problems: list[str] = []
     for phase in loaded.phases:
         shares, of_phase = planned_shares(store, pinned, phase)
         problems += of_phase
-        click.echo(("" if len(loaded.phases) == 1 else f"\nphase {phase}") + "\n" + text_table(SHARES_HEADER, shares))
+        say(("" if len(loaded.phases) == 1 else f"\nphase {phase}") + "\n" + text_table(SHARES_HEADER, shares))
     problems += drifts(store, pinned, planned)
     unmet = {unmet_demands(loaded.for_phase(phase)) for phase in loaded.phases} | {start.unmet_engine(planned, loaded)}
     for problem in [*problems, *filter(None, unmet), *_of_model(planned, pinned, tries=memory)]:
-        click.echo(problem, err=True)
+        say(problem, err=True)
     if memory:
         for line in estimated(store, pinned, planned):
-            click.echo(f"\n{line}")
+            say(f"\n{line}")
     start.check_training(planned, pinned)
 
 
@@ -112,7 +114,7 @@ def explain(a: str, b: str, root: str) -> None:
     """
     from steps.cli.explain import explained
 
-    click.echo("\n".join(explained(a, b, root)) or "no difference")
+    say("\n".join(explained(a, b, root)) or "no difference")
 
 
 @click.command()
@@ -154,7 +156,7 @@ def check(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: b
     loaded = read_recipe(recipe, overrides=overrides, limit=limit)
     pinned, store = pin(loaded), Store(loaded.runtime.store)
     rows = [checked(store, pinned, source) for source in loaded.sources]
-    click.echo(json.dumps(rows, indent=1) if as_json else check_text(rows))
+    say(json.dumps(rows, indent=1) if as_json else check_text(rows))
 
 
 @click.command()
@@ -170,7 +172,7 @@ def init(model: str, data: tuple[str, ...], output: str) -> None:
     from steps.cli.init import write_recipe
 
     write_recipe(model, data, Path(output))
-    click.echo(f"wrote {output}\n\n  sft plan {output}\n  python flows/sft_flow.py --config recipe {output} run")
+    say(f"wrote {output}\n\n  sft plan {output}\n  python flows/sft_flow.py --config recipe {output} run")
 
 
 @click.command("import")
@@ -196,7 +198,7 @@ def import_recipe(recipe: str, output: str, num_processes: int | None, accelerat
     launched = Path(accelerate_config) if accelerate_config else None
     imported = write_imported(Path(recipe), Path(output), num_processes, launched)
     beside = f" and {Path(output).with_suffix('.jinja')}" if imported.template is not None else ""
-    click.echo(f"{account_text(imported)}\n\nwrote {output}{beside}\n\n  sft plan {output}")
+    say(f"{account_text(imported)}\n\nwrote {output}{beside}\n\n  sft plan {output}")
 
 
 COMMANDS = (plan, explain, show, check, init, import_recipe)

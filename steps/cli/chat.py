@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
-
 from sft_core.evaluate.chat import Answer, Chat, Checkpoint, Sampling
 from sft_core.pins.pinned import HubUnreachable, resolve
 from sft_core.store.manifest import MANIFEST
 from sft_core.store.ref import Ref
 from sft_core.store.store import Store
 from steps.cli.lineage import trace
+from steps.cli.say import say
 from steps.runs.recorded import is_run, recorded
 from steps.train import MODEL
 
@@ -150,7 +149,7 @@ def talk(
         return _plain(chat, [prompt], commands=False)
     if not sys.stdin.isatty():
         return _plain(chat, (line.rstrip("\n") for line in sys.stdin), commands=True)
-    click.secho(f"{place.path}\n{HELP}\n", dim=True)
+    say(f"{place.path}\n{HELP}\n", dim=True)
     _in_terminal(chat)
     return 0
 
@@ -163,15 +162,15 @@ def _plain(chat: Chat, turns: Iterable[str], *, commands: bool) -> int:
             continue
         try:
             if commands and _COMMAND.match(turn):
-                if not obey(chat, turn, lambda text: click.echo(text, err=True)):
+                if not obey(chat, turn, lambda text: say(text, err=True)):
                     break
                 continue
-            answer = chat.ask(turn, lambda text: click.echo(text, nl=False))
+            answer = chat.ask(turn, write)
         except ValueError as error:
-            click.echo(f"Error: {error}", err=True)
+            say(f"Error: {error}", err=True)
             code = 1
             continue
-        click.echo()
+        say()
         if answer.ended == "interrupted":
             return INTERRUPTED
         _print_end(answer, err=True)
@@ -185,23 +184,23 @@ def _in_terminal(chat: Chat) -> None:
         try:
             turn = input("> ")
         except KeyboardInterrupt:
-            click.secho("\n/quit or Ctrl-D ends", dim=True)
+            say("\n/quit or Ctrl-D ends", dim=True)
             continue
         except EOFError:
-            click.echo()
+            say()
             return
         if not turn.strip():
             continue
         try:
             if _COMMAND.match(turn):
-                if not obey(chat, turn, lambda text: click.secho(text, dim=True)):
+                if not obey(chat, turn, lambda text: say(text, dim=True)):
                     return
                 continue
             answer = chat.ask(turn, Painted())
         except ValueError as error:
-            click.secho(str(error), fg="red")
+            say(str(error), fg="red")
             continue
-        click.echo()
+        say()
         _print_end(answer, err=False)
 
 
@@ -228,6 +227,15 @@ def obey(chat: Chat, turn: str, tell: Callable[[str], None]) -> bool:
     return True
 
 
+def write(text: str, **style: Any) -> None:
+    """Writes a piece of an answer: as it is to a pipe or a file, which a program reads, or as text to a terminal."""
+    if sys.stdout.isatty():
+        say(text, nl=False, **style)
+    else:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
 class Painted:
     """Writes an answer as it comes, its thoughts dim."""
 
@@ -238,11 +246,11 @@ class Painted:
         self._text += text
         is_thought = self._text.rfind("<think>") > self._text.rfind("</think>")
         # Write the rest without any style: text with a style code for every token copies badly.
-        click.echo(click.style(text, dim=True) if is_thought or text.endswith("</think>") else text, nl=False)
+        write(text, **({"dim": True} if is_thought or text.endswith("</think>") else {}))
 
 
 def _print_end(answer: Answer, *, err: bool) -> None:
     if answer.ended == "length":
-        click.secho(f"[cut off after {answer.num_tokens} tokens]", dim=True, err=err)
+        say(f"[cut off after {answer.num_tokens} tokens]", dim=True, err=err)
     elif answer.ended == "interrupted":
-        click.secho(f"[stopped after {answer.num_tokens} tokens]", dim=True, err=err)
+        say(f"[stopped after {answer.num_tokens} tokens]", dim=True, err=err)

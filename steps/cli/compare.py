@@ -223,8 +223,6 @@ def _rows(store: Store, run: Recorded, task: str) -> pa.Table | None:
 
 def as_tables(comparison: Comparison) -> list[RenderableType]:
     """The comparison for a terminal."""
-    from rich.markup import escape
-
     a, b = comparison["runs"]
     parts: list[RenderableType] = []
     rows: list[tuple[str, ...]] = [
@@ -245,7 +243,7 @@ def as_tables(comparison: Comparison) -> list[RenderableType]:
     if comparison["scores"]:
         header = ("task", "metric", "A: base → tuned", "B: base → tuned", "B - A", "95 % interval", "n")
         parts += _titled("Scores", header, [_score_row(row) for row in comparison["scores"]], first_number=2)
-        parts.append(escape("B - A: of the tuned models, over the n rows that both scored, paired by prompt."))
+        parts.append("B - A: of the tuned models, over the n rows that both scored, paired by prompt.")
     else:
         parts.append("Neither run has scores yet.")
     return parts
@@ -264,15 +262,14 @@ def _score_row(row: ScorePair) -> tuple[str, ...]:
 def _titled(
     title: str, header: tuple[str, ...], rows: list[tuple[str, ...]], first_number: int | None = None
 ) -> list[RenderableType]:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold")
     for place, name in enumerate(header):
         is_number = first_number is not None and place >= first_number
-        table.add_column(escape(name), justify="right" if is_number else "left", overflow="fold")
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     return [table, ""]
 
 

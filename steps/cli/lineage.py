@@ -19,6 +19,7 @@ from steps.cli.store import existing_store
 from steps.runs.recorded import is_run, recorded
 
 if TYPE_CHECKING:
+    from rich.text import Text
     from rich.tree import Tree
 
 DIGEST_SHOWN = 12  # hex digits
@@ -119,8 +120,9 @@ def as_json(store: Store, lineage: Lineage) -> dict[str, object]:
 
 
 def as_tree(store: Store, lineage: Lineage) -> Tree:
-    from rich.markup import escape
     from rich.tree import Tree
+
+    from steps.console import styled
 
     tree = Tree(_line(lineage, lineage.root), guide_style="dim", highlight=False)
     shown = {lineage.root}
@@ -130,10 +132,10 @@ def as_tree(store: Store, lineage: Lineage) -> Tree:
         if manifest is None:
             return
         for kind, origin in _origins(store, ref, manifest).items():
-            branch.add(escape(f"{kind.replace('_', ' ')}: {_origin_text(origin)}"))
+            branch.add(f"{kind.replace('_', ' ')}: {_origin_text(origin)}")
         for near in lineage.nearest(ref):
             if near in shown:
-                branch.add(f"[cyan]{near}[/] [dim](above)[/]")
+                branch.add(styled((str(near), "cyan"), " ", ("(above)", "dim")))
             else:
                 shown.add(near)
                 grow(branch.add(_line(lineage, near)), near)
@@ -142,16 +144,16 @@ def as_tree(store: Store, lineage: Lineage) -> Tree:
     return tree
 
 
-def _line(lineage: Lineage, ref: Ref) -> str:
-    from rich.markup import escape
+def _line(lineage: Lineage, ref: Ref) -> Text:
+    from steps.console import styled
 
-    manifest = lineage.manifests[ref]
+    manifest, address = lineage.manifests[ref], (str(ref), "cyan")
     if manifest is None:
-        return f"[cyan]{ref}[/] [red]{GONE}[/]"
+        return styled(address, " ", (GONE, "red"))
     by = source_label(manifest["source_code"]) if manifest.get("source_code") else None
     created = f"{manifest['created'].replace('T', ' ').rstrip('Z')}" + (f" by {by}" if by else "")
     counts, content = _counts_text(ref, manifest["counts"]), f"content {manifest['content'][:DIGEST_SHOWN]}"
-    return "  ".join(filter(None, (f"[cyan]{ref}[/]", escape(lineage.name(ref)), counts, content, created)))
+    return styled(address, *(f"  {text}" for text in (lineage.name(ref), counts, content, created) if text))
 
 
 def _counts_text(ref: Ref, counts: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from sft_core.report.shown import shown
 from steps.cli import after_a_run, before_a_run
 from steps.cli.store import store
 from steps.colour import print_fault
@@ -28,7 +29,7 @@ class Commands(click.Group):
             notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
             if hasattr(error, "pieces") and print_fault(error):
                 ctx.exit(1)
-            raise click.ClickException(f"{error}{notes}") from None
+            raise click.ClickException(shown(f"{error}{notes}")) from None
 
 
 @click.group(cls=Commands)

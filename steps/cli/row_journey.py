@@ -205,11 +205,10 @@ def steps_of(store: Store, lineage: Lineage, trained: Ref, plan: PackPlan, packs
 
 
 def as_tree(journey: Journey) -> Tree:
-    from rich.markup import escape
     from rich.tree import Tree
 
-    tree = Tree(escape(f"row {journey['row_id']}  {journey['source']}"), guide_style="dim", highlight=False)
-    tree.add(escape(f"source: {', '.join(journey['where'])}  ({journey['conversations']})"))
+    tree = Tree(f"row {journey['row_id']}  {journey['source']}", guide_style="dim", highlight=False)
+    tree.add(f"source: {', '.join(journey['where'])}  ({journey['conversations']})")
     split = f"prompt {journey['prompt_hash']:016x}" + (f", in the {journey['split']} split" if journey["split"] else "")
     tree.add(split)
     for text in journey["texts"]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from rich.console import Console
-from rich.text import Text
 
 from sft_core.data.proof.decoded import DecodedRows, Vocabulary
 from sft_core.data.shards.token_shards import TokenShards
@@ -13,6 +11,7 @@ from sft_core.data.tokenizer.tokenizer import load_tokenizer
 from sft_core.pins.pinned import pin
 from sft_core.store.store import Store
 from steps.colour import legend, painted
+from steps.console import TextConsole, styled
 from steps.runs.recipes import read_recipe
 from steps.tokenize import TOKENS
 
@@ -30,7 +29,7 @@ def show_row(recipe: str, source: str, row: int, overrides: tuple[str, ...], lim
     ids, trained = shards[row].input_ids, shards[row].trained
     alone = EncodedRows(ids, trained, np.array([0, len(ids)], dtype=np.int32))
     vocabulary = Vocabulary(load_tokenizer(**pinned.tokenizer_loader))
-    console = Console(highlight=False, soft_wrap=True)
+    console = TextConsole(soft_wrap=True)
     console.print(painted(DecodedRows(vocabulary, alone).pieces(0)))
     num_trained = int(np.count_nonzero(trained))
-    console.print(Text(f"\n{source} row {row}: {len(ids)} tokens, {num_trained} trained   "), legend(), sep="")
+    console.print(styled(f"\n{source} row {row}: {len(ids)} tokens, {num_trained} trained   "), legend(), sep="")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import click
 from humanize import naturalsize, naturaltime
 
+from steps.cli.say import say
+
 if TYPE_CHECKING:
     from sft_core.store.store import Store
 
@@ -45,8 +47,8 @@ def list_outputs(root: str) -> None:
         size = naturalsize(opened.num_bytes(ref), binary=True)
         rows.append((str(ref), part, size, naturaltime(unused_s, months=False)))
     total = naturalsize(sum(opened.num_bytes(ref) for ref in opened.refs()), binary=True)
-    click.echo(text_table(("output", "name", "size", "last used"), rows) if rows else f"{root}: no outputs")
-    click.echo(f"\n{len(rows)} outputs, {total}")
+    say(text_table(("output", "name", "size", "last used"), rows) if rows else f"{root}: no outputs")
+    say(f"\n{len(rows)} outputs, {total}")
 
 
 @store.command()
@@ -87,7 +89,7 @@ def gc(refs: tuple[str, ...], root: str, days: float, damaged: bool, delete: boo
     leftovers = [leftover for leftover in leftovers if leftover.last_used < old]
     sizes |= {f"{leftover.path} (unfinished)": leftover.num_bytes for leftover in leftovers}
     for name, size in sizes.items():
-        click.echo(f"{'removed' if delete else 'would remove'} {name}  {naturalsize(size, binary=True)}")
+        say(f"{'removed' if delete else 'would remove'} {name}  {naturalsize(size, binary=True)}")
     if delete:
         for ref in chosen:
             opened.remove(ref)
@@ -97,7 +99,7 @@ def gc(refs: tuple[str, ...], root: str, days: float, damaged: bool, delete: boo
             assert opened.remote is not None
             opened.remote.remove_leftover(leftover)
     total = naturalsize(sum(sizes.values()), binary=True)
-    click.echo(f"{len(sizes)} outputs, {total}" + ("" if delete else "; add --delete to remove"))
+    say(f"{len(sizes)} outputs, {total}" + ("" if delete else "; add --delete to remove"))
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -35,6 +35,7 @@ def parse_config(text: str) -> dict[str, Any]:
 
     from sft_core.evaluate.metrics.registry import check_names
     from sft_core.recipe.parse import parse_recipe, read_yaml
+    from sft_core.report.shown import shown
 
     class InvalidRecipe(MetaflowException):
         headline = "The recipe is not valid"
@@ -44,7 +45,7 @@ def parse_config(text: str) -> dict[str, Any]:
         recipe = parse_recipe(data)
         check_names(recipe.evaluation)
     except ValueError as error:
-        raise InvalidRecipe(str(error)) from None
+        raise InvalidRecipe(shown(str(error))) from None
     return {
         **data,
         "runtime": recipe.runtime.model_dump(mode="json"),
@@ -63,7 +64,8 @@ def effective(data: Mapping[str, Any], overrides: Iterable[str] | None, limit: i
 
 @functools.cache  # so that a store at a URL lists its bucket once in a process
 def open_store(address: str) -> Store:
+    from sft_core.report.shown import log_as_text
     from sft_core.store.store import Store
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_as_text(logging.INFO)
     return Store(address)

@@ -82,6 +82,9 @@ def test_failed_tasks_leave_the_others_scores_and_a_resume_evaluates_them_alone(
     assert "**Not scored: lm_eval:raises, lm_eval:killed.**" in text
     assert "| checksum_think | exact match |" in text
     assert sum("the judge is away" in page for page in card_data(project)) == 1, "its card has the traceback"
+    pages = [page.read_text() for page in project.folder.glob(".metaflow/mf.cards/**/*.html")]
+    assert len(pages) > 5
+    assert all("fonts.googleapis" not in page and "Content-Security-Policy" in page for page in pages)
     before = len(project.builds())
 
     broken.unlink()

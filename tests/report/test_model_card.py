@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from typing import Any
 
@@ -59,10 +60,11 @@ def rows(text: str, header: str) -> list[list[str]]:
     """The cells of the table that begins with the header's first cells; what Markdown escapes is as it was."""
     found = re.search(rf"^\| {re.escape(header)}.*\n\| -.*\n((?:\|.*\n?)+)", text, re.MULTILINE)
     assert found, header
-    return [
-        [re.sub(r"\\(.)", r"\1", cell.strip()) for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        for line in found[1].strip().splitlines()
-    ]
+    return [[plain(cell.strip()) for cell in line.split("|")[1:-1]] for line in found[1].strip().splitlines()]
+
+
+def plain(cell: str) -> str:
+    return html.unescape(re.sub(r"</?span>", "", cell))
 
 
 def test_metadata_is_what_the_hub_reads():

@@ -5,11 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from sft_core.evaluate.rows import ROWS, answer_counts, scores
 from sft_core.pins.pinned import pin
 from sft_core.recipe.parse import parse_recipe
 from sft_core.store.ref import Ref
@@ -17,6 +14,7 @@ from sft_core.store.store import Store
 from steps import evaluate, report
 from steps.cards import task
 from tests.report.columns import HEADER
+from tests.steps.cards.outputs import saved_evaluation
 from tests.train.tiny import tiny_recipe
 
 SCRIPT = "<script>alert(1)</script>"
@@ -29,23 +27,9 @@ def rendered(components: list[Any]) -> str:
 
 def save(store: Store, model: str, values: list[float], outputs: list[str], cut_off: int = 0) -> Ref:
     """An evaluation in the store, of rows that have these scores."""
-    n = len(values)
-    columns = {
-        **{"row_id": [str(row) for row in range(n)], "prompt_hash": range(n), "nll": [3.0] * n},
-        **{"num_trained": [2 + row % 3 for row in range(n)], "num_correct": [1] * n, "answer": [f"want {SCRIPT}"] * n},
-        "prompt": [f"ask {SCRIPT} {'at length ' * 40}{row}?" for row in range(n)],
-        **{"outputs": [[output] for output in outputs], "num_generated": [[7]] * n},
-        **{"cut_off": [[row < cut_off] for row in range(n)], "scores": [[v] for v in values], "score": values},
-    }
-    table, folder = pa.table(columns, schema=ROWS), store.root / "evaluated" / model
-    folder.mkdir(parents=True)
-    pq.write_table(table, folder / "rows.parquet")
-    found = [vars(score) for score in scores(table, "exact_match")]
-    (folder / "scores.json").write_text(json.dumps(found))
-    counts = {"rows": n, "over_long": 0, **answer_counts(table), "timeouts": 0, "metric": "exact_match"}
-    manifest = {"identity": {"part": {"task": "copy", "model": model}}, "counts": {**counts, "scores": found}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return Ref("evaluated", model)
+    asked = [f"ask {SCRIPT} {'at length ' * 40}{row}?" for row in range(len(values))]
+    wanted = [f"want {SCRIPT}"] * len(values)
+    return saved_evaluation(store, model, values, outputs, task="copy", asked=asked, wanted=wanted, cut_off=cut_off)
 
 
 @pytest.fixture

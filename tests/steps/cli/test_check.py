@@ -21,7 +21,7 @@ from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
 from steps import tokenize
 from steps.cards import tokens as tokens_card
-from steps.colour import faults_in_colour
+from steps.colour import errors_as_text
 from tests.data.rendering.test_rendering import REWRITES
 
 COLOURS = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLORTERM": "truecolor"}
@@ -179,11 +179,11 @@ def test_fault_in_a_task_is_painted_for_the_terminal_that_reads_its_log(capfd, m
     for is_read_in_a_terminal in (False, True):
         monkeypatch.setenv("TTY_COMPATIBLE", str(int(is_read_in_a_terminal)))
         monkeypatch.setenv("TERM", "xterm-256color")
-        with pytest.raises(MaskProofFailed, match="a⟦b<c>⟧"), faults_in_colour():
+        with pytest.raises(MaskProofFailed, match="a⟦b<c>⟧"), errors_as_text():
             raise MaskProofFailed("it is wrong", pieces)
         shown = capfd.readouterr().err
         assert ("it is wrong" in shown) == ("\x1b[32mb" in shown) == is_read_in_a_terminal
-    with pytest.raises(ValueError, match="another"), faults_in_colour():
+    with pytest.raises(ValueError, match="another"), errors_as_text():
         raise ValueError("another")
     assert capfd.readouterr().err == ""
 
