@@ -20,6 +20,7 @@ from steps.evaluate import EVALUATED
 from steps.plan import phases_to_train, plan
 from steps.release import PUSHED
 from steps.report_prompts import check_report_prompts, count_report_prompts
+from steps.toy import rendering_warnings
 from steps.train import TRAINED
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def prepare(recipe: Recipe) -> PinnedRecipe:
         if not on_cluster():
             check_machine(recipe.for_phase(phase))
         check_report_to(recipe.runtime.report_to)
-    for warning in model_warnings(planned, pinned):
+    for warning in [*rendering_warnings(planned, pinned), *model_warnings(planned, pinned)]:
         log.warning(warning)
     return pinned
 

@@ -44,6 +44,7 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
     from steps.plan import plan as planned_outputs
     from steps.report_prompts import check_report_prompts, count_report_prompts
     from steps.runs.recipes import read_recipe
+    from steps.toy import rendering_warnings
 
     loaded = read_recipe(recipe, overrides=overrides, limit=limit)
     pinned, store = pin(loaded, allow_unresolved=True), Store(loaded.runtime.store)
@@ -84,6 +85,8 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
         for line in estimated(store, pinned, planned):
             click.echo(f"\n{line}")
     start.check_training(planned, pinned)
+    for warning in rendering_warnings(planned, pinned, fetches=False):
+        click.echo(warning, err=True)
 
 
 def _of_model(planned: list[Located], pinned: PinnedRecipe, *, tries: bool) -> list[str]:
