@@ -64,7 +64,7 @@ def known_keys(config_class: Any) -> frozenset[str]:
     for cls in inspect.getmro(model) if isinstance(model, type) else ():
         if cls.__module__.startswith("transformers.models."):
             names |= {*_read_of_configs(_tree(cls.__module__))}
-    return frozenset(names)
+    return frozenset(name for name in names if not name.startswith("_"))
 
 
 @functools.cache
