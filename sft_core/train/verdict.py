@@ -7,7 +7,7 @@ faults are raised, so that whoever mends the machine is not told them once more.
 from __future__ import annotations
 
 import dataclasses
-import logging
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from sft_core.recipe.sections import Runtime
     from sft_core.store.stage import Build
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -55,9 +54,11 @@ def build_verdict(
     device: str,
     libraries: dict[str, str | None],
 ) -> dict[str, Any]:
-    """The stage's builder: the verdict is its counts. Raises ValueError with every fault."""
+    """Writes verdict.json, which is also the counts. Raises ValueError with every fault."""
     verdict = try_training(model, tokenizer, recipe, build.runtime, build.out, here=device != ELSEWHERE)
-    return {**verdict.to_json(), "device": device, "libraries": libraries}
+    counts = {**verdict.to_json(), "device": device, "libraries": libraries}
+    (build.out / "verdict.json").write_text(json.dumps(counts, indent=1))
+    return counts
 
 
 ELSEWHERE = "elsewhere"  # of a cluster, where each task may be on another machine

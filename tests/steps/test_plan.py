@@ -1,5 +1,6 @@
 """What a run will do: which change rebuilds what, and what is refused before anything is built."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sft_core.pins.pinned import PinnedRecipe, pin
+from sft_core.pins.pinned import PinnedRecipe, pin, template_path
 from sft_core.recipe.parse import load_recipe, override, parse_recipe
 from sft_core.store.store import Store
 from steps.mix import MIXTURE, SHARES_HEADER
@@ -466,6 +467,16 @@ def test_template_that_no_row_can_be_trained_with_is_refused_before_any_work(
     result = sft("plan", path, "--set", template, code=1)
     assert expected in result.output and "conversations" in result.output, "after the table"
     assert not (Path(small_recipe["runtime"]["store"]) / "builds.jsonl").exists()
+
+
+def test_plan_tries_no_tokenizer_that_is_not_on_this_machine():
+    recipe = load_recipe(str(ROOT / "configs" / "smollm3.yaml"))
+    sources, path = dict.fromkeys(recipe.sources, "a" * 40), template_path(recipe)
+    assert path is not None
+    template = hashlib.sha256(path.read_bytes()).hexdigest()
+    pinned = PinnedRecipe(recipe, {"sources": sources, "tokenizer": "b" * 40, "model": "e" * 40, "template": template})
+    (warning,) = rendering_warnings(plan(Store("no-such-store"), pinned), pinned, fetches=False)
+    assert "not tried, since the tokenizer is not on this machine yet" in warning
 
 
 def test_toy_conversation_is_not_tried_where_every_row_is_tokenized(built_recipe, monkeypatch: pytest.MonkeyPatch):

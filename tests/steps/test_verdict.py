@@ -1,6 +1,7 @@
 """The verdict as an output: tried once, in `start`, before any download; a plan reads it and builds nothing."""
 
 import dataclasses
+import json
 import logging
 import subprocess
 import sys
@@ -35,6 +36,8 @@ def test_start_tries_once_and_says_what_came_out(small_recipe, caplog: pytest.Lo
     with caplog.at_level(logging.INFO):
         prepare(parse_recipe(small_recipe))
         (build,) = builds(small_recipe)
+        (file,) = Path(small_recipe["runtime"]["store"]).glob("verdict/*/verdict.json")
+        assert json.loads(file.read_text())["attention"] == "sdpa"
         assert '"verdict"' in build and caplog.text.count("tried: llama of 5,128") == 1
         prepare(parse_recipe(small_recipe))
     assert builds(small_recipe) == [build] and caplog.text.count("tried: llama of 5,128") == 2

@@ -73,9 +73,19 @@ def torn_index(folder: Path) -> None:
     (folder / INDEX).write_text((folder / INDEX).read_text()[:100])
 
 
+def torn_config(folder: Path) -> None:
+    (folder / "config.json").write_text((folder / "config.json").read_text()[:30])
+
+
+def config_of_nothing(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (torn_config, "config.json: no JSON"),
+        (config_of_nothing, "config.json: names no model_type"),
         (cut, "no whole safetensors file .*fetch it again"),
         (empty, "no whole safetensors file"),
         (pointer, "no whole safetensors file"),

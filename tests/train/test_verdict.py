@@ -193,6 +193,7 @@ def test_heads_are_named_as_the_class_names_them(verdict: Try) -> None:
         ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-8}, "must be smaller than initial lr"),
         ({"lora": {"target_modules": ["q_proj", "vproj"]}}, r"lora\.target_modules: found 'vproj', .*mean 'v_proj'"),
         ({"lora": {"target_modules": "attention.*"}}, r"lora\.target_modules: found 'attention\.\*'"),
+        ({"lora": {"lora_dropout": 1.0}}, r"lora\.lora_dropout: found 1\.0; a step drops all"),
         ({"router_aux_loss_coef": 0.1}, r"training\.router_aux_loss_coef: found 0\.1"),
     ],
 )

@@ -93,12 +93,15 @@ def check_heads(config: Any, *, trust_remote_code: bool) -> None:
 
 
 def check_targets(lora: Lora, skeleton: Any) -> int:
-    """The number of the adapter's weights. Raises ValueError for target modules that the model does not have.
+    """The number of the adapter's weights. Raises ValueError for an adapter that the model cannot have, or that trains
+    nothing.
 
     skeleton: on torch's meta device; the adapter is put into it.
     """
     from peft import get_peft_model
 
+    if lora.lora_dropout == 1:
+        raise ValueError("training.lora.lora_dropout: found 1.0; a step drops all that the adapter reads; give less")
     names = [name for name, _ in skeleton.named_modules() if name]
     last = {name.rpartition(".")[2] for name in names}
     targets = () if isinstance(lora.target_modules, str) else lora.target_modules
