@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from sft_core.data.tokens.toy import RenderingArguments, ToyTrial, try_rendering, try_renderings
 from tests.data.families import CHATML, FAMILIES, family
@@ -110,6 +112,17 @@ def test_tokenizer_and_stop_tokens_are_tried_too(arguments: Callable[..., Any], 
     (tmp_path / "chatml" / "tokenizer.json").write_text("{}")
     torn = try_rendering(arguments("chatml"))
     assert not torn.loads and torn.error is not None and "chatml" in torn.error
+
+
+def test_tokenizer_that_loses_a_letter_fails_in_the_mask_proof(arguments: Callable[..., Any], tmp_path: Path) -> None:
+    letters = sorted({*pre_tokenizers.ByteLevel.alphabet()} - {"p"})
+    backend = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([*CHATML])
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>").save_pretrained(tmp_path / "chatml")
+    error = try_rendering(arguments("chatml", CHATML_SOURCE)).error
+    assert error is not None and "mask proof" in error
 
 
 def test_renderings_are_tried_without_torch_in_a_process_of_their_own(
