@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 from sft_core.evaluate.metrics.registry import check_metrics
@@ -13,14 +12,17 @@ from sft_core.recipe.recipe import Recipe
 from sft_core.release.push import check_push
 from sft_core.store.stage import Located
 from sft_core.store.store import Store
-from sft_core.train.accelerator import check_machine, has_gpu, lost_updates, slow_precision
+from sft_core.train.accelerator import check_machine, has_gpu, lost_updates, slow_precision, unseen_gpu
 from sft_core.train.arguments import check_extra, check_report_to
-from sft_core.train.model_files import check_files, check_finite, model_folder
+from sft_core.train.model_files import check_files, model_folder
+from steps.cluster import on_cluster
 from steps.evaluate import EVALUATED
 from steps.plan import phases_to_train, plan
 from steps.release import PUSHED
 from steps.report_prompts import check_report_prompts, count_report_prompts
+from steps.toy import rendering_warnings
 from steps.train import TRAINED
+from steps.verdict import device, ensure_verdicts
 
 log = logging.getLogger(__name__)
 
@@ -46,18 +48,20 @@ def prepare(recipe: Recipe) -> PinnedRecipe:
     check_training(planned, pinned)
     if not on_cluster() and (unmet := unmet_engine(planned, recipe)):
         raise ValueError(unmet)
+    warnings = []
     for phase in phases_to_train(planned, pinned):
         if not on_cluster():
             check_machine(recipe.for_phase(phase))
+        if device() == "gpu":
+            warnings.append(unseen_gpu(recipe.for_phase(phase)))
         check_report_to(recipe.runtime.report_to)
-    for warning in model_warnings(planned, pinned):
+    warnings += [*rendering_warnings(planned, pinned), *model_warnings(planned, pinned)]
+    for verdict in ensure_verdicts(store, pinned, planned):
+        log.info(verdict.line)
+        warnings += verdict.warnings
+    for warning in dict.fromkeys(filter(None, warnings)):
         log.warning(warning)
     return pinned
-
-
-def on_cluster() -> bool:
-    """Whether this task runs on Kubernetes or AWS Batch, where each may be on another machine."""
-    return "METAFLOW_KUBERNETES_WORKLOAD" in os.environ or "AWS_BATCH_JOB_ID" in os.environ
 
 
 def check_place(recipe: Recipe) -> None:
@@ -75,16 +79,10 @@ def check_place(recipe: Recipe) -> None:
         )
 
 
-def model_warnings(planned: list[Located], pinned: PinnedRecipe, *, tries: bool = True) -> list[str]:
-    """Warnings about a model that is still to be trained or scored.
-
-    tries: whether to import torch, look into the weights, and try a small model of the same class. Raises ValueError
-    for what the class cannot do and for torn weight files, NotFiniteError for weights, and OSError for a config that
-    cannot be read.
-    """
+def model_warnings(planned: list[Located], pinned: PinnedRecipe) -> list[str]:
+    """Warnings about a model that is still to be trained or scored. Raises ValueError for torn weight files."""
     recipe, warnings = pinned.recipe, []
-    phases = phases_to_train(planned, pinned)
-    for phase in phases:
+    for phase in phases_to_train(planned, pinned):
         keys = recipe.for_phase(phase)
         warnings += [warning for warning in (lost_updates(keys), slow_precision(keys)) if warning]
     if any(located.stage in (TRAINED, EVALUATED) and located.status != "hit" for located in planned):
@@ -92,13 +90,6 @@ def model_warnings(planned: list[Located], pinned: PinnedRecipe, *, tries: bool 
         folder = model_folder(loader["path"], loader["revision"]) if loader["path"] is not None else None
         if folder is not None:
             check_files(folder, is_cache=loader["revision"] is not None)
-        if tries:
-            from sft_core.train.preflight import try_class  # imports torch
-
-            if folder is not None:
-                check_finite(folder)
-            for phase in phases or [*recipe.phases][-1:]:
-                warnings += try_class(recipe.for_phase(phase), loader, here=not on_cluster())
     return list(dict.fromkeys(warnings))
 
 
@@ -109,6 +100,6 @@ def unmet_engine(planned: list[Located], recipe: Recipe) -> str | None:
 
 
 def check_training(planned: list[Located], pinned: PinnedRecipe) -> None:
-    """Raises ValueError for a wrong `training.extra`. Checks only phases to train: TRL takes seconds to import."""
+    """Raises ValueError for a wrong `training.extra`. Checks only phases to train."""
     for phase in phases_to_train(planned, pinned):
         check_extra(pinned.recipe.phases[phase].training.extra)

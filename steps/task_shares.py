@@ -18,9 +18,9 @@ from sft_core.store.store import Store
 from steps.cards import lm_eval_task
 from steps.cards import task as task_card
 from steps.cards.pieces import failure, heading, progress_bar, redraw
+from steps.cluster import on_cluster
 from steps.outcomes import Scoring, outcomes
 from steps.scored import scoring_stage, shortened
-from steps.start import on_cluster
 
 
 def shares_of(recipe: Recipe) -> list[list[str]]:

@@ -73,6 +73,20 @@ def check_machine(recipe: PhaseRecipe) -> None:
         raise ValueError(unmet)
 
 
+def unseen_gpu(recipe: PhaseRecipe) -> str | None:
+    """On a machine with a GPU: a warning if torch does not see it. Raises ValueError if the recipe demands a GPU."""
+    if _on_cuda():
+        return None
+    import torch
+
+    if unmet := unmet_demands(recipe, on_gpu=False):
+        raise ValueError(unmet)
+    return (
+        f"this machine has a GPU, and torch {torch.__version__} sees none, so everything runs on the CPU; check that "
+        "torch is a CUDA build and that the driver is new enough"
+    )
+
+
 def computes_in_half(recipe: PhaseRecipe) -> bool:
     """Whether the model computes in half precision: by autocast, or by its weights."""
     return recipe.training.bf16 or recipe.model.dtype == "bfloat16"

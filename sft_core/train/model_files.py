@@ -27,12 +27,13 @@ def model_folder(path: str, revision: str | None) -> Path | None:
 
 
 def check_files(folder: Path, *, is_cache: bool = False) -> None:
-    """Raises ValueError for a safetensors file that is torn, and for files or tensors that the index names in vain.
+    """Raises ValueError for a torn safetensors file or config.json, and for what the index names in vain.
 
     Reads the headers alone. is_cache: files that are not there yet are fetched later.
     """
     from safetensors import SafetensorError, safe_open
 
+    _check_config(folder / "config.json")
     names: dict[str, set[str]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -51,6 +52,17 @@ def check_files(folder: Path, *, is_cache: bool = False) -> None:
         raise ValueError(f"{index}: it names files that are not there: {some(missing)}; fetch the whole model")
     if absent := sorted(name for name, file in where.items() if name not in names.get(file, {name})):
         raise ValueError(f"{index}: it names tensors that its files do not have: {some(absent)}; fetch the whole model")
+
+
+def _check_config(file: Path) -> None:
+    if not file.is_file():
+        return
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: no JSON ({error}); fetch it again") from None
+    if not isinstance(config, dict) or not {"model_type", "auto_map"} & config.keys():
+        raise ValueError(f"{file}: names no model_type, so it is no model's config; fetch it again")
 
 
 def check_finite(folder: Path, within_s: float = WITHIN_S) -> None:

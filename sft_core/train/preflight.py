@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from sft_core.train.accelerator import has_gpu, unmet_demands
+from sft_core.recipe.wording import alternatives
 from sft_core.train.models.attention import KNOWS_DOCUMENTS, VARLEN, allows_varlen, choose_attention
 from sft_core.train.models.model import read_config
 from sft_core.train.models.router import router_loss
@@ -22,8 +22,16 @@ log = logging.getLogger(__name__)
 LONG = 16_384  # tokens of a pack; from here on a mask of all pairs takes at least 256 MiB
 
 
-def try_class(recipe: PhaseRecipe, loader: Mapping[str, Any], *, here: bool = True) -> list[str]:
-    """Warnings about the model that the recipe trains and scores.
+class ClassTrial(NamedTuple):
+    """attention: what the recipe's choice is for the class. documents_alone: each document gets its own forward."""
+
+    attention: str
+    documents_alone: bool
+    warnings: list[str]
+
+
+def try_class(recipe: PhaseRecipe, loader: Mapping[str, Any], *, here: bool = True) -> ClassTrial:
+    """How the class of the model that the recipe trains and scores runs, and warnings about it.
 
     loader: PinnedRecipe.model_loader. here: this machine trains. Raises ValueError if the class cannot run as the
     recipe asks, and OSError or ValueError if the model's config cannot be read.
@@ -34,9 +42,10 @@ def try_class(recipe: PhaseRecipe, loader: Mapping[str, Any], *, here: bool = Tr
     half = recipe.training.bf16 or recipe.model.dtype == "bfloat16"
     router_loss(config, recipe.training.router_aux_loss_coef)
     _check_attention(asked, config, kind, trust)
-    warnings = _of_device(recipe) if here else []
+    warnings: list[str] = []
     on_gpu = here and torch.cuda.is_available()
     attention: str = asked
+    isolation: Isolation | None = None
     if asked != "flash_attention_2":  # which a CPU does not run
         chosen = choose_attention(asked, config, half=half, trust_remote_code=trust)
         device = "cuda" if on_gpu else "cpu"
@@ -58,7 +67,7 @@ def try_class(recipe: PhaseRecipe, loader: Mapping[str, Any], *, here: bool = Tr
         attention = chosen or (isolation.attention if isolation is not None else "sdpa")
     if attention not in (*KNOWS_DOCUMENTS, "flex_attention") and recipe.packing.max_length > LONG:
         warnings += _of_long_mask(recipe, config, attention, half=half, trust=trust, here=here)
-    return warnings
+    return ClassTrial(attention, isolation is not None and isolation.document_inputs is None, warnings)
 
 
 def _check_router(
@@ -102,26 +111,15 @@ def _check_attention(asked: str, config: Any, kind: str, trust: bool) -> None:
     """Raises ValueError if a small model of the class does not run with the recipe's attention."""
     if asked in ("auto", "flash_attention_2") or small_model(config, attention=None, trust_remote_code=trust) is None:
         return
-    runs = (
-        allows_varlen(config, trust)
-        if asked == VARLEN
-        else small_model(config, attention=asked, trust_remote_code=trust) is not None
-    )
-    if not runs:
+    if not _runs_with(asked, config, trust):
+        others = [name for name in ("sdpa", "eager", VARLEN) if name != asked and _runs_with(name, config, trust)]
         raise ValueError(
-            f"model.attn_implementation: found {asked!r}, with which a {kind} model does not run; set auto, which "
-            "chooses one that runs"
+            f"model.attn_implementation: found {asked!r}, with which a {kind} model does not run; it runs with "
+            f"{alternatives(others) if others else 'none of ours'}: set auto, which chooses one that runs"
         )
 
 
-def _of_device(recipe: PhaseRecipe) -> list[str]:
-    """A warning if torch does not see this machine's GPU. Raises ValueError if the recipe demands a GPU."""
-    sees_gpu = torch.cuda.is_available()
-    if unmet := unmet_demands(recipe, on_gpu=sees_gpu):
-        raise ValueError(unmet)
-    if has_gpu() and not sees_gpu:
-        return [
-            f"this machine has a GPU, and torch {torch.__version__} sees none, so everything runs on the CPU; "
-            "check that torch is a CUDA build and that the driver is new enough"
-        ]
-    return []
+def _runs_with(attention: str, config: Any, trust: bool) -> bool:
+    if attention == VARLEN:
+        return allows_varlen(config, trust)
+    return small_model(config, attention=attention, trust_remote_code=trust) is not None

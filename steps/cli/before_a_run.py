@@ -27,7 +27,7 @@ def _overridable(command: Any) -> Any:
 @click.option(
     "--memory",
     is_flag=True,
-    help="Try the model's class; estimate a GPU's memory and the FLOPs; slower.",
+    help="Try what training needs, as start does; estimate a GPU's memory and the FLOPs; slower.",
 )
 def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bool, memory: bool) -> None:
     """The outputs that a run would make, and those that are there; builds nothing.
@@ -46,6 +46,8 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
     from steps.plan import plan as planned_outputs
     from steps.report_prompts import check_report_prompts, count_report_prompts
     from steps.runs.recipes import read_recipe
+    from steps.toy import rendering_warnings
+    from steps.verdict import verdict_lines
 
     loaded = read_recipe(recipe, overrides=overrides, limit=limit)
     pinned, store = pin(loaded, allow_unresolved=True), Store(loaded.runtime.store)
@@ -80,21 +82,25 @@ def plan(recipe: str, overrides: tuple[str, ...], limit: int | None, as_json: bo
         say(("" if len(loaded.phases) == 1 else f"\nphase {phase}") + "\n" + text_table(SHARES_HEADER, shares))
     problems += drifts(store, pinned, planned)
     unmet = {unmet_demands(loaded.for_phase(phase)) for phase in loaded.phases} | {start.unmet_engine(planned, loaded)}
-    for problem in [*problems, *filter(None, unmet), *_of_model(planned, pinned, tries=memory)]:
+    for problem in [*problems, *filter(None, unmet), *_of_model(planned, pinned)]:
         say(problem, err=True)
+    for line in verdict_lines(store, pinned, planned, tries=memory):
+        say(line, err=True)
     if memory:
         for line in estimated(store, pinned, planned):
             say(f"\n{line}")
     start.check_training(planned, pinned)
+    for warning in rendering_warnings(planned, pinned, fetches=False):
+        say(warning, err=True)
 
 
-def _of_model(planned: list[Located], pinned: PinnedRecipe, *, tries: bool) -> list[str]:
+def _of_model(planned: list[Located], pinned: PinnedRecipe) -> list[str]:
     """A plan's warnings about the model. An error of it is a warning here: the run may be on another machine."""
     from sft_core.store.stage import Unresolved
     from steps.start import model_warnings
 
     try:
-        return model_warnings(planned, pinned, tries=tries)
+        return model_warnings(planned, pinned)
     except Unresolved:
         return []  # the plan reports the unresolved name
     except (OSError, ValueError) as error:

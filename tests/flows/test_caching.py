@@ -42,8 +42,8 @@ def planned(project: Project, *arguments: str, recipe: str = "recipe.yaml") -> d
 
 def test_first_run_builds_everything_once_and_prints_the_table(finished: Project) -> None:
     branches = {f"{stage} {source}": 1 for stage in BRANCH for source in ("checksum_think", "checksum_no_think")}
-    first = names(finished.builds()[: len(branches) + len(MIXED_ON) + 1])
-    assert dict(first) == {**branches, **MIXED_ON, "evaluated base checksum_think": 1}
+    first = names(finished.builds()[: len(branches) + len(MIXED_ON) + 2])
+    assert dict(first) == {"verdict": 1, **branches, **MIXED_ON, "evaluated base checksum_think": 1}
     assert "exact_match" in finished.first_output
     scores = json.loads(finished.sft("scores", "--json"))
     assert {row["metric"] for row in scores} == {"loss", "perplexity", "token_accuracy", "exact_match"}

@@ -168,3 +168,14 @@ def test_resume_runs_as_many_tasks_at_once_as_a_run() -> None:
         environment |= {} if workers is None else {"METAFLOW_RUN_MAX_WORKERS": workers}
         done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.stdout.split() == [workers or "2"] * 2, done.stderr
+
+
+def test_flow_of_more_than_a_hundred_sources_runs_and_resumes(tmp_path: Path) -> None:
+    """In the environment of the flow's file: Metaflow by itself stops a foreach at 100 tasks."""
+    project = Project(tmp_path)
+    project.settings = {"JOINED": str(tmp_path / "file"), "METAFLOW_DEFAULT_METADATA": "local"}
+    command = [sys.executable, str(ROOT / "tests" / "flows" / "flow_of_many.py")]
+    failed = project.call([*command, "run"], succeeds=False)
+    assert "the file is not there yet" in failed and failed.count("Task finished successfully") == 1 + 101
+    (tmp_path / "file").touch()
+    assert "joined 101 sources" in project.call([*command, "resume"])

@@ -1,5 +1,6 @@
 """What a run will do: which change rebuilds what, and what is refused before anything is built."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -7,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from sft_core.pins.pinned import PinnedRecipe, pin
+from sft_core.pins.pinned import PinnedRecipe, pin, template_path
 from sft_core.recipe.parse import load_recipe, override, parse_recipe
 from sft_core.store.store import Store
 from steps.mix import MIXTURE, SHARES_HEADER
 from steps.plan import ORDER, differences, plan
 from steps.report_prompts import count_report_prompts
 from steps.start import prepare
+from steps.toy import rendering_warnings
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("copy_no_think", "checksum_think")
@@ -445,3 +447,42 @@ def test_plan_memory_estimates_what_training_takes_until_it_is_there(sft, save_r
     assert re.search(
         r"M parameters by ddp on 1 rank\(s\): about [\d.]+ [KM]iB on each, [\d.]+ [KM]iB for weights", line
     )
+
+
+# The toy conversation
+
+
+def test_template_that_no_row_can_be_trained_with_is_refused_before_any_work(
+    small_recipe, sft, save_recipe, tmp_path: Path
+):
+    (tmp_path / "silent.jinja").write_text(
+        "{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}"
+    )
+    template = f"chat_template.template={tmp_path}/silent.jinja"
+    expected = "chat_template: a toy conversation of a user and an assistant cannot be trained"
+    with pytest.raises(ValueError, match=expected):
+        prepare(parse_recipe(override(small_recipe, (template,))))
+    path = save_recipe(small_recipe)
+    sft("plan", path)
+    result = sft("plan", path, "--set", template, code=1)
+    assert expected in result.output and "conversations" in result.output, "after the table"
+    assert not (Path(small_recipe["runtime"]["store"]) / "builds.jsonl").exists()
+
+
+def test_plan_tries_no_tokenizer_that_is_not_on_this_machine():
+    recipe = load_recipe(str(ROOT / "configs" / "smollm3.yaml"))
+    sources, path = dict.fromkeys(recipe.sources, "a" * 40), template_path(recipe)
+    assert path is not None
+    template = hashlib.sha256(path.read_bytes()).hexdigest()
+    pinned = PinnedRecipe(recipe, {"sources": sources, "tokenizer": "b" * 40, "model": "e" * 40, "template": template})
+    (warning,) = rendering_warnings(plan(Store("no-such-store"), pinned), pinned, fetches=False)
+    assert "not tried, since the tokenizer is not on this machine yet" in warning
+
+
+def test_toy_conversation_is_not_tried_where_every_row_is_tokenized(built_recipe, monkeypatch: pytest.MonkeyPatch):
+    pinned = pin(parse_recipe(built_recipe))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.executable", "no-such-python")
+    assert rendering_warnings(plan(Store(built_recipe["runtime"]["store"]), pinned), pinned) == []
+    with pytest.raises(FileNotFoundError, match="no-such-python"):
+        rendering_warnings(plan(Store("none"), pinned), pinned)

@@ -31,6 +31,7 @@ from sft_core.evaluate.tasks import row_losses
 from sft_core.pins.pinned import PinnedRecipe, pin
 from sft_core.recipe.parse import parse_recipe
 from sft_core.store.store import Store
+from sft_core.train.accelerator import check_machine
 from sft_core.train.checkpoints import numbered, step_of
 from sft_core.train.collate import collate, to_device
 from sft_core.train.job import ModelLoader, TokenizerLoader, TrainJob
@@ -153,7 +154,8 @@ def test_demands_that_a_device_cannot_meet_are_refused_before_any_work(device: s
     def try_recipe(**changes: dict[str, Any]) -> list[str]:
         data = recipe(**changes)
         loader = {"path": None, "revision": None, "config": data["model"]["config"], "trust_remote_code": False}
-        return try_class(phase_recipe(data), loader)
+        check_machine(phase_recipe(data))
+        return try_class(phase_recipe(data), loader).warnings
 
     assert try_recipe() == []
     if importlib.util.find_spec("flash_attn") is None:

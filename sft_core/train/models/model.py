@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,11 +87,19 @@ def load_model(
         check_weights(network.named_parameters(), str(model.path))
         agree_on_ties(network)
     rows = network.get_input_embeddings().num_embeddings
-    if len(vocabulary) > rows:
-        log.info("embedding grows from %d to %d rows", rows, len(vocabulary))
-        network.resize_token_embeddings(len(vocabulary), mean_resizing=model.config is None)
+    if (needed := num_ids(vocabulary)) > rows:
+        log.info("embedding grows from %d to %d rows", rows, needed)
+        network.resize_token_embeddings(needed, mean_resizing=model.config is None)
     agree_on_special_tokens(network, vocabulary, model.stop_tokens)
     return network, vocabulary
+
+
+def num_ids(vocabulary: PreTrainedTokenizerFast, without: Collection[str] = ()) -> int:
+    """The rows of an embedding that has each id: the ids of a vocabulary may have holes, so their number says less.
+
+    without: tokens that do not count.
+    """
+    return 1 + max(index for token, index in vocabulary.get_vocab().items() if token not in without)
 
 
 def check_loaded(path: str, loading: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ _ENOUGH = {
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "chunk_size", "mamba_chunk_size"), 32),
 }
 _KEPT_HEADS = 4
+_SHORT_HEAD = 8  # the size of heads whose number is tried
 
 
 def small_model(config: Any, *, attention: str | None, trust_remote_code: bool) -> Any | None:
@@ -57,6 +58,26 @@ def small_model(config: Any, *, attention: str | None, trust_remote_code: bool) 
     return None
 
 
+def computes_with_heads(config: Any, heads: int, key_heads: int, rest: int, *, trust_remote_code: bool) -> bool:
+    """Whether a small model of the config's class with so many heads computes logits.
+
+    rest: what the hidden size has over a multiple of `heads`.
+    """
+    try:
+        reduced = _reduced(config, narrow=False)
+        text = reduced.get_text_config()
+        hidden, num_heads = dict.fromkeys(_HIDDEN, heads * _SHORT_HEAD + rest), dict.fromkeys(_HEADS, heads)
+        for name, size in {**hidden, **num_heads, "num_key_value_heads": key_heads, "head_dim": _SHORT_HEAD}.items():
+            if size_of(text, name):
+                setattr(text, name, size)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model = AutoModelForCausalLM.from_config(reduced, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            model.eval()(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+    except Exception:  # a class may raise any error
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Runs torch on one thread: products this small are slower on several, much slower on a busy machine."""
@@ -73,8 +94,8 @@ def _reduced(config: Any, *, narrow: bool) -> Any:
     text = config.get_text_config()
     _cut_layers(text)
     if narrow:
-        heads, hidden = (max(_size(text, name) for name in names) for names in (_HEADS, _HIDDEN))
-        key_heads = _size(text, "num_key_value_heads")
+        heads, hidden = (max(size_of(text, name) for name in names) for names in (_HEADS, _HIDDEN))
+        key_heads = size_of(text, "num_key_value_heads")
         if heads and hidden:
             _lower(text, dict.fromkeys(_HIDDEN, _KEPT_HEADS * (hidden // heads)) | dict.fromkeys(_HEADS, _KEPT_HEADS))
         if key_heads:
@@ -88,7 +109,7 @@ def _reduced(config: Any, *, narrow: bool) -> Any:
 
 def _cut_layers(text: Any) -> None:
     """Keeps the first layers, and cuts each list with an entry per layer to them."""
-    num_layers = _size(text, "num_hidden_layers")
+    num_layers = size_of(text, "num_hidden_layers")
     if not num_layers:
         return
     kinds = getattr(text, "layer_types", None) or []
@@ -102,11 +123,11 @@ def _cut_layers(text: Any) -> None:
 
 def _lower(text: Any, sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
-        if _size(text, name) > size:
+        if size_of(text, name) > size:
             setattr(text, name, size)
 
 
-def _size(text: Any, name: str) -> int:
+def size_of(text: Any, name: str) -> int:
     """A size by its name; 0 if the config lacks it."""
     value = getattr(text, name, None)
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
