@@ -83,6 +83,17 @@ def test_torchrun_leaves_nothing_in_the_temporary_folder(tmp_path: Path, monkeyp
     assert (tmp_path / "torchrun").is_dir()
 
 
+def test_lines_of_a_rank_are_text_in_a_terminal_and_whole_in_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rank.py").write_text("print('a \\x1b[2Jline')")
+    command = [*torchrun(Runtime(), tmp_path), str(tmp_path / "rank.py")]
+    run(command, variables(tmp_path, num_threads=1), tmp_path, log=tmp_path / "log.txt")
+    printed = capsys.readouterr().out
+    assert "a ␛[2Jline\n" in printed and "\x1b" not in printed
+    assert "a \x1b[2Jline\n" in (tmp_path / "log.txt").read_text()
+
+
 def test_no_rank_is_called_killed_that_torchrun_ended() -> None:
     text = "  rank      : 0 (local_rank: 0)\n  exitcode  : -15 (pid: 9)  (SIGTERM)\n"
     assert killed_ranks(text) == "" and killed_ranks(text.replace("-15", "1")) == ""
