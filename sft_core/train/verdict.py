@@ -71,36 +71,20 @@ def try_training(
 
     folder: where a training would write; stays empty. here: this machine trains.
     """
-    from sft_core.data.tokenizer.tokenizer import load_tokenizer
-    from sft_core.train.models.fit import check_class, check_heads, check_targets, check_vocabulary
-    from sft_core.train.models.model import read_config, skeleton
+    from sft_core.train.models.fit import check_targets
+    from sft_core.train.models.model import skeleton
     from sft_core.train.optimizer_trial import try_optimizer
     from sft_core.train.preflight import try_class
 
-    faults, warnings = _Faults(), list[str]()
-    trust, in_recipe = model.trust_remote_code, model.config is not None
-    where: dict[str, Any] = {
-        "path": model.path,
-        "revision": model.revision,
-        "config": model.config,
-        "trust_remote_code": trust,
-    }
-    config = faults.of(lambda: read_config(model.path, model.revision, model.config, trust), _in_recipes_words)
+    faults = _Faults()
+    names = ("path", "revision", "config", "trust_remote_code")
+    loader: dict[str, Any] = {name: getattr(model, name) for name in names}
+    config, warnings = _try_config(faults, model, tokenizer)
     shape = trial = trained = None
     if config is not None:
-        faults.of(lambda: check_class(config, trust_remote_code=trust))
-    if config is not None and not faults:
-        warnings += faults.of(lambda: _check_keys(config, model)) or []
-        faults.of(lambda: check_heads(config, trust_remote_code=trust))
-        vocabulary = faults.of(lambda: load_tokenizer(**dataclasses.asdict(tokenizer)))
-        if vocabulary is not None:
-            added = tokenizer.add_special_tokens
-            faults.of(lambda: check_vocabulary(config, vocabulary, added, in_recipe=in_recipe))
-    if config is not None and not faults:  # what follows builds models of the config
-        shape = faults.of(lambda: skeleton(**where))
-        trial = faults.of(lambda: try_class(recipe, where, here=here))
-        warnings += trial.warnings if trial is not None else []
-        warnings += _of_length(recipe, config)
+        shape = faults.of(lambda: skeleton(**loader))
+        trial = faults.of(lambda: try_class(recipe, loader, here=here))
+        warnings += [*(trial.warnings if trial is not None else ()), *_of_length(recipe, config)]
     lora = recipe.training.lora
     if shape is not None:
         parameters = shape.num_parameters()
@@ -120,6 +104,25 @@ def try_training(
     )
 
 
+def _try_config(faults: _Faults, model: ModelLoader, tokenizer: TokenizerLoader) -> tuple[Any | None, list[str]]:
+    """The config, None where no model can be built of it; and warnings about its keys."""
+    from sft_core.data.tokenizer.tokenizer import load_tokenizer
+    from sft_core.train.models.fit import check_class, check_heads, check_vocabulary
+    from sft_core.train.models.model import read_config
+
+    trust = model.trust_remote_code
+    config = faults.of(lambda: read_config(model.path, model.revision, model.config, trust), _in_recipes_words)
+    if config is None or not faults.passes(lambda: check_class(config, trust_remote_code=trust)):
+        return None, []
+    warnings = faults.of(lambda: _check_keys(config, model)) or []
+    vocabulary = faults.of(lambda: load_tokenizer(**dataclasses.asdict(tokenizer)))
+    if vocabulary is not None:
+        added, in_recipe = tokenizer.add_special_tokens, model.config is not None
+        faults.of(lambda: check_vocabulary(config, vocabulary, added, in_recipe=in_recipe))
+    runs = faults.passes(lambda: check_heads(config, trust_remote_code=trust))
+    return config if runs else None, warnings
+
+
 class _Faults:
     """The faults of trials, of which one does not keep the others from being tried."""
 
@@ -134,8 +137,11 @@ class _Faults:
             self._messages.append(message(error).strip() or repr(error))
             return None
 
-    def __bool__(self) -> bool:
-        return bool(self._messages)
+    def passes(self, check: Callable[[], None]) -> bool:
+        """Whether the check raises nothing."""
+        before = len(self._messages)
+        self.of(check)
+        return len(self._messages) == before
 
     def check(self) -> None:
         """Raises ValueError with all of them."""

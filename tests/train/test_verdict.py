@@ -209,11 +209,10 @@ def test_attention_that_the_class_lacks_is_named_with_those_that_it_has(verdict:
 
 
 def test_all_faults_are_named_at_once(verdict: Try) -> None:
-    with pytest.raises(ValueError, match="3 faults, each of which ends a training") as raised:
-        verdict(
-            model={"config": {**LLAMA, "hiden_size": 64, "vocab_size": 10}}, training={"extra": {"adam_beta2": 1.5}}
-        )
-    assert all(name in str(raised.value) for name in ("hiden_size", "vocab_size", "adam_beta2"))
+    training = {"extra": {"adam_beta2": 1.5}, "lora": {"target_modules": ["vproj"]}}
+    with pytest.raises(ValueError, match="4 faults, each of which ends a training") as raised:
+        verdict(model={"config": {**LLAMA, "hiden_size": 64, "vocab_size": 10}}, training=training)
+    assert all(name in str(raised.value) for name in ("hiden_size", "vocab_size", "adam_beta2", "vproj"))
 
 
 def test_what_belongs_to_a_gpu_elsewhere_is_no_fault_here(verdict: Try) -> None:

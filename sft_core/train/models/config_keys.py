@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sft_core.recipe.wording import nearest
 
@@ -60,7 +60,7 @@ def known_keys(config_class: Any) -> frozenset[str]:
     names |= {*config_class.attribute_map, *vars(config_class()), *config_class.sub_configs, "model_type"}
     for cls in classes:
         names |= {*_texts(_tree(cls.__module__))}
-    model: Any = AutoModelForCausalLM._model_mapping.get(config_class, None)
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
     for cls in inspect.getmro(model) if isinstance(model, type) else ():
         if cls.__module__.startswith("transformers.models."):
             names |= {*_read_of_configs(_tree(cls.__module__))}

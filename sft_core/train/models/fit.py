@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sft_core.recipe.wording import nearest, short
 from sft_core.train.models.lora import lora_config
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def check_class(config: Any, *, trust_remote_code: bool) -> None:
     """Raises ValueError if no class of causal language models takes the config."""
-    if type(config) in AutoModelForCausalLM._model_mapping:
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
     brings_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if brings_code and trust_remote_code:
