@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup run test lint bench faults gpu gpu-dry smollm2 ui clean
+.PHONY: help setup run test-fast test test-all lint bench faults gpu gpu-dry smollm2 ui clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,8 +19,17 @@ setup: $(READY)  ## make .venv and install into it
 run: setup  ## the quickstart: data to scores in a few minutes
 	$(BIN)/python flows/sft_flow.py run
 
-test: setup  ## the tests, two at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# The order of files stays: by default the plugin keeps those with few tests, which take longest, for the end.
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: setup  ## the tests that start no process, in two minutes
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m 'not slow and not long'
+
+test: setup  ## all tests but the long ones, in ten minutes
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m 'not long'
+
+test-all: setup  ## every test, as CI runs them
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
 
 lint: setup  ## ruff, mypy, and the layers of imports
 	$(BIN)/ruff check .

@@ -36,6 +36,7 @@ def run(out: Path, *options: str) -> tuple[int, list[str], dict[str, Any]]:
     return done.returncode, done.stdout.splitlines(), json.loads(out.read_text())
 
 
+@pytest.mark.long
 def test_dry_run_proves_isolation(tmp_path: Path) -> None:
     code, printed, report = run(tmp_path / "gpu.json", "--seconds", "20", "--parts", "a,b")
     log = (tmp_path / "gpu.log").read_text()

@@ -35,6 +35,7 @@ def builds(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "builds.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_search_benchmark_tells_what_the_store_holds_and_trains_nothing_again(tmp_path: Path) -> None:
     printed, results = run(tmp_path)
     built, store = builds(tmp_path), Store(tmp_path)

@@ -21,12 +21,14 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "store"
 
 
+@pytest.mark.long
 def test_killed_run_ends_with_the_same_bits(clean: Path, tmp_path: Path) -> None:
     found = list(kills.lives(0, 5, tmp_path, files_of(clean)))
     assert sum(life.kills for life in found) >= 5
     assert kills.is_kept(found), found
 
 
+@pytest.mark.long
 def test_flipped_bits_are_refused_by_each_stage_that_reads_them(clean: Path, tmp_path: Path) -> None:
     found = list(flips.flips(0, 100, recipe(str(clean)), tmp_path))
     assert {flip.reader for flip in found} >= {
@@ -42,11 +44,13 @@ def test_flipped_bits_are_refused_by_each_stage_that_reads_them(clean: Path, tmp
     assert flips.is_kept(found)
 
 
+@pytest.mark.long
 def test_two_machines_in_turn_end_with_the_same_bits(clean: Path, tmp_path: Path) -> None:
     found = list(machines.turns(0, 1, tmp_path, files_of(clean)))
     assert machines.is_kept(found), found
 
 
+@pytest.mark.long
 def test_bad_inputs_are_told_by_their_names(tmp_path: Path) -> None:
     number = len(bad_inputs.mistakes_in_files()) + 25
     found = list(bad_inputs.bad_inputs(0, number, tmp_path))

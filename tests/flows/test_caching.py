@@ -81,6 +81,7 @@ def test_learning_rate_rebuilds_training_and_on(finished: Project) -> None:
     assert planned(finished, "--set", "training.learning_rate=2e-3") == TRAINED_ON
 
 
+@pytest.mark.long
 def test_weight_and_one_more_source_rebuild_the_mixture_and_on_but_no_tokens(finished: Project) -> None:
     recipe = copy.deepcopy(RECIPE)
     recipe["dataset_mixture"]["datasets"][0]["weight"] = 0.5

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.flows.conftest import RECIPE, Project, names
 
 TASK = """\
@@ -65,6 +67,7 @@ def card_data(project: Project) -> list[str]:
     return [base64.b64decode(data).decode(errors="replace") for held in found for data in held]
 
 
+@pytest.mark.long
 def test_failed_tasks_leave_the_others_scores_and_a_resume_evaluates_them_alone(tmp_path: Path) -> None:
     project, broken = Project(tmp_path), tmp_path / "broken"
     project.write(recipe_with_tasks(tmp_path / "tasks", broken))

@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -20,6 +21,7 @@ def trained(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     return events, load_file(folder / "model" / "model.safetensors")
 
 
+@pytest.mark.long
 def test_two_nodes_train_as_two_ranks_of_one_and_need_no_gang_for_what_is_there(tmp_path: Path):
     project, recipe = Project(tmp_path), copy.deepcopy(RECIPE)
     recipe["runtime"] |= {"num_nodes": 2}

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from sft_core.report.shown import shown
 from tests.browser import Browser
 from tests.flows.conftest import Project
@@ -16,6 +18,7 @@ from tests.hostile import listener
 FLOW = Path(__file__).with_name("flow_of_hostile_text.py")
 
 
+@pytest.mark.long
 def test_artifacts_errors_and_cards_of_a_run_are_text_and_fetch_nothing(tmp_path: Path, browser: Browser) -> None:
     project = Project(tmp_path)
     with listener() as heard:

@@ -10,6 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.flows.conftest import RECIPE, TIMEOUT_S, Project, names
 from tests.flows.test_resuming import processes, wait_until
 
@@ -32,6 +34,7 @@ def num_trained(project: Project, phase: str) -> int:
     return names(project.builds())[f"trained {phase} 0"]
 
 
+@pytest.mark.long
 def test_two_phases_on_two_nodes_killed_between_them_go_on_and_are_scored(tmp_path: Path) -> None:
     """Behind a URL, where a node that waits for the first one's checkpoint has to list the bucket again."""
     project, url = Project(tmp_path), f"file://{tmp_path}/bucket"

@@ -35,6 +35,7 @@ def project(finished: Project) -> Iterator[PushingProject]:
         yield pushing
 
 
+@pytest.mark.long
 def test_run_pushes_once_and_prints_where_and_a_token_that_is_unknown_ends_it_first(project: PushingProject) -> None:
     project.token = "hf_NobodyKnowsThisOne"
     before = len(project.builds())

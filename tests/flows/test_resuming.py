@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.flows.conftest import RECIPE, ROOT, TIMEOUT_S, Project, names
 
 STEPS = 400
@@ -46,6 +48,7 @@ def checkpoint_steps(project: Project) -> list[int]:
     return sorted(int(path.name.split("-")[1]) for path in project.store.glob(".partial/*/checkpoints/checkpoint-*"))
 
 
+@pytest.mark.long
 def test_killed_trainer_and_killed_flow_resume_from_the_last_checkpoint(tmp_path: Path) -> None:
     project = Project(tmp_path)
     recipe = copy.deepcopy(RECIPE)
@@ -101,6 +104,7 @@ def stopped_at(log: str) -> int:
     return int(step)
 
 
+@pytest.mark.long
 def test_run_that_is_asked_to_stop_saves_and_a_resume_computes_no_step_again(tmp_path: Path) -> None:
     """As a pod (the scheduler alone), a terminal (its process group) and systemd (every process) ask."""
     project = Project(tmp_path)
@@ -142,6 +146,7 @@ def test_run_that_is_asked_to_stop_saves_and_a_resume_computes_no_step_again(tmp
     assert starts == list(range(1, STEPS + 1))
 
 
+@pytest.mark.long
 def test_two_runs_on_one_store_both_finish_and_build_each_output_once(tmp_path: Path) -> None:
     project = Project(tmp_path)
     project.write(RECIPE)
@@ -170,6 +175,7 @@ def test_resume_runs_as_many_tasks_at_once_as_a_run() -> None:
         assert done.stdout.split() == [workers or "2"] * 2, done.stderr
 
 
+@pytest.mark.long
 def test_flow_of_more_than_a_hundred_sources_runs_and_resumes(tmp_path: Path) -> None:
     """In the environment of the flow's file: Metaflow by itself stops a foreach at 100 tasks."""
     project = Project(tmp_path)

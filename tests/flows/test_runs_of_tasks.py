@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sft_core.recipe.parse import override, parse_recipe
 from steps.runs.older import options, steps_of
 from steps.runs.recorded import Beginning
@@ -31,6 +33,7 @@ for run in Flow("SFTFlow"):
 """
 
 
+@pytest.mark.long
 def test_run_of_tasks_is_looked_back_at_as_any_other(finished: Project, tmp_path: Path) -> None:
     project = Project(tmp_path)
     shutil.copytree(finished.store, project.store)
@@ -59,6 +62,7 @@ def test_run_of_tasks_is_looked_back_at_as_any_other(finished: Project, tmp_path
     assert traced[0] == traced[1]
 
 
+@pytest.mark.long
 def test_older_run_is_not_resumed_but_its_recipe_started_anew(tmp_path: Path) -> None:
     project, broken = Project(tmp_path), tmp_path / "broken"
     recipe = recipe_with_tasks(tmp_path / "tasks", broken)

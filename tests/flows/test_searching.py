@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from sft_core.pins.pinned import pin
 from sft_core.recipe.parse import parse_recipe
 from sft_core.rounds import ONLY
@@ -66,6 +68,7 @@ def kill(project: Project, run: subprocess.Popen, when: Callable[[], bool], what
     wait_until(lambda: not processes(project, "sft_core.search.main"), "the orphaned trainer to end")
 
 
+@pytest.mark.long
 def test_search_killed_at_its_transitions_decides_and_delivers_the_same(tmp_path: Path) -> None:
     project, whole = Project(tmp_path / "killed"), Project(tmp_path / "whole")
     for one in (project, whole):

@@ -112,6 +112,7 @@ def recorded(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> lis
         return json.loads(project.call([sys.executable, "-c", LOOK]))
 
 
+@pytest.mark.long
 def test_run_in_a_service_has_every_task_done_and_every_card(recorded: list[dict[str, Any]]) -> None:
     steps = [task["step"] for task in recorded]
     assert len(steps) == 14 and {"start", "end", *CARDS} <= set(steps)
@@ -120,6 +121,7 @@ def test_run_in_a_service_has_every_task_done_and_every_card(recorded: list[dict
     assert set(with_cards) == CARDS and steps.count("tokenize") == with_cards.count("tokenize") == 2
 
 
+@pytest.mark.long
 def test_dag_of_the_ui_is_the_flows(recorded: list[dict[str, Any]]) -> None:
     (start,) = [task for task in recorded if task["step"] == "start"]
     dag = start["artifacts"]["_graph_info"]["data"]
@@ -129,6 +131,7 @@ def test_dag_of_the_ui_is_the_flows(recorded: list[dict[str, Any]]) -> None:
     assert all(dag["steps"][task["step"]]["doc"] for task in recorded)
 
 
+@pytest.mark.long
 def test_every_artifact_shows_in_the_ui(recorded: list[dict[str, Any]]) -> None:
     shown = [
         (f"{task['step']}.{name}", artifact)

@@ -243,6 +243,7 @@ store.ensure(TRAINED, progress(store, pinned).pinned, round=0)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")
 @pytest.mark.parametrize(("strategy", "whole_checkpoints"), [("msft", 2), ("dynamix", 6), ("ies", 7), ("sft", 2)])
 def test_search_killed_in_a_rollout_measures_the_same(
@@ -284,6 +285,7 @@ ENDS_EARLY: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("search", ENDS_EARLY)
 def test_rollout_that_ended_early_ends_there_again_when_it_goes_on_from_its_last_checkpoint(
     store: Store, search: dict[str, Any], tmp_path: Path
@@ -331,6 +333,7 @@ def test_dynamix_draws_each_task_by_what_a_step_on_it_gains(store: Store):
     assert ratio == pytest.approx(gained + held_out / trained, rel=0.3)
 
 
+@pytest.mark.long
 def test_dynamix_on_two_ranks_measures_the_same(store: Store, tmp_path: Path):
     alone = measured_online(store, run(store, recipe(strategy="dynamix")))
     data = recipe(strategy="dynamix")
@@ -363,6 +366,7 @@ def test_ies_trains_no_row_whose_loss_hardly_bends(store: Store):
     assert linear == pytest.approx(whole, rel=0.02), "FLOPs are those of the rows that were trained"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["sft", "continual", "sro", "soft_sro"])
 def test_baselines_run_to_their_end(store: Store, strategy: str):
     found = run(store, recipe(strategy=strategy))

@@ -98,6 +98,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.long
 def test_metric_that_is_one_new_file_is_planned_scores_rows_and_is_in_the_table_and_the_card(
     project: ProjectCopy, tmp_path: Path
 ) -> None:

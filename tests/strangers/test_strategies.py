@@ -163,6 +163,7 @@ def test_strategy_entry_is_planned_by_the_command(project: Path, small_recipe: d
     assert "parameters by zero1 on 2 rank(s)" in planned
 
 
+@pytest.mark.long
 def test_strategy_entry_trains_two_ranks(project: Path, tmp_path: Path) -> None:
     """Whether accelerate engages it is checked in each rank."""
     recipe = tiny_recipe(training={"max_steps": 4}, runtime={"distributed": "zero1", "num_processes": 2})

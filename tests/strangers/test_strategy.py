@@ -125,6 +125,7 @@ def section_of(data: dict[str, Any]) -> dict[str, Any]:
     return TRAINED.section(dataclasses.replace(pinned, rounds={ONLY: rounds}), {"round": 0})
 
 
+@pytest.mark.long
 def test_strategy_of_a_stranger_is_two_modules(tmp_path: Path) -> None:
     for package in ("sft_core", "steps", "configs", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "rehearsal", "smollm2")

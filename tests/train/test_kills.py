@@ -51,6 +51,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in event.items() if name not in speeds} for event in events]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1, 2])
 def test_killed_at_random_instants_ends_with_the_same_bits(
     size: int, start: Callable[..., Attempt], tmp_path: Path
@@ -135,6 +136,7 @@ def test_checkpoint_alone_goes_on_elsewhere_with_its_logs(
     assert_same_log_and_bits(elsewhere, whole)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_zero_stopped_goes_on_to_the_same_bits_and_otherwise_not_at_all(
     strategy: str, start: Callable[..., Attempt], tmp_path: Path
@@ -190,6 +192,7 @@ Store(sys.argv[1]).ensure(TRAINED, pin(parse_recipe(json.loads(sys.argv[2]))), r
 """
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_another_machine_goes_on_to_the_same_bits(
     start: Callable[..., Attempt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,7 @@ def test_log_and_card_tell_that_documents_are_alone(run: Run, browser: Browser) 
     assert "each in a forward of its own" in dict(page.tables[0])["documents of a pack"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_two_ranks_with_unlike_numbers_of_documents_train_as_one(
     strategy: str, run: Run, store: Store, tmp_path: Path

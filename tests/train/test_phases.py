@@ -72,6 +72,7 @@ def test_a_phase_starts_from_the_weights_of_the_one_before(chained: tuple[Store,
     assert is_equal(weights(second), trained_alone(Store(tmp_path), phased_recipe(), first))
 
 
+@pytest.mark.long
 def test_a_phase_starts_from_merged_weights_with_the_added_tokens(tmp_path: Path) -> None:
     data = phased_recipe()
     data["model"]["add_special_tokens"] = ["<|note|>"]
@@ -92,6 +93,7 @@ def test_a_changed_key_of_the_second_phase_trains_the_second_alone(chained: tupl
     assert dict(built(store) - before) == {"trained sft 0": 1}
 
 
+@pytest.mark.long
 def test_a_changed_key_of_the_first_phase_trains_both(chained: tuple[Store, PinnedRecipe]) -> None:
     store, _ = chained
     before = built(store)
@@ -101,6 +103,7 @@ def test_a_changed_key_of_the_first_phase_trains_both(chained: tuple[Store, Pinn
     assert dict(built(store) - before) == {"trained mid 0": 1, "trained sft 0": 1}
 
 
+@pytest.mark.long
 def test_a_search_in_the_second_phase_starts_from_the_first(tmp_path: Path) -> None:
     data = phased_recipe(search={"strategy": "sft", "evaluations_per_epoch": 1, "max_rows": 4})
     sft = data["phases"]["sft"]["training"]

@@ -41,6 +41,7 @@ def wait_for(condition: Callable[[], Any], timeout_s: float) -> bool:
     return True
 
 
+@pytest.mark.long
 def test_train_launcher_killed_continues_to_the_same_weights(
     store: Store, plain_run: Run, train_here: Callable[..., Run]
 ) -> None:

@@ -122,6 +122,7 @@ def test_selection_keep_best_ends_with_the_weights_of_the_lowest_loss(store: Sto
     assert any(not torch.equal(last[name], ended[name]) for name in ended)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_selection_keep_best_on_two_ranks(strategy: str, store: Store, tmp_path: Path):
     during = {**SELECTION_ROWS["evaluation"]["during_training"], "keep_best": True}

@@ -93,6 +93,7 @@ def test_one_rank_learns_and_its_ranks_would_train_unequal_numbers_of_tokens(one
     assert max(by_pack) > 3 * min(by_pack)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
 def test_two_ranks_by_any_strategy_equal_one(
     strategy: str, one: Run, store: Store, rows: list[dict[str, Any]], tmp_path: Path
@@ -109,6 +110,7 @@ def test_two_ranks_by_any_strategy_equal_one(
     assert sorted(path.name for path in two.folder.iterdir()) == ["logs", "manifest.json", "model"]
 
 
+@pytest.mark.long
 def test_fsdp2_without_an_accelerator_is_told_and_not_trained_as_ddp(store: Store, rows: list[dict[str, Any]]) -> None:
     with pytest.raises(RuntimeError, match=r"asked for fsdp2 on 2 ranks \(cpu\), and ddp is engaged"):
         store.ensure(TRAINED, pin(parse_recipe(recipe(rows, num_processes=2, distributed="fsdp2"))), round=0)
@@ -185,6 +187,7 @@ def sharded_rank(rank: int, port: int, job: TrainJob, schedule: list[list[int]],
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_fsdp2_by_torch_itself_equals_one_rank(
     one: Run, make_job: Callable[[PinnedRecipe, Path], TrainJob], tmp_path: Path
 ) -> None:

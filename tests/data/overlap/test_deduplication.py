@@ -263,6 +263,7 @@ def test_signatures_of_other_sources_and_for_other_thresholds_are_kept(find: Dup
     assert signed() == ["a", "b", "c", "a"]
 
 
+@pytest.mark.long
 def test_result_is_the_same_whatever_the_hash_seed_and_the_workers(find: Duplicates, tmp_path: Path):
     rows = [chat(edited(prose(n % 40), n % 3), edited(prose(100 + n % 40), n % 4)) for n in range(120)]
     find(a=rows[:70], b=rows[70:])

@@ -69,6 +69,7 @@ def test_chat_prompt_prints_the_answer_alone(model: Path, tmp_path: Path):
     assert (done.stdout, done.stderr) == (SMILE + "\n", "")
 
 
+@pytest.mark.long
 def test_chat_with_a_model_of_the_hub_and_again_without_it(model: Path, tmp_path: Path):
     arguments = command("org/chained", "--prompt", "hello", *PLAIN)
     with HubServer() as hub:

@@ -95,6 +95,7 @@ def losses_of(run: Run) -> list[float]:
     return [event["loss"] for event in run.events]
 
 
+@pytest.mark.long
 def test_training_adds_the_router_loss_and_more_ranks_change_nothing(
     train_here: Callable[..., Run], store: Store, tmp_path: Path
 ) -> None:
