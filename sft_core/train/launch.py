@@ -269,16 +269,18 @@ def _begin(launcher: int) -> None:
 
 
 def killed_ranks(output: str) -> str:
-    """Which ranks a signal ended, by the end of torchrun's output (torch 2.13); empty if none.
+    """Which rank a signal ended first, by the end of torchrun's output (torch 2.13); empty if none.
 
-    A killed rank writes no error, and the others only lose their connection to it. SIGTERM is torchrun's own, to the
-    ranks that are left.
+    A killed rank writes no error, and the others only lose their connection to it. torchrun ends those: by SIGTERM, and
+    by SIGKILL where they do not heed it.
     """
-    kills = [(int(rank), signal.Signals(int(number))) for rank, number in _ENDED_BY.findall(output)]
-    lines = [f"rank {rank} was ended by {number.name}" for rank, number in sorted(kills) if number != signal.SIGTERM]
-    if any(number == signal.SIGKILL for _, number in kills):
-        lines.append("where nobody killed it, the machine ran out of memory: the kernel's log (dmesg) says so")
-    return "; ".join(lines)
+    match = _ENDED_BY.search(output.rpartition("Root Cause (first observed failure):")[2])
+    if match is None or (number := signal.Signals(int(match[2]))) == signal.SIGTERM:
+        return ""
+    line = f"rank {match[1]} was ended by {number.name}"
+    if number == signal.SIGKILL:
+        line += "; where nobody killed it, the machine ran out of memory: the kernel's log (dmesg) says so"
+    return line
 
 
 _ENDED_BY = re.compile(r"^ +rank +: (\d+) .*\n +exitcode +: -(\d+) ", re.MULTILINE)

@@ -49,7 +49,8 @@ def as_rank(out: Path) -> Iterator[None]:
 def _terminated(out: Path, number: int, frame: object) -> None:
     """On SIGTERM. torchrun sends it where another rank failed; else all processes got it, and the launcher stops."""
     if any(out.glob("error-rank*.txt")):
-        os._exit(128 + number)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 @contextlib.contextmanager

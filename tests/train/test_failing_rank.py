@@ -54,6 +54,7 @@ DYING = """
 import os, signal, sys, time
 from pathlib import Path
 out, ends = sys.argv[1:]
+signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a rank of ours heeds it where another one failed
 if os.environ["RANK"] == "1":
     os.kill(os.getpid(), getattr(signal, ends))
 Path(out, "error-rank0.txt").write_text("RuntimeError: gloo: connection closed by peer")
@@ -98,3 +99,6 @@ def test_no_rank_is_called_killed_that_torchrun_ended() -> None:
     text = "  rank      : 0 (local_rank: 0)\n  exitcode  : -15 (pid: 9)  (SIGTERM)\n"
     assert killed_ranks(text) == "" and killed_ranks(text.replace("-15", "1")) == ""
     assert killed_ranks(text.replace("-15", "-6")) == "rank 0 was ended by SIGABRT"
+    blocked = text.replace("-15", "-9")  # torchrun waits 30 seconds for it
+    first = "Root Cause (first observed failure):\n" + text.replace(": 0 (", ": 1 (").replace("-15", "-11")
+    assert killed_ranks(f"{blocked}{first}") == "rank 1 was ended by SIGSEGV"
