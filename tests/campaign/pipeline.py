@@ -80,10 +80,15 @@ def run(data: dict[str, Any]) -> str:
 
 
 def files_of(store: Path) -> dict[str, str]:
-    """{stage/key/file: SHA-256} of a store's data: no logs, which hold times, and no manifests, which hold dates."""
+    """{stage/key/file: SHA-256} of a store's data: no logs, which hold times, and no manifests, which hold dates.
+
+    Nor the verdict on the training, which a flow's start tries, and which no other output reads.
+    """
     found = {}
     for path in sorted(store.glob("[!.]*/*/**/*")):
         name = path.relative_to(store).as_posix()
+        if name.startswith("verdict/"):
+            continue
         if path.is_file() and path.name != "manifest.json" and name.split("/")[2] != "logs":
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
