@@ -64,6 +64,7 @@ def test_chart_that_vega_refuses_is_an_error_and_not_drawn(browser: Browser, hea
     assert len(page.headings) == 1
 
 
+@pytest.mark.slow
 def test_page_tells_exceptions_console_errors_and_what_is_missing(
     browser: Browser, tmp_path: Path, heading: Any
 ) -> None:
@@ -82,6 +83,7 @@ def test_page_tells_exceptions_console_errors_and_what_is_missing(
     assert browser.open(page).errors != [] and browser.card([heading]).errors == [], "pages share nothing"
 
 
+@pytest.mark.slow
 def test_page_that_is_not_drawn_says_what_is_there(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +94,7 @@ def test_page_that_is_not_drawn_says_what_is_there(
         browser.open(page)
 
 
+@pytest.mark.slow
 def test_picture_is_as_wide_as_asked_and_as_high_as_the_page(browser: Browser, tmp_path: Path) -> None:
     page, picture = tmp_path / "page.html", tmp_path / "picture.png"
     page.write_text("<body style='margin:0'><div style='height:1500px;background:#9cf'>")
@@ -103,6 +106,7 @@ def test_picture_is_as_wide_as_asked_and_as_high_as_the_page(browser: Browser, t
     assert browser.picture(page, picture, script=script).height == _size(picture)[1] == 1200
 
 
+@pytest.mark.slow
 def test_browser_leaves_no_process_and_no_folder(browser: Browser, heading: Any) -> None:
     before = set(Path(tempfile.gettempdir()).glob("browser-*"))
     with Browser() as another:

@@ -64,6 +64,7 @@ def at_work(group: int) -> list[int]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_part_whose_time_is_over_is_ended_with_all_its_own(tmp_path: Path) -> None:
     part = Ahead(["--part", "f", "--device", "cpu"], log=tmp_path / "log", own_group=True)
@@ -89,6 +90,7 @@ def rows_of(path: Path) -> list[Row]:
     return [Row(**row) for row in json.loads(path.read_text())["rows"]]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_kill_loses_no_row_that_was_printed(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
@@ -117,6 +119,7 @@ def context_of(tmp_path: Path, seconds: float = 60) -> Context:
     return Context("x", "cpu", time.monotonic() + seconds, tmp_path, {})
 
 
+@pytest.mark.slow
 def test_failing_case_is_told_and_the_next_goes_on(tmp_path: Path) -> None:
     context = context_of(tmp_path)
 
@@ -145,6 +148,7 @@ def alone_here() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("alone_here")
 @pytest.mark.parametrize(
     ("name", "chosen", "keys", "num_checks"),
@@ -176,6 +180,7 @@ def test_a_case_of_each_part_runs(
     assert "left out" not in shown
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("alone_here")
 def test_each_side_trains_the_same_packs(tmp_path: Path) -> None:
     from benchmarks.gpu_parts import large_steps
@@ -197,6 +202,7 @@ def test_each_side_trains_the_same_packs(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_a_strategy_runs_and_is_told_beside_ddp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.gpu_parts import strategies
 
@@ -216,6 +222,7 @@ def test_a_strategy_runs_and_is_told_beside_ddp(tmp_path: Path, monkeypatch: pyt
         assert row.passed is passed and "2.00 x ddp's speed" in row.note
 
 
+@pytest.mark.slow
 def test_tests_for_a_gpu_are_collected_and_skipped_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -313,6 +320,7 @@ def test_bare_loop_over_a_long_pack_has_the_models_own_loss(monkeypatch: pytest.
     torch.testing.assert_close(found[32], found[1000])
 
 
+@pytest.mark.slow
 def test_side_without_memory_is_told_and_fails_nothing_but_ours(tmp_path: Path) -> None:
     import torch
 

@@ -114,6 +114,7 @@ def test_store_knows_the_recipe_by_its_types_only():
     assert "sft_core.store.remote.Remote" not in {b for _, b in found(late=False)}  # a folder store loads no fsspec
 
 
+@pytest.mark.slow
 def test_metaflow_is_imported_by_the_flow_and_in_steps_functions_only():
     users = {a for a, b in found(late=True) if b.split(".")[0] == "metaflow"}
     assert "flows.sft_flow" in users and "steps.cards.pieces" in users
@@ -174,6 +175,7 @@ def calls_print(path: Path) -> list[int]:
     return [call.lineno for call in calls if call.func.id == "print"]
 
 
+@pytest.mark.slow
 def test_print_only_the_log_line_of_training():
     lines = {name_of(path): found for path in FILES if (found := calls_print(path))}
     assert "sft_core.train.callbacks" in lines

@@ -104,6 +104,7 @@ def test_recipe_trains_on_the_files_that_the_script_writes(make_data: ModuleType
     assert paths == [f"data/msft/{task}.jsonl" for task in make_data.TASKS] and len({*paths}) == 10
 
 
+@pytest.mark.slow
 def test_script_reads_the_hub_and_says_when_rows_are_too_few(tmp_path: Path):
     rows = [{"question": f"{number} + 1?", "answer": f"#### {number + 1}"} for number in range(12)]
     lines = "".join(json.dumps(row) + "\n" for row in [*rows, *rows])

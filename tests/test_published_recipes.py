@@ -163,6 +163,7 @@ print("imported:", sorted({"torch", "transformers", "trl", "datasets", "metaflow
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "num_sources", "demand"), [("smollm3", 27, "training.use_liger_kernel: true"), ("tulu3-8b", 1, None)]
 )

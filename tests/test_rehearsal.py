@@ -125,6 +125,7 @@ def test_settings_differ_from_smollm3_where_the_header_says_so_only(recipe: Reci
     )
 
 
+@pytest.mark.slow
 def test_script_writes_the_same_bytes_again(folder: Path, tmp_path: Path) -> None:
     again = write(tmp_path, hash_seed="2")
     written = sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
@@ -201,6 +202,7 @@ def test_every_task_has_report_prompts_enough(folder: Path, tmp_path: Path) -> N
     check_report_prompts(counts, pinned)
 
 
+@pytest.mark.slow
 def test_mask_proof_holds_for_rows_of_every_source(folder: Path, tmp_path: Path) -> None:
     pinned = small(folder, tmp_path / "store", limit=12)
     store = Store(tmp_path / "store")

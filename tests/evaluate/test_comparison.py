@@ -63,6 +63,7 @@ def test_differences_pair_rows_by_prompt_and_leave_out_what_one_side_lacks() -> 
     assert differences(base, tuned.slice(0, 0), "exact_match") == {}
 
 
+@pytest.mark.slow
 def test_difference_interval_holds_the_truth_in_95_of_100_cases() -> None:
     rng, num_held = np.random.default_rng(2), 0
     for _ in range(200):

@@ -57,6 +57,7 @@ def start_model(pinned: PinnedRecipe) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_evaluated_rows_are_report_rows_with_their_loss(scored: Path, tokens: Path, pinned: PinnedRecipe) -> None:
     rows, index = read_rows(scored), read_index(tokens)
     assert rows.num_rows == 12
@@ -150,6 +151,7 @@ def test_evaluated_without_report_rows_is_an_error(tokens: Path, pinned: PinnedR
     assert build_evaluated(build, **arguments | {"smoke": True})["rows"] == 12, "a smoke run scores what it has"
 
 
+@pytest.mark.slow
 def test_rows_whose_loss_is_not_finite_are_named(
     tokens: Path, pinned: PinnedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +170,7 @@ def test_rows_whose_loss_is_not_finite_are_named(
         build_evaluated(build, **arguments)
 
 
+@pytest.mark.slow
 def test_evaluated_rows_over_max_length_are_left_out_and_counted(
     tokens: Path, pinned: PinnedRecipe, tmp_path: Path
 ) -> None:
@@ -194,6 +197,7 @@ def test_evaluated_checkpoint_of_the_start_model_scores_as_the_start_model(
     assert rows.equals(read_rows(scored))
 
 
+@pytest.mark.slow
 def test_evaluated_model_in_which_packed_rows_see_each_other_says_so(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:

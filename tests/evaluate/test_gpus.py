@@ -51,6 +51,7 @@ def test_machine_without_a_gpu_has_none_and_takes_no_lock(tmp_path: Path, monkey
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_torch_that_finds_none_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -79,6 +80,7 @@ def times_of(tmp_path: Path, *held: list[str]) -> list[tuple[float, float]]:
     return [tuple(map(float, path.read_text().split())) for path in paths]  # type: ignore[misc]
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_has_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     # Pairs in either order: each must not wait for what the other has.
@@ -88,6 +90,7 @@ def test_one_process_at_a_time_has_a_gpu(tmp_path: Path, monkeypatch: pytest.Mon
     assert "waiting: another process scores on GPU 0" in told
 
 
+@pytest.mark.slow
 def test_processes_on_other_gpus_wait_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     times_of(tmp_path, ["0"], ["1"])

@@ -113,6 +113,7 @@ def logits_of(model: Any, ids: list[int]) -> Any:
     return model.eval()(torch.tensor([ids])).logits[0]
 
 
+@pytest.mark.slow
 def test_multiple_choice_scores_are_those_of_the_models_own_likelihoods(
     tasks: Path, store: Store, no_network: list[Any]
 ) -> None:
@@ -143,6 +144,7 @@ def test_multiple_choice_scores_are_those_of_the_models_own_likelihoods(
     assert no_network == []
 
 
+@pytest.mark.slow
 def test_differences_pair_documents_and_leave_out_what_is_no_mean_of_them(
     tasks: Path, store: Store, tmp_path: Path
 ) -> None:
@@ -178,6 +180,7 @@ def test_differences_pair_documents_and_leave_out_what_is_no_mean_of_them(
     assert (found["acc"].n, found["acc"].value) == (23, pytest.approx(changes[:-1].mean()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["which_word", "write_word"])
 def test_card_shows_the_scores_of_its_manifests_and_what_came(
     tasks: Path, store: Store, browser: Browser, task: str
@@ -208,6 +211,7 @@ def test_card_shows_the_scores_of_its_manifests_and_what_came(
             assert row[3].replace("\n", " ") == shown_likelihoods
 
 
+@pytest.mark.slow
 def test_written_answers_are_the_models_own_and_scored_by_the_task(
     tasks: Path, store: Store, no_network: list[Any]
 ) -> None:
@@ -300,6 +304,7 @@ def test_stop_in_answer_begins_inside_a_thought_that_the_prompt_opens(thinker: t
     assert closed[1] and not closed[0]
 
 
+@pytest.mark.slow
 def test_prompt_longer_than_the_context_is_counted_as_cut(tasks: Path, store: Store) -> None:
     pinned = pinned_with(tasks, "write_word", limit=3, system_instruction="lumr " * 200)
     counts, _, _ = scored(store, pinned, "write_word")
@@ -311,6 +316,7 @@ def builds(store: Store) -> int:
     return len((store.root / "builds.jsonl").read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_second_ensure_makes_nothing_and_another_task_leaves_the_first(tasks: Path, store: Store) -> None:
     one = pinned_with(tasks, "which_word", limit=4)
     _, _, ref = scored(store, one, "which_word")
@@ -340,6 +346,7 @@ def test_key_changes_with_what_is_asked(tasks: Path, store: Store, change: dict[
     assert plain.ref != changed.ref
 
 
+@pytest.mark.slow
 def test_plain_prompts_and_examples_are_as_asked(tasks: Path, store: Store) -> None:
     pinned = pinned_with(tasks, "write_word", limit=2, num_fewshot=2, apply_chat_template=False)
     counts, folder, _ = scored(store, pinned, "write_word")

@@ -107,6 +107,7 @@ def test_scored_in_bfloat16_random_numbers_are_those_that_training_starts_from(f
     assert_same(network, expected)
 
 
+@pytest.mark.slow
 def test_scored_in_bfloat16_the_start_model_and_its_checkpoint_are_the_same(store: Store, tmp_path: Path) -> None:
     pinned = pinned_with(training={"bf16": True}, evaluation={"max_rows": 12, "max_new_tokens_by_task": {TASK: 5}})
     ref = store.ensure(EVALUATED, pinned, model="base", task=TASK)
@@ -148,6 +149,7 @@ def num_loads(caplog: pytest.LogCaptureFixture) -> int:
     return sum(record.getMessage().startswith("loaded=") for record in caplog.records)
 
 
+@pytest.mark.slow
 def test_kept_model_is_loaded_once_for_all_tasks_and_none_changes_anothers_scores(
     harness_task: dict[str, Any],
     networks: list[weakref.ref[Any]],
@@ -174,6 +176,7 @@ def test_kept_model_is_loaded_once_for_all_tasks_and_none_changes_anothers_score
     assert contents[0] == contents[1]
 
 
+@pytest.mark.slow
 def test_kept_model_is_let_go_before_another_is_loaded(networks: list[weakref.ref[Any]], folder: Path) -> None:
     pinned = pinned_with()
     (folder / "model").symlink_to(folder, target_is_directory=True)

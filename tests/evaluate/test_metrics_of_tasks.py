@@ -27,6 +27,7 @@ def evaluated(store: Store, evaluation: dict[str, Any], task: str = TASK, **chan
     return store.path(ref), store.manifest(ref)["counts"]
 
 
+@pytest.mark.slow
 def test_numeric_task_scores_what_the_model_wrote(
     writes_four: Path, tokens: Path, pinned: PinnedRecipe, tmp_path: Path
 ) -> None:
@@ -47,6 +48,7 @@ def test_answer_that_the_metric_cannot_read_is_refused_with_its_row(
     assert str(raised.value)[4:20] in ids
 
 
+@pytest.mark.slow
 def test_function_task_is_given_conversations_and_its_rows_have_fractions(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +94,7 @@ def test_tool_call_task_without_calls_is_an_error(store: Store, tmp_path: Path) 
         evaluated(store, {"metric_by_task": {"quiet": "tool_call"}}, "quiet", **changes)
 
 
+@pytest.mark.slow
 def test_task_without_answers_has_losses_alone_unless_its_metric_is_named(store: Store, tmp_path: Path) -> None:
     changes = write_rows(tmp_path / "plain.jsonl", [asked(n, {"content": "None."}) for n in range(20)])
     _, counts = evaluated(store, {}, "plain", **changes)
@@ -103,6 +106,7 @@ def test_task_without_answers_has_losses_alone_unless_its_metric_is_named(store:
         evaluated(store, {"metric_by_task": {"plain": "numeric"}}, "plain", **changes)
 
 
+@pytest.mark.slow
 def test_reasoning_gym_task_reads_the_item_from_the_rows_answer(store: Store, tmp_path: Path) -> None:
     import reasoning_gym
 
@@ -127,6 +131,7 @@ def test_sampled_task_has_the_mean_over_samples_of_each_row(store: Store) -> Non
     assert counts["cut_off"] == sum(sum(row["cut_off"]) for row in rows)
 
 
+@pytest.mark.slow
 def test_sampled_task_is_the_same_in_other_batches_beside_other_rows_and_with_fewer_samples(
     store: Store, tokens: Path, tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return made
 
 
+@pytest.mark.slow
 def test_answers_settled_by_a_forward_pass_score_as_if_they_were_generated(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

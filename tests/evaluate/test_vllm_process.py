@@ -197,6 +197,7 @@ def world(stand_in: StandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     return World(stand_in, tmp_path, caplog)
 
 
+@pytest.mark.slow
 def test_kept_model_is_loaded_once_and_its_engine_started_once_for_all_tasks(world: World) -> None:
     with keeping_a_model():
         for task in SOURCES:
@@ -214,6 +215,7 @@ def test_kept_model_is_loaded_once_and_its_engine_started_once_for_all_tasks(wor
     assert not engines(os.getpid()), "it ends with the model"
 
 
+@pytest.mark.slow
 def test_room_of_an_engine_is_the_models_context_at_most(world: World) -> None:
     with keeping_a_model(), scored_model(start_model(world.pinned)) as loaded:
         loaded.make_room(100_000)
@@ -221,6 +223,7 @@ def test_room_of_an_engine_is_the_models_context_at_most(world: World) -> None:
     assert world.stand_in.starts[0]["settings"]["max_model_len"] == 512
 
 
+@pytest.mark.slow
 def test_tasks_that_were_not_measured_ahead_are_scored_the_same_with_more_starts(world: World) -> None:
     tasks = SOURCES[::-1]  # the first one's engine has room for the second
     with keeping_a_model():
@@ -234,6 +237,7 @@ def test_tasks_that_were_not_measured_ahead_are_scored_the_same_with_more_starts
     assert all(one.equals(other) for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_engine_with_too_little_room_is_started_anew(world: World) -> None:
     with keeping_a_model():
         for task in SOURCES:
@@ -242,6 +246,7 @@ def test_engine_with_too_little_room_is_started_anew(world: World) -> None:
     assert rooms == [world.pinned.recipe.last_phase.packing.max_length + tokens for tokens in (5, 9)]
 
 
+@pytest.mark.slow
 def test_engine_that_fails_at_a_task_is_started_anew_for_the_next(world: World) -> None:
     with keeping_a_model():
         for task in SOURCES:

@@ -14,6 +14,8 @@ from sft_core.store.provenance import source_code, source_label
 from tests.flows.conftest import DATA, RECIPE, ROOT, Project, names
 from tests.report.columns import HEADER
 
+pytestmark = pytest.mark.slow
+
 BRANCH = ("conversations", "rendered", "tokens")
 TRAINED_ON = {
     "trained 0": 1,
@@ -67,6 +69,7 @@ def test_second_run_and_runtime_changes_build_nothing(finished: Project) -> None
     assert changed(finished, recipe=recipe) == {}
 
 
+@pytest.mark.long
 def test_run_hands_over_no_damaged_release(finished: Project) -> None:
     weights = next(finished.store.glob("release/*/model/model.safetensors"))
     whole = weights.read_bytes()
@@ -102,6 +105,7 @@ def copied(finished: Project, tmp_path: Path) -> Project:
     return Project(finished.folder, tmp_path)
 
 
+@pytest.mark.long
 def test_changed_module_rebuilds_its_stage_and_a_comment_nothing(copied: Project) -> None:
     module = copied.source / "sft_core" / "data" / "mixing" / "mixture.py"
     module.write_text("# A comment changes nothing.\n" + module.read_text())

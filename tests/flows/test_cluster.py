@@ -17,6 +17,8 @@ from steps.start import check_place
 from tests.flows.conftest import RECIPE, ROOT, TIMEOUT_S, Project
 from tests.object_server import ObjectServer
 
+pytestmark = pytest.mark.slow
+
 IMAGE = "registry.example/sft-flow:1"
 SMOLLM3 = ROOT / "configs" / "smollm3.yaml"
 

@@ -29,6 +29,7 @@ def two_runs(finished: Project) -> tuple[Project, str, str]:
     return finished, ids[-1], ids[0]
 
 
+@pytest.mark.long
 def test_compare_tells_what_differs_and_the_paired_difference(two_runs: tuple[Project, str, str]) -> None:
     project, first, second = two_runs
     found = json.loads(project.sft("compare", first, "latest", "--json"))
@@ -49,6 +50,7 @@ def test_compare_tells_what_differs_and_the_paired_difference(two_runs: tuple[Pr
         assert shown in text
 
 
+@pytest.mark.long
 def test_answers_of_a_run_are_its_rows_with_prompts_and_both_models_outputs(two_runs: tuple[Project, str, str]) -> None:
     project, first, _ = two_runs
     rows = [json.loads(line) for line in project.sft("answers", first, "--json").splitlines()]
@@ -70,12 +72,14 @@ def test_answers_of_a_run_are_its_rows_with_prompts_and_both_models_outputs(two_
     assert "found 'checksum'; it is no task whose rows are kept here; did you mean" in told and "checksum_think" in told
 
 
+@pytest.mark.long
 def test_compare_unknown_run_names_the_known_ones(two_runs: tuple[Project, str, str]) -> None:
     project, first, second = two_runs
     told = project.sft("compare", "17", "latest", succeeds=False)
     assert "found '17'; it is no run" in told and first in told and second in told and "Traceback" not in told
 
 
+@pytest.mark.long
 def test_lineage_of_a_run_leads_from_its_report_to_the_files(two_runs: tuple[Project, str, str]) -> None:
     project, first, _ = two_runs
     found = json.loads(project.sft("lineage", first, "--json"))
@@ -88,6 +92,7 @@ def test_lineage_of_a_run_leads_from_its_report_to_the_files(two_runs: tuple[Pro
     assert text.index("report/") < text.index("trained/") < text.index("mixture/") < text.index("checksum_think.jsonl")
 
 
+@pytest.mark.long
 def test_lineage_of_a_row_names_the_steps_that_the_training_log_has_it_in(two_runs: tuple[Project, str, str]) -> None:
     """The log tells a loss for each source that a step trained on; packs mostly hold one source here."""
     project, _, second = two_runs
@@ -133,6 +138,7 @@ def of(address: str) -> Ref:
     return Ref(*address.split("/"))
 
 
+@pytest.mark.long
 def test_chat_with_the_latest_run_is_with_its_release(two_runs: tuple[Project, str, str]) -> None:
     project, _, _ = two_runs
     asked = ("--prompt", "checksum: 310", "--max-new-tokens", "4", "--temperature", "0")

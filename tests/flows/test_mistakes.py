@@ -22,6 +22,7 @@ def test_unknown_key_names_the_nearest_before_the_run_starts(tmp_path: Path) -> 
     assert not project.store.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "message"),
     [

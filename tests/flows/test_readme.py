@@ -154,6 +154,7 @@ def test_every_key_of_a_recipe_has_a_line_with_its_meaning() -> None:
     assert [line for line in lines if line.startswith("|") and line.rstrip("| ").count("|") < 4] == []
 
 
+@pytest.mark.slow
 def test_checkpoint_answers_by_the_pages_code(finished: Project) -> None:
     folder = next(path for path in finished.store.glob("release/*/model"))
     code = block("python", "apply_chat_template").replace("store/release/KEY/model", str(folder))

@@ -159,6 +159,7 @@ def test_service_that_is_down_is_told_at_once(tmp_path: Path, command: str) -> N
     assert not project.store.exists() and not (tmp_path / ".metaflow" / "SFTFlow").exists()
 
 
+@pytest.mark.slow
 def test_service_that_never_answers_is_told_too(tmp_path: Path) -> None:
     project = Project(tmp_path)
     project.write(RECIPE)
@@ -170,6 +171,7 @@ def test_service_that_never_answers_is_told_too(tmp_path: Path) -> None:
     assert "no answer within 5 s" in output and not project.store.exists()
 
 
+@pytest.mark.slow
 def test_service_of_the_profile_and_of_the_command_line_is_asked(tmp_path: Path) -> None:
     project = Project(tmp_path)
     project.write(RECIPE)

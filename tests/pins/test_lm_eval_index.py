@@ -67,6 +67,7 @@ def cached(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache").iterdir())
 
 
+@pytest.mark.slow
 def test_index_is_read_from_the_cache_until_a_file_changes(run: Callable[..., Any], tasks: Path, tmp_path: Path):
     known = run("known_names()")
     assert known["red"] == ["colours/warm", []] and known["colour"] == [None, ["blue", "red"]]
@@ -84,6 +85,7 @@ def test_index_is_read_from_the_cache_until_a_file_changes(run: Callable[..., An
     assert len(cached(tmp_path)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["{", "[3]"])
 def test_index_that_is_damaged_is_made_again(run: Callable[..., Any], tmp_path: Path, damage: str):
     known = run("known_names()")
@@ -92,10 +94,12 @@ def test_index_that_is_damaged_is_made_again(run: Callable[..., Any], tmp_path: 
     assert run("known_names()") == known and json.loads(path.read_text()) == known
 
 
+@pytest.mark.slow
 def test_index_that_cannot_be_cached_is_made_each_time(run: Callable[..., Any]):
     assert "red" in run("known_names()", cache=Path("/proc/no-such-folder"))
 
 
+@pytest.mark.slow
 def test_group_leads_to_the_folders_of_its_members(run: Callable[..., Any]):
     pins = run('pin_tasks(["both", "red"], None, None)["tasks"]')
     assert pins["both"]["folders"] == ["colours/warm", "groups", "shapes"]
@@ -103,6 +107,7 @@ def test_group_leads_to_the_folders_of_its_members(run: Callable[..., Any]):
     assert run('digest_task("both", None, ["colours/warm", "groups", "shapes"])') == pins["both"]["digest"]
 
 
+@pytest.mark.slow
 def test_tag_of_tasks_in_two_folders_has_all_of_them(run: Callable[..., Any], tasks: Path):
     """lm-eval forgets those of the first folder where it reads the two one after the other."""
     pin = run('pin_tasks(["colour"], None, None)["tasks"]["colour"]')
@@ -113,6 +118,7 @@ def test_tag_of_tasks_in_two_folders_has_all_of_them(run: Callable[..., Any], ta
     assert run('pin_tasks(["colour"], None, None)["tasks"]["colour"]["folders"]') == ["."]
 
 
+@pytest.mark.slow
 def test_name_in_two_folders_is_the_one_that_lm_eval_takes(run: Callable[..., Any], tasks: Path):
     write_task(tasks / "shapes" / "red.yaml", "red", target="another")
     assert run('task_manager(None, None).task_index["red"].cfg["doc_to_target"]') == "y", "the first by path"
@@ -121,6 +127,7 @@ def test_name_in_two_folders_is_the_one_that_lm_eval_takes(run: Callable[..., An
     assert run(f'task_manager(None, {folders}).task_index["red"].cfg["doc_to_target"]') == "y"
 
 
+@pytest.mark.slow
 def test_users_tasks_alone_need_no_index(run: Callable[..., Any], tmp_path: Path):
     user = tmp_path / "user"
     write_task(user / "mine.yaml", "mine", "tag: ours\n")
@@ -128,6 +135,7 @@ def test_users_tasks_alone_need_no_index(run: Callable[..., Any], tmp_path: Path
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_users_task_takes_the_place_of_lm_evals_and_a_users_group_leads_into_lm_eval(
     run: Callable[..., Any], tmp_path: Path
 ):

@@ -71,6 +71,7 @@ def test_digest_of_a_moved_folder_is_the_same(folder: Path) -> None:
     assert digests(moved, "red") == before
 
 
+@pytest.mark.slow
 def test_unknown_name_is_refused_with_the_nearest(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"evaluation\.lm_eval\.tasks: found 'gsm8kk'; lm-eval knows .*'gsm8k'"):
         pin_tasks(["red", "gsm8kk"], str(folder), None)
@@ -78,6 +79,7 @@ def test_unknown_name_is_refused_with_the_nearest(folder: Path) -> None:
         pin_tasks(["@@@"], str(folder), None)
 
 
+@pytest.mark.slow
 def test_task_of_the_harness_is_found_with_its_folder_and_read_from_there_alone() -> None:
     pinned = pin_tasks(["gsm8k"], None, None)["tasks"]["gsm8k"]
     assert pinned["folders"] == ["gsm8k"]
@@ -114,6 +116,7 @@ def test_without_lm_eval_the_message_says_what_to_install(monkeypatch: pytest.Mo
         pin_tasks(["red"], str(folder), None)
 
 
+@pytest.mark.slow
 def test_pinning_imports_no_torch(folder: Path) -> None:
     code = f"import sys; from sft_core.pins.lm_eval_tasks import pin_tasks; pin_tasks(['red'], {str(folder)!r}, None); "
     subprocess.run(

@@ -166,6 +166,7 @@ def test_resolve_commit_full_commit_needs_no_network(monkeypatch: pytest.MonkeyP
         resolve("dataset", "org/none", "main")
 
 
+@pytest.mark.slow
 def test_pin_hub_names_at_a_hub_that_answers_then_goes(small_recipe, tmp_path: Path):
     small_recipe["dataset_mixture"]["datasets"] = [{"id": "org/chat"}]
     small_recipe["model"] = {"model_name_or_path": "org/tiny", "model_revision": "v1"}
@@ -237,6 +238,7 @@ print(json.dumps(result))
     assert gone["commits"]["model"] == gone["commits"]["tokenizer"] == COMMIT
 
 
+@pytest.mark.slow
 def test_pin_licences_are_those_of_the_cards_where_the_hub_is_asked(small_recipe, tmp_path: Path):
     small_recipe["model"] = {"model_name_or_path": "org/tiny"}
     small_recipe["dataset_mixture"]["datasets"] = [
@@ -270,6 +272,7 @@ for allow_unresolved in (False, True):
 """
 
 
+@pytest.mark.slow
 def test_pin_sources_of_one_hub_dataset_ask_for_its_commit_once_and_each_unknown_name_is_told_once(
     small_recipe, tmp_path: Path
 ):
@@ -320,6 +323,7 @@ def test_pin_names_that_the_hub_refuses_are_a_line_each_in_a_plan(small_recipe, 
     assert [line.split(":")[0] for line in unresolved] == ["dataset org/none", "dataset org/other"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [(b"", "Timeout"), (b"HTTP/1.1 500 Oh\r\nConnection: close\r\nContent-Length: 0\r\n\r\n", "500")],

@@ -360,6 +360,7 @@ plain = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(data=st.dictionaries(names | st.text(max_size=5), plain, max_size=6))
 def test_parse_random_plain_data_raises_nothing_but_value_error(data: dict[str, Any]):

@@ -25,6 +25,8 @@ from steps.release import RELEASED
 from tests.report.test_model_card import rows
 from tests.train.tiny import ROOT, SOURCES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def pinned(recipe: dict[str, Any]) -> PinnedRecipe:

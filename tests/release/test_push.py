@@ -103,6 +103,7 @@ def num_commits(server: HubServer) -> int:
     return sum("/commit/" in request.path and request.status == 200 for request in server.requests)
 
 
+@pytest.mark.long
 def test_push_is_one_commit_of_the_releases_files_and_a_hit_pushes_nothing(server, run: Run, recipe, tmp_path: Path):
     ref, record = answer(run("ensure"))
     files = dict(on_the_hub(server))
@@ -123,6 +124,7 @@ def test_push_is_one_commit_of_the_releases_files_and_a_hit_pushes_nothing(serve
     assert card["model-index"][0]["name"] == "tiny" and num_parameters > 1000 and "enable_thinking" in template
 
 
+@pytest.mark.slow
 def test_push_leaves_the_token_nowhere(server: HubServer, run: Run, tmp_path: Path):
     done = run("ensure")
     assert answer(done) and len(done.stderr.splitlines()) > 20, "the logs are captured"
@@ -131,6 +133,7 @@ def test_push_leaves_the_token_nowhere(server: HubServer, run: Run, tmp_path: Pa
     assert holders(tmp_path, TOKEN) == []
 
 
+@pytest.mark.slow
 def test_push_drops_what_an_earlier_checkpoint_had_and_keeps_the_rest(server: HubServer, run: Run, recipe):
     old = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter/adapter_config.json"]
     others = {"LICENSE": b"mine", "images/curve.png": b"png", ".gitattributes": b"lfs"}
@@ -141,6 +144,7 @@ def test_push_drops_what_an_earlier_checkpoint_had_and_keeps_the_rest(server: Hu
     assert num_commits(server) == 1
 
 
+@pytest.mark.slow
 def test_push_to_a_branch_leaves_main_as_it_is(server: HubServer, run: Run, recipe):
     _, record = answer(run("ensure", "hub.revision=v2", "hub.private=false"))
     assert record["revision"] == "v2" and record["commit"] == server.revisions[REPOSITORY]["v2"]
@@ -148,11 +152,13 @@ def test_push_to_a_branch_leaves_main_as_it_is(server: HubServer, run: Run, reci
     assert set(on_the_hub(server)) == {".gitattributes"} and REPOSITORY not in server.access
 
 
+@pytest.mark.slow
 def test_without_a_hub_section_nothing_is_sent(server: HubServer, run: Run):
     ref, _ = answer(run("ensure", pushes=False))
     assert ref[0] == "release" and server.requests == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "role", "expected"),
     [
@@ -176,6 +182,7 @@ def test_token_that_cannot_push_ends_the_run_before_any_work(
         assert not secret or secret not in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("access", "private", "expected"),
     [
@@ -192,6 +199,7 @@ def test_repository_that_others_see_than_asked_is_refused(server, run: Run, acce
     assert server.num_writes() == 0
 
 
+@pytest.mark.slow
 def test_push_that_is_refused_records_nothing_and_the_next_run_pushes(server: HubServer, run: Run, recipe):
     server.enrol(TOKEN, "me", role="read")
     done = run("push")
@@ -203,6 +211,7 @@ def test_push_that_is_refused_records_nothing_and_the_next_run_pushes(server: Hu
     assert on_the_hub(server).items() >= released(recipe).items()
 
 
+@pytest.mark.slow
 def test_push_to_a_hub_out_of_reach_says_what_stays(server: HubServer, run: Run):
     server.__exit__()
     done = run("push")

@@ -136,6 +136,7 @@ def test_use_passes_the_templates_kwargs_and_the_thinking_switch():
     assert "enable_thinking" not in model_card(card(has_thinking_switch=False))
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(name=st.text(min_size=1), licence=st.text(min_size=1), value=st.text())
 @example(name=EVIL, licence=EVIL, value=EVIL)

@@ -54,6 +54,7 @@ def as_github_flavoured(browser: Browser, body: str, folder: Path) -> Page:
     return browser.card([Markdown(body)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("render", [as_commonmark, as_github_flavoured])
 def test_model_card_of_hostile_names_is_text_alone(render, browser: Browser, tmp_path: Path) -> None:
     with listener() as heard:

@@ -32,6 +32,7 @@ def trained_by_script(build: Build, *, job: Any, round: int) -> dict[str, Any]:
     return {"steps": 1}
 
 
+@pytest.mark.slow
 def test_search_of_20_rounds_looks_each_output_up_once_for_each_reader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

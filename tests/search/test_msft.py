@@ -110,6 +110,7 @@ NUM_EVALUATIONS = 9
 SCORES = st.lists(st.floats(0, 1), min_size=NUM_EVALUATIONS, max_size=NUM_EVALUATIONS)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(journal=st.lists(st.tuples(SCORES, SCORES, SCORES), max_size=6), is_robust=st.booleans())
 def test_same_journal_leads_to_the_same_decisions_and_weights_that_were_kept(journal, is_robust):
@@ -216,6 +217,7 @@ def test_robust_goes_back_to_weights_that_are_there_when_the_fit_turns_back():
     assert decision.start.evaluation == min(alive, key=lambda number: abs(number - fitted))
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10**6), st.integers(3, 5))
 @settings(max_examples=60, deadline=None)
 def test_robust_keeps_no_more_weights_than_allowed_and_goes_back_to_one_of_them(seed: int, max_kept: int):

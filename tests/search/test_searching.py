@@ -39,6 +39,8 @@ from steps.train import CHECKPOINT, TRAINED
 from tests.browser import Browser
 from tests.train.tiny import ROOT, SOURCES, tiny_recipe
 
+pytestmark = pytest.mark.slow
+
 SEARCH = {"strategy": "msft", "epochs_per_rollout": 2.0, "evaluations_per_epoch": 2, "max_rows": 10}
 OWN: dict[str, dict[str, Any]] = {
     "msft": {"preset": "paper", "max_rollouts": 3},

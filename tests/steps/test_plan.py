@@ -305,11 +305,13 @@ def test_plan_shares_before_the_mixture_are_those_that_it_will_have(built_recipe
     assert shares(built_recipe, *changes) == foreseen, "read from the manifest they are the same"
 
 
+@pytest.mark.slow
 def test_plan_shares_not_known_yet_are_dashes(small_recipe, shares):
     found = shares(small_recipe, "dataset_mixture.datasets.0.weight=0.5")
     assert found == {SOURCES[0]: ["weight 0.5", "-", "-", "-"], SOURCES[1]: ["all rows", "-", "-", "-"]}
 
 
+@pytest.mark.slow
 def test_plan_shares_of_a_source_that_is_there_say_what_is_available(built_recipe, shares):
     built_recipe["dataset_mixture"]["datasets"][1] = {"path": str(ROOT / "configs/quickstart/sort_no_think.jsonl")}
     found = shares(built_recipe)
@@ -373,6 +375,7 @@ def test_count_report_prompts_a_row_that_is_no_unicode_is_left_to_the_download(s
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["small_recipe", "built_recipe"])
 def test_plan_too_few_report_prompts_is_refused(source: str, request, sft, save_recipe):
     data = request.getfixturevalue(source)
@@ -386,6 +389,7 @@ def test_plan_too_few_report_prompts_is_refused(source: str, request, sft, save_
     assert "at least 1000 are needed" in message
 
 
+@pytest.mark.slow
 def test_prepare_refuses_what_would_fail_later(small_recipe, tmp_path: Path):
     assert prepare(parse_recipe(small_recipe)).pins["sources"]
     with pytest.raises(ValueError, match=r"metric_by_task\.copy_no_think: .*found nothing as 'loadd' in json"):
@@ -417,6 +421,7 @@ def test_plan_wrong_extra_is_refused(small_recipe, sft, save_recipe, extra: str,
     assert expected in sft("plan", save_recipe(small_recipe), "--set", f"training.extra.{extra}", code=1).output
 
 
+@pytest.mark.slow
 def test_plan_right_extra_is_accepted(small_recipe, sft, save_recipe):
     fields = ("adam_beta2=0.98", "adam_beta1=1", "optim=adamw_torch", "neftune_noise_alpha=5.0")
     sft("plan", save_recipe(small_recipe), *(a for text in fields for a in ("--set", f"training.extra.{text}")))
@@ -452,6 +457,7 @@ def test_plan_memory_estimates_what_training_takes_until_it_is_there(sft, save_r
 # The toy conversation
 
 
+@pytest.mark.slow
 def test_template_that_no_row_can_be_trained_with_is_refused_before_any_work(
     small_recipe, sft, save_recipe, tmp_path: Path
 ):

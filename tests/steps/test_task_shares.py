@@ -27,6 +27,8 @@ from tests.evaluate.test_vllm_process import wait_until
 from tests.steps.cards.test_pieces import Card
 from tests.train.tiny import ROOT, SOURCES, processes_naming, tiny_recipe
 
+pytestmark = pytest.mark.slow
+
 LM_EVAL = {
     "tasks": ["copy_longer"],
     "include_path": str(ROOT / "configs" / "quickstart" / "lm_eval"),
@@ -189,6 +191,7 @@ def test_task_that_fails_fails_alone_and_is_not_tried_on_the_tuned_model(
     assert f"Task {SOURCES[0]}: failed" in shown and "Traceback" in shown
 
 
+@pytest.mark.long
 def test_process_killed_between_tasks_is_nobodys_failure(
     trained: tuple[Store, PinnedRecipe], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +208,7 @@ def test_process_killed_between_tasks_is_nobodys_failure(
     assert not workers(os.getpid())
 
 
+@pytest.mark.long
 def test_process_killed_at_a_task_is_that_tasks_failure(
     trained: tuple[Store, PinnedRecipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ def planned(data: dict[str, Any], *overrides: str) -> tuple[Store, PinnedRecipe,
     return store, pinned, plan(store, pinned)
 
 
+@pytest.mark.slow
 def test_start_tries_once_and_says_what_came_out(small_recipe, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO):
         prepare(parse_recipe(small_recipe))
@@ -51,6 +52,7 @@ BAD = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_what_cannot_train_ends_start_before_any_download_and_is_not_stored(small_recipe, change: str, message: str):
     bad = parse_recipe(override(small_recipe, (change,)))
@@ -60,6 +62,7 @@ def test_what_cannot_train_ends_start_before_any_download_and_is_not_stored(smal
     assert builds(small_recipe) == []
 
 
+@pytest.mark.slow
 def test_plan_reads_the_verdict_and_builds_none(small_recipe, sft, save_recipe):
     path = save_recipe(small_recipe)
     before = sft("plan", path)
@@ -72,6 +75,7 @@ def test_plan_reads_the_verdict_and_builds_none(small_recipe, sft, save_recipe):
     assert builds(small_recipe) == [build]
 
 
+@pytest.mark.slow
 def test_plan_with_memory_tries_now_and_stores_nothing(small_recipe, sft, save_recipe):
     path = save_recipe(small_recipe)
     assert "tried: llama of 5,128" in sft("plan", path, "--memory").output
@@ -80,6 +84,7 @@ def test_plan_with_memory_tries_now_and_stores_nothing(small_recipe, sft, save_r
     assert builds(small_recipe) == []
 
 
+@pytest.mark.slow
 def test_plan_imports_neither_torch_nor_trl(small_recipe, save_recipe):
     asked = (
         "import sys; from steps.cli.main import main\n"
@@ -143,6 +148,7 @@ def test_key_has_the_libraries_and_what_trains(small_recipe, monkeypatch: pytest
     assert len({before, with_gpu, key_of(small_recipe)}) == 3
 
 
+@pytest.mark.slow
 def test_every_phase_is_tried_and_the_faults_of_all_are_said(small_recipe):
     phase = {key: small_recipe.pop(key) for key in ("dataset_mixture", "training")}
     first, second = phase["dataset_mixture"]["datasets"]

@@ -175,6 +175,7 @@ def test_mentioned_output_is_not_downloaded(machine: Callable):
     assert not two.is_here(numbers) and builds(two) == ["told"]
 
 
+@pytest.mark.slow
 def test_upload_killed_leaves_nothing_to_see_and_the_next_ensure_ends_it(
     machine: Callable, server: ObjectServer, start_child: Callable
 ):
@@ -214,6 +215,7 @@ def test_upload_that_fails_says_where_the_output_is(machine: Callable, server: O
 # Downloads
 
 
+@pytest.mark.slow
 def test_download_killed_leaves_nothing_to_see(machine: Callable, server: ObjectServer, start_child: Callable):
     ref = machine("one").ensure(PAIR, toy())
     server.hold = "GET .*/b.txt"
@@ -293,6 +295,7 @@ def build_own(build: Build) -> dict[str, Any]:
 OWN = stage_of(build_own)
 
 
+@pytest.mark.slow
 def test_race_of_two_machines_one_wins_and_both_read_it(
     machine: Callable, server: ObjectServer, start_child: Callable, tmp_path: Path
 ):
@@ -461,6 +464,7 @@ def test_keep_in_a_folder_store_does_nothing(tmp_path: Path, monkeypatch: pytest
 # What it costs
 
 
+@pytest.mark.slow
 def test_locating_sixty_outputs_lists_once(machine: Callable, server: ObjectServer, url: str, tmp_path: Path):
     parts = [{"number": str(number)} for number in range(30)]
     total = Stage("sum", SUM.build, SUM.section, needs=lambda pinned, part: {"numbers": (NUMBERS, part)}, version=1)
@@ -491,6 +495,7 @@ def test_refreshed_store_has_what_another_machine_made_since(machine: Callable):
     assert mine.locate(PAIR, toy(), {}).status == "hit"
 
 
+@pytest.mark.slow
 def test_commands_work_with_a_url_and_a_second_machine_downloads_what_it_reads(
     machine: Callable, server: ObjectServer, url: str, small_recipe: dict[str, Any], save_recipe: Callable
 ):

@@ -423,6 +423,7 @@ def test_build_killed_in_the_middle_is_not_visible_and_the_next_builds(store: St
     assert builds(store) == ["toy"] and store.abandoned() == []
 
 
+@pytest.mark.slow
 def test_two_processes_one_output_is_built_once_and_both_read_it(store: Store, start_child):
     store.root.mkdir()
     (store.root / "hold").touch()

@@ -105,6 +105,7 @@ def with_database(recipe: dict[str, Any], database: Path) -> dict[str, Any]:
     return recipe
 
 
+@pytest.mark.slow
 def test_source_kind_in_two_new_files_is_pinned_downloaded_counted_and_traced(
     project: Path, small_recipe: dict[str, Any], database: Path
 ):
@@ -146,6 +147,7 @@ def test_source_kind_in_two_new_files_is_named_in_messages(project: Path, small_
     ]
 
 
+@pytest.mark.slow
 def test_source_kind_in_two_new_files_is_known_to_the_commands(
     project: Path, small_recipe: dict[str, Any], database: Path, tmp_path: Path, save_recipe
 ):

@@ -155,6 +155,7 @@ def test_strategy_of_ranks_that_share_a_pack_divides_the_batch_by_groups_of_rank
     assert facts["ranks_error"].startswith("runtime: num_nodes * num_processes is 3; pairs computes each pack on 2")
 
 
+@pytest.mark.slow
 def test_strategy_entry_is_planned_by_the_command(project: Path, small_recipe: dict[str, Any], save_recipe) -> None:
     small_recipe["runtime"] |= {"distributed": "zero1", "num_processes": 2}
     planned = run_python(

@@ -104,6 +104,7 @@ def test_weights_in_bfloat16_alone_are_warned_of(changes: dict, is_warned: bool)
     assert bool(lost_updates(phase_recipe(tiny_recipe(**changes)))) == is_warned
 
 
+@pytest.mark.slow
 def test_prepare_bfloat16_without_masters_warns(small_recipe: dict, caplog: pytest.LogCaptureFixture) -> None:
     prepare(parse_recipe(small_recipe))
     assert not caplog.text
@@ -112,6 +113,7 @@ def test_prepare_bfloat16_without_masters_warns(small_recipe: dict, caplog: pyte
     assert "model.dtype bfloat16 keeps no fp32 master weights" in caplog.text
 
 
+@pytest.mark.slow
 def test_prepare_fp32_on_a_gpu_warns(
     small_recipe: dict, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

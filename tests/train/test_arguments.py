@@ -146,6 +146,7 @@ def test_a_single_step_has_no_warmup(steps: int, warmup: int) -> None:
     assert warmup_steps(0.03, steps) == warmup
 
 
+@pytest.mark.slow
 def test_a_single_step_learns(train_here: Callable[..., Run]) -> None:
     (line,) = train_here(tiny_recipe(training={"max_steps": 1, "warmup_ratio": 0.03})).events
     assert line["learning_rate"] == pytest.approx(1e-2)
@@ -157,6 +158,7 @@ def test_owned_names_are_known_to_trl_or_the_recipe() -> None:
     assert OWNED - fields - set(Training.model_fields) == set()
 
 
+@pytest.mark.slow
 def test_bf16_run_computes_in_bfloat16_and_keeps_weights_in_float32(
     train_here: Callable[..., Run], plain_run: Run
 ) -> None:
@@ -170,6 +172,7 @@ def test_bf16_run_computes_in_bfloat16_and_keeps_weights_in_float32(
     assert all(values.dtype == torch.float32 for values in saved.values())
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(train_here: Callable[..., Run], plain_run: Run) -> None:
     run = train_here(tiny_recipe(training={"gradient_checkpointing": True}))
     curves = [[(event["loss"], event["grad_norm"]) for event in one.events] for one in (run, plain_run)]

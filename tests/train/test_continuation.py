@@ -72,6 +72,7 @@ def test_resumable_without_a_checkpoint_is_none(tmp_path: Path) -> None:
     assert resumable(tmp_path / "checkpoints", "zero2", 2) is None
 
 
+@pytest.mark.slow
 def test_train_checkpoint_of_ddp_under_zero_is_refused_before_training(train_here: Callable[..., Run]) -> None:
     first = train_here(tiny_recipe(training={"max_steps": 3}, runtime={"save_steps": 2}))
     events = first.events

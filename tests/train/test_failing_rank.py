@@ -21,6 +21,7 @@ from steps.train import TRAINED
 from tests.train.tiny import processes_naming, tiny_recipe
 
 
+@pytest.mark.long
 def test_train_second_rank_fails_raises_its_error_and_ends_the_first(store: Store, tmp_path: Path) -> None:
     pinned = pin(parse_recipe(tiny_recipe(runtime={"num_processes": 2})))
     packs, out = tmp_path / "packs", tmp_path / "out"
@@ -62,6 +63,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ends", "more"), [("SIGKILL", "ran out of memory"), ("SIGSEGV", "")])
 def test_rank_that_a_signal_ends_is_named_in_place_of_the_others_lost_connection(
     ends: str, more: str, tmp_path: Path
@@ -73,6 +75,7 @@ def test_rank_that_a_signal_ends_is_named_in_place_of_the_others_lost_connection
     assert more in str(caught.value) and "gloo" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_torchrun_leaves_nothing_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even while ranks run, so that no kill can leave it."""
     (tmp_path / "tmp").mkdir()
@@ -84,6 +87,7 @@ def test_torchrun_leaves_nothing_in_the_temporary_folder(tmp_path: Path, monkeyp
     assert (tmp_path / "torchrun").is_dir()
 
 
+@pytest.mark.slow
 def test_lines_of_a_rank_are_text_in_a_terminal_and_whole_in_the_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,6 +52,7 @@ def row_of_entry(job: TrainJob) -> str:
     return f"{job.spec.sources[source]}: {read_index(job.tokens[source][0])['row_id'][row].as_py()}"
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_ends_training_with_its_row(
     train_here: Callable[..., Run], make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,6 +67,7 @@ def test_loss_that_is_not_finite_ends_training_with_its_row(
     assert lines and all(line["step"] <= 2 and math.isfinite(line["loss"]) for line in lines)
 
 
+@pytest.mark.slow
 def test_steps_are_checked_though_nothing_is_logged(
     train_here: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +80,7 @@ def test_steps_are_checked_though_nothing_is_logged(
     assert len((tmp_path / "logs" / "log.jsonl").read_text().splitlines()) == 1  # of the first step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_loss_of_one_rank_ends_all_with_the_same_message(
     strategy: str, start_ranks: Callable[..., Attempt], make_job: MakeJob, tmp_path: Path
@@ -102,6 +105,7 @@ def test_training_that_diverges_saves_no_weights_of_it(train_here: Callable[...,
         check_weights(load_file(checkpoint / "model.safetensors").items(), checkpoint.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [math.inf, math.nan, torch.tensor(math.nan)])
 def test_gradients_that_are_not_finite_end_training_before_a_line_of_the_log(
     norm: Any, train_here: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -33,6 +33,7 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_resume_first_rank_reads_alone_and_all_go_on_from_the_whole_one(
     strategy: str, start_ranks: Callable[..., Attempt], tmp_path: Path
@@ -63,6 +64,7 @@ def test_resume_first_rank_reads_alone_and_all_go_on_from_the_whole_one(
     assert weights.read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_read_by_the_first_rank_alone_and_a_damaged_one_ends_all(
     start_ranks: Callable[..., Attempt], tmp_path: Path
 ) -> None:
@@ -94,6 +96,7 @@ def test_best_checkpoint_is_read_by_the_first_rank_alone_and_a_damaged_one_ends_
     assert not weights.exists()
 
 
+@pytest.mark.slow
 def test_error_of_the_first_rank_is_every_rank_s_and_the_launcher_s(store: Store, tmp_path: Path) -> None:
     pinned = pin(parse_recipe(tiny_recipe(training={"max_steps": 2}, runtime={"num_processes": 2})))
     located = store.locate(TRAINED, pinned, {"round": 0})

@@ -44,6 +44,7 @@ def one_pack(train_here: Callable[..., Run]) -> Run:
     return train_here(with_forwards("auto"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "packs"), [(2 * 384, 2), (3 * 384, 2), (4 * 384, 4), (10_000, 4), (100, 1)])
 def test_objective_is_the_same_whatever_a_forward_holds(
     tokens: int, packs: int, one_pack: Run, train_here: Callable[..., Run]
@@ -75,6 +76,7 @@ def test_gradient_of_a_forward_is_the_sum_over_its_packs(kind: str) -> None:
         assert (gradient - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
 
 
+@pytest.mark.slow
 def test_resume_at_the_same_value_is_bit_equal_also_where_auto_would_choose_another(
     train_here: Callable[..., Run], tmp_path: Path
 ) -> None:
@@ -134,6 +136,7 @@ SMOLLM3 = SMOLLM2 | {"hidden_size": 2048, "intermediate_size": 11008, "num_hidde
 SMOLLM3 |= {"num_attention_heads": 16, "num_key_value_heads": 4}
 
 
+@pytest.mark.slow
 def test_auto_wants_as_many_packs_as_keep_a_gpu_busy_and_fit() -> None:
     def of(config: dict[str, Any], longest: int, gib: float, peak: float | None = 989e12) -> int:
         return busiest_packs(

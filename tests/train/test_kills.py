@@ -104,6 +104,7 @@ def assert_same_log_and_bits(resumed: Path, whole: Path) -> None:
     assert weights.read_bytes() == expected_weights.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_killed_between_two_lines_of_the_log_writes_the_same_log(
     size: int, start: Callable[..., Attempt], tmp_path: Path
@@ -120,6 +121,7 @@ def test_killed_between_two_lines_of_the_log_writes_the_same_log(
     assert_same_log_and_bits(killed, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [21, NUM_STEPS])
 def test_checkpoint_alone_goes_on_elsewhere_with_its_logs(
     step: int, start: Callable[..., Attempt], tmp_path: Path
@@ -164,6 +166,7 @@ def test_zero_stopped_goes_on_to_the_same_bits_and_otherwise_not_at_all(
     assert_same_log_and_bits(stopped, whole)
 
 
+@pytest.mark.slow
 def test_other_number_of_ranks_goes_on_with_the_same_stream(start: Callable[..., Attempt], tmp_path: Path) -> None:
     assert start(tmp_path / "whole", 1).wait(120)
     attempt = start(tmp_path / "moved", 1)

@@ -38,6 +38,7 @@ def run(train_here: Callable[..., Run]) -> Run:
     return train_here(opt_recipe())
 
 
+@pytest.mark.slow
 def test_loss_is_that_of_documents_by_themselves(run: Run, make_job: Callable[[PinnedRecipe, Path], TrainJob]) -> None:
     job = make_job(run.pinned, run.folder)
     plan, shards = PackPlan.read(job.packs), [TokenShards(*folders) for folders in job.tokens]
@@ -51,6 +52,7 @@ def test_loss_is_that_of_documents_by_themselves(run: Run, make_job: Callable[[P
     assert run.events[0]["loss"] == pytest.approx(torch.cat(nll).mean().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_log_and_card_tell_that_documents_are_alone(run: Run, browser: Browser) -> None:
     (told,) = [json.loads(line) for line in (run.folder / "logs" / "forward.jsonl").read_text().splitlines()]
     assert told["documents"] == "alone" and told["told_by"] is None and "exchanged" in told["evidence"]
@@ -70,6 +72,7 @@ def test_two_ranks_with_unlike_numbers_of_documents_train_as_one(
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_start_and_plan_tell_it_before_any_work(
     small_recipe: dict[str, Any], save_recipe: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:

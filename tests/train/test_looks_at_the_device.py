@@ -105,6 +105,7 @@ def five_steps(**training: Any) -> dict[str, Any]:
     return tiny_recipe(model={"attn_implementation": "varlen"}, training=training, runtime={"logging_steps": 100})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_looks_at_most_twice_at_the_device(
@@ -119,6 +120,7 @@ def test_a_step_looks_at_most_twice_at_the_device(
     assert max(counts.total() for counts in looks_a_step(looks)) <= MOST_A_STEP, looks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "method", "times"),
     [(LossBySource, "add", 4), (Accelerator, "clip_grad_norm_", 1), (torch.optim.AdamW, "step", 1)],

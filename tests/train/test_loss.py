@@ -54,6 +54,7 @@ def nll_of_each(model: PreTrainedModel, documents: list[tuple[TokenRow, int]]) -
     return torch.cat(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "attention"), FORWARD)
 @pytest.mark.parametrize("lengths", [(9, 5, 1, 14, 2), (16, 16, 16, 16), (63, 1), (64,)], ids=str)
 @torch.no_grad()

@@ -121,6 +121,7 @@ def test_log_tells_the_flops_of_the_trained_packs(
         assert found == pytest.approx(expected / lengths.sum(), rel=0.002)
 
 
+@pytest.mark.slow
 def test_batch_first_is_the_one_of_packs_of_like_cost(
     train_here: Callable[..., Run], make_job: Callable[[PinnedRecipe, Path], TrainJob]
 ) -> None:
@@ -145,6 +146,7 @@ def test_batch_first_is_the_one_of_packs_of_like_cost(
     assert run.events[0]["loss"] == pytest.approx(first_loss(costs_of(plan, model)), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_loss_turns_with_weights_count_by_them(
     train_here: Callable[..., Run], make_job: Callable[[PinnedRecipe, Path], TrainJob], tmp_path: Path
 ) -> None:

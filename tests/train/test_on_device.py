@@ -138,6 +138,7 @@ def test_varlen_in_half_precision_is_documents_by_themselves_without_a_mask(
         assert largest_error(nll_and_gradients(model, [leaking], forward=bounds), expected) > LEAK
 
 
+@pytest.mark.slow
 def test_auto_takes_what_the_device_and_the_precision_allow(device: str, train: Callable[..., Run]) -> None:
     """And float32, whatever is there, has attention that computes in it."""
     half, whole = (train(recipe(training={"bf16": bf16})) for bf16 in (True, False))
@@ -181,6 +182,7 @@ SIZES_OF = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "leaks"), [("llama", False), ("olmoe", False), ("opt", True), ("gpt_oss", True), ("lfm2", True)]
 )
@@ -219,6 +221,7 @@ def first_loss(run: Run, make_job: Callable[[PinnedRecipe, Path], TrainJob], dev
     return torch.cat(nll).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "documents"), [(HEADS_OF_32, "together"), (OPT, "alone")], ids=["llama", "opt"])
 def test_training_has_the_loss_of_documents_by_themselves(
     config: dict[str, Any],
@@ -232,6 +235,7 @@ def test_training_has_the_loss_of_documents_by_themselves(
     assert losses_of(run)[0] == pytest.approx(first_loss(run, make_job, device), rel=HALF / 3)
 
 
+@pytest.mark.slow
 def test_forward_of_several_packs_has_the_same_objective(device: str, train: Callable[..., Run]) -> None:
     varlen = {"attn_implementation": "varlen"}
     one, two = (train(recipe(model=varlen, runtime={"tokens_per_forward": number * 384})) for number in (1, 2))
@@ -245,6 +249,7 @@ def test_forward_of_several_packs_has_the_same_objective(device: str, train: Cal
 # Adapters and experts
 
 
+@pytest.mark.slow
 def test_lora_with_an_added_token_on_tied_weights_trains_and_is_merged(
     device: str, train: Callable[..., Run], tmp_path: Path
 ) -> None:
@@ -270,6 +275,7 @@ def test_lora_with_an_added_token_on_tied_weights_trains_and_is_merged(
     assert how_it_ran(train(data))["fused_head"] == (device == "cuda")
 
 
+@pytest.mark.slow
 def test_router_loss_is_the_models_own_and_is_trained(device: str, train: Callable[..., Run]) -> None:
     model = moe_model_of("olmoe").to(device)
     (pack,) = packs_of((40,))
@@ -295,6 +301,7 @@ def test_router_loss_is_the_models_own_and_is_trained(device: str, train: Callab
 # Around the steps
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_its_checkpoint_as_if_it_had_not_ended(device: str, train: Callable[..., Run]) -> None:
     data = recipe(runtime={"save_steps": 2, "keep_checkpoints": 3})
     run = train(data)
@@ -313,6 +320,7 @@ def test_training_goes_on_from_its_checkpoint_as_if_it_had_not_ended(device: str
         ), name
 
 
+@pytest.mark.slow
 def test_selection_keeps_the_best_weights_and_their_losses_are_right(
     device: str, train: Callable[..., Run], make_job: Callable[[PinnedRecipe, Path], TrainJob]
 ) -> None:
@@ -340,6 +348,7 @@ def test_selection_keeps_the_best_weights_and_their_losses_are_right(
         assert best["losses"][source] == pytest.approx(loss, rel=HALF)
 
 
+@pytest.mark.slow
 def test_checkpoint_is_scored_and_answers_in_half_precision(device: str, train: Callable[..., Run]) -> None:
     run = train(recipe())
     pinned = run.pinned
@@ -363,6 +372,7 @@ def test_checkpoint_is_scored_and_answers_in_half_precision(device: str, train: 
         assert float((short / logits.std(dim=-1)).max()) < 0.2, "each token is the likeliest one, but for rounding"
 
 
+@pytest.mark.slow
 def test_search_rolls_out_and_decides(device: str, tmp_path: Path) -> None:
     """By the ranks that a launcher starts."""
     search = {"strategy": "msft", "preset": "paper", "epochs_per_rollout": 2.0, "evaluations_per_epoch": 2}

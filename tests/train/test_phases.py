@@ -65,6 +65,7 @@ def is_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_phase_starts_from_the_weights_of_the_one_before(chained: tuple[Store, PinnedRecipe], tmp_path: Path) -> None:
     store, pinned = chained
     first, second = (store.path(checkpoint(store, pinned, phase)) for phase in ("mid", "sft"))
@@ -85,6 +86,7 @@ def test_a_phase_starts_from_merged_weights_with_the_added_tokens(tmp_path: Path
     assert is_equal(weights(second), trained_alone(Store(tmp_path / "alone"), data, first))
 
 
+@pytest.mark.slow
 def test_a_changed_key_of_the_second_phase_trains_the_second_alone(chained: tuple[Store, PinnedRecipe]) -> None:
     store, _ = chained
     before = built(store)

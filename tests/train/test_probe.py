@@ -54,6 +54,7 @@ def documents_of(model: Any, *lengths: int) -> Documents:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KEEPS_APART, *LEAKS])
 def test_loss_of_a_document_is_its_own_whatever_the_architecture(kind: str) -> None:
     """The oracle is the textbook: each document by itself, by its input ids alone."""

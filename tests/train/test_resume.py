@@ -15,6 +15,7 @@ from tests.train.test_checkpoints import digest_as_before
 from tests.train.tiny import Run, tiny_recipe
 
 
+@pytest.mark.slow
 def test_train_ended_before_the_model_was_saved_saves_the_same(train_here: Callable[..., Run]) -> None:
     recipe = tiny_recipe(training={"max_steps": 3}, runtime={"save_steps": 2})
     first = train_here(recipe)
@@ -28,6 +29,7 @@ def test_train_ended_before_the_model_was_saved_saves_the_same(train_here: Calla
     assert len(events) == 3
 
 
+@pytest.mark.slow
 def test_train_newest_checkpoint_torn_goes_on_from_the_one_before(train_here: Callable[..., Run]) -> None:
     recipe = tiny_recipe(training={"max_steps": 3}, runtime={"save_steps": 1})
     first = train_here(recipe)
@@ -42,6 +44,7 @@ def test_train_newest_checkpoint_torn_goes_on_from_the_one_before(train_here: Ca
     assert not (first.folder / "staging" / "checkpoint-9").exists()
 
 
+@pytest.mark.slow
 def test_train_checkpoint_with_digests_of_before_is_gone_on_from(
     train_here: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:

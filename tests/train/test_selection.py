@@ -54,6 +54,7 @@ def test_selection_steps_are_the_start_each_part_of_an_epoch_and_the_end():
     assert evaluation_steps(2, 100, 0.25) == [0, 2]
 
 
+@pytest.mark.slow
 def test_selection_rows_are_unique_held_out_prompts_that_are_not_trained_on(store: Store, watched: Run):
     folder = store.path(store.ensure(SELECTION, watched.pinned))
     plan = pq.read_table(folder / "packs.parquet").to_pandas()
@@ -92,6 +93,7 @@ def test_selection_losses_are_those_of_each_row_by_itself(store: Store, watched:
     assert events[-1]["loss"] == pytest.approx(np.mean(list(expected.values())))
 
 
+@pytest.mark.slow
 def test_selection_losses_leave_the_training_as_it_is(train_here: Callable[..., Run], watched: Run):
     dropout = {"model": {"config": {**LLAMA, "attention_dropout": 0.2}}}
     alone = train_here(tiny_recipe(**MIXTURE, **dropout))
@@ -105,6 +107,7 @@ def test_selection_losses_leave_the_training_as_it_is(train_here: Callable[..., 
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_selection_keep_best_ends_with_the_weights_of_the_lowest_loss(store: Store, train_here: Callable[..., Run]):
     during = {**SELECTION_ROWS["evaluation"]["during_training"], "keep_best": True}
     recipe = tiny_recipe(**MIXTURE, **SPOILT, evaluation={"during_training": during}, runtime={"keep_checkpoints": 1})
@@ -156,6 +159,7 @@ def test_selection_best_is_never_the_start(tmp_path: Path):
     assert saved == [True, True, False]
 
 
+@pytest.mark.slow
 def test_selection_source_without_rows_is_an_error(store: Store):
     recipe = tiny_recipe(dataset_mixture={"selection_share": 1e-6}, **SELECTION_ROWS)
     del recipe["limit"]
@@ -175,6 +179,7 @@ def test_selection_without_a_split_is_refused():
         parse_recipe(tiny_recipe(dataset_mixture={"selection_share": 0.0}, **SELECTION_ROWS))
 
 
+@pytest.mark.slow
 def test_card_of_a_training_shows_what_its_logs_say(watched: Run, browser: Browser):
     page = browser.card(card(watched.folder))
     assert page.errors == []

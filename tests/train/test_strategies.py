@@ -79,6 +79,7 @@ def selection_of(run: Run) -> list[dict[str, float]]:
     return [{"step": event["step"], **event["losses"]} for event in map(json.loads, lines)]
 
 
+@pytest.mark.slow
 def test_one_rank_learns_and_its_ranks_would_train_unequal_numbers_of_tokens(one: Run, store: Store) -> None:
     curve = curve_of(one)
     assert len(curve) == NUM_STEPS

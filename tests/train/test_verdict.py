@@ -74,6 +74,7 @@ def with_config(folder: Path, copy: Path, **changes: Any) -> Path:
 # What trains today passes
 
 
+@pytest.mark.long
 def test_every_class_of_transformers_knows_its_own_keys_and_heads() -> None:
     """Over all architectures, which nobody has named here."""
     tried, wrong = 0, {}
@@ -91,6 +92,7 @@ def test_every_class_of_transformers_knows_its_own_keys_and_heads() -> None:
     assert tried > 150 and wrong == {}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [*KEEPS_APART, *LEAKS])
 def test_every_architecture_that_the_tests_train_passes(kind: str, verdict: Try) -> None:
     found = verdict(model={"config": {"model_type": kind, **LEAKS.get(kind, {})}})
@@ -99,6 +101,7 @@ def test_every_architecture_that_the_tests_train_passes(kind: str, verdict: Try)
     assert found.attention == ("sdpa" if found.attention == "sdpa" else "eager")
 
 
+@pytest.mark.slow
 def test_attention_that_auto_takes_is_what_the_class_has(verdict: Try) -> None:
     """Of those without sdpa."""
     for kind in ("gpt_oss", "gptj", "bloom", "mpt", "mamba"):
@@ -278,6 +281,7 @@ def test_weights_that_are_not_finite_are_named(saved: Path, verdict: Try, tmp_pa
 # Ids with holes
 
 
+@pytest.mark.slow
 def test_vocabulary_with_holes_gets_a_row_for_its_highest_id(tmp_path: Path) -> None:
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     ids = {character: 2 * number for number, character in enumerate(characters)} | {"<|end|>": 999}

@@ -344,6 +344,7 @@ def test_fill_any_budget_is_spent_by_shares_up_to_the_caps(
         assert (filled[at_cap] <= level[0] * shares[at_cap] * (1 + 1e-9) + 1e-6).all()
 
 
+@pytest.mark.slow
 def test_stage_another_weight_builds_a_mixture_and_no_token(write_rows, pinned, ensure, tmp_path: Path):
     answer = {"role": "assistant", "content": "Hi."}
     sources = []

@@ -78,6 +78,7 @@ def what_repeats_what(table: list[dict[str, Any]]) -> list[tuple[str, str, str]]
 FILLER = [chat(prose(1000 + n), prose(2000 + n)) for n in range(30)]
 
 
+@pytest.mark.slow
 def test_near_duplicate_in_two_sources_is_left_out_of_the_later_one(find: Duplicates):
     a, b = chat(prose(1), prose(2)), chat(edited(prose(1), 3), edited(prose(2), 3))
     table, counts = find(first=[*FILLER, a], second=[b, chat(prose(3), prose(4))])
@@ -232,6 +233,7 @@ def test_raw_text_is_compared_as_it_stands(write_rows, pinned, ensure):
     assert ensure(DUPLICATES, recipe)[1]["counts"]["near"] == 1
 
 
+@pytest.mark.slow
 def test_rows_of_any_shard_are_compared(find: Duplicates, monkeypatch: pytest.MonkeyPatch, ensure):
     monkeypatch.setattr("sft_core.data.sources.read.ROWS_A_GROUP", 3)
     rows = [chat(prose(n), prose(100 + n)) for n in range(20)]
@@ -315,6 +317,7 @@ def near(sets: list[np.ndarray], threshold: float) -> dict[int, Any]:
     return dict(verified(((row, sets[row]) for row in np.flatnonzero(involved).tolist()), found, known, threshold))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95])
 def test_near_duplicates_are_those_that_comparing_every_pair_finds(threshold: float):
     texts = [edited(prose(seed % 60, 60), random.Random(seed).randrange(12)) for seed in range(300)]

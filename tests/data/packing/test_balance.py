@@ -101,6 +101,7 @@ def test_order_another_epoch_has_other_batches(num_groups: int):
     assert len(first & second) < max(1, num_groups / 10)
 
 
+@pytest.mark.slow
 @given(st.integers(2, 9), st.data())
 def test_order_packs_that_fill_no_group_are_any(group_size: int, data: st.DataObject):
     rest = data.draw(st.integers(1, group_size - 1))

@@ -161,6 +161,7 @@ CHATS = st.tuples(st.sampled_from([THINKING, PLAIN, REWRITES, BLOCKS]), st.sampl
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 
 
+@pytest.mark.slow
 @settings(RELAXED, max_examples=150)
 @given(several=st.lists(conversations(), min_size=1, max_size=5), made=CHATS)
 def test_any_true_rows_pass(several, made):
@@ -171,6 +172,7 @@ def test_any_true_rows_pass(several, made):
     assert counts["turns"] == sum(len(row.spans) for row in rows.rows) > 0
 
 
+@pytest.mark.slow
 @settings(RELAXED, max_examples=60)
 @given(several=st.lists(conversations(), min_size=1, max_size=4), made=CHATS, data=st.data())
 def test_any_rows_that_are_trained_whole_pass_and_no_others(several, made, data):
@@ -189,6 +191,7 @@ def test_any_rows_that_are_trained_whole_pass_and_no_others(several, made, data)
         rows.prove()
 
 
+@pytest.mark.slow
 @settings(RELAXED, max_examples=150)
 @given(several=st.lists(conversations(), min_size=1, max_size=4), made=CHATS, data=st.data())
 def test_any_border_moved_is_told(several, made, data):
@@ -210,6 +213,7 @@ def test_any_border_moved_is_told(several, made, data):
             rows.prove()
 
 
+@pytest.mark.slow
 @settings(RELAXED, max_examples=150)
 @given(several=st.lists(conversations(), min_size=1, max_size=4), made=CHATS, data=st.data())
 def test_any_tokens_masked_otherwise_are_told(several, made, data):
@@ -241,6 +245,7 @@ def repeated(draw: st.DrawFn) -> dict[str, Any]:
     return talk(*messages, header=False)
 
 
+@pytest.mark.slow
 @settings(RELAXED, max_examples=300)
 @given(several=st.lists(repeated(), min_size=1, max_size=4), made=CHATS, data=st.data())
 def test_any_turns_trained_in_place_of_others_are_told(several, made, data):

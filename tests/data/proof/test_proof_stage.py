@@ -104,6 +104,7 @@ def test_stage_with_a_fault_planted_ends_and_leaves_nothing(
     monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_stage_with_a_fault_in_a_later_shard_ends_out_of_its_worker(
     write_rows, pinned, ensure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

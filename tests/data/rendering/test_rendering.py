@@ -353,6 +353,7 @@ def rendering(renderer: Callable, quickstart: Any) -> tuple[Renderer, PieceEncod
     return renderer(quickstart), PieceEncoder(quickstart)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(conversation=conversations())
 def test_any_conversation_the_mask_is_its_answers_and_the_ids_are_its_text(conversation, rendering, quickstart):

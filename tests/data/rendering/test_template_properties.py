@@ -110,6 +110,7 @@ def check(chat: Chat, conversation: dict[str, Any]) -> str:
 MARKS = [f"{mark}{number}" for mark in "Ⓐⓣ" for number in range(6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_conversation_gives_proved_rows_or_a_reason(name: str):
     outcomes: Counter[str] = Counter()

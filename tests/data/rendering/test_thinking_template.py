@@ -380,6 +380,7 @@ def consistent_rows(draw):
     return messages, tools, kwargs
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(consistent_rows())
 def test_prefix_prompt_then_turn_then_whole(row):

@@ -61,6 +61,7 @@ def files_of(folder: Path) -> dict[str, tuple[int, int]]:
     return {f"{path.parent.name}/{path.name}": (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["only the parent", "the whole group"])
 def test_killed_build_goes_on_from_the_shards_that_are_done(kill: Callable, recipe: Callable, tmp_path: Path):
     store = Store(tmp_path / "store")

@@ -122,6 +122,7 @@ def test_commit_same_files_is_the_same_and_a_changed_file_moves_it(tmp_path: Pat
     assert renamed not in (first, second)
 
 
+@pytest.mark.slow
 def test_hub_client_revisions_files_and_errors_are_those_of_the_hub(server: HubServer, run_client):
     old = server.publish("datasets", "org/chat", {"README.md": b"old", "data/a.txt": b"a"})
     new = server.publish("datasets", "org/chat", {"README.md": b"new", "data/a.txt": b"a"})
@@ -193,6 +194,7 @@ def test_hub_client_revisions_files_and_errors_are_those_of_the_hub(server: HubS
     assert [r.status for r in server.requests if r.has_authorization] == [403, 200, 200, 200]
 
 
+@pytest.mark.slow
 def test_load_dataset_one_split_at_a_commit_gives_its_rows_in_order(server: HubServer, run_client):
     commits = {ext: server.publish("datasets", f"org/{ext}", chat_repository(ext)) for ext in ("jsonl", "parquet")}
     for extension in commits:  # Another commit on main: the loads below must not see it.
@@ -254,6 +256,7 @@ def tiny_llama(weight: float) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.long
 def test_from_pretrained_tiny_model_at_a_commit_loads_that_commit(server: HubServer, run_client):
     commit = server.publish("models", "org/tiny", tiny_llama(weight=1.0))
     assert server.publish("models", "org/tiny", tiny_llama(weight=2.0)) != commit

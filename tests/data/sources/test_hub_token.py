@@ -77,6 +77,7 @@ def holders(folder: Path, token: str) -> list[Path]:
     return [path for path in files if token.encode() in path.read_bytes()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("access", ["gated", "private"])
 def test_token_of_the_environment_opens_dataset_and_tokenizer_and_is_written_nowhere(
     build, tmp_path: Path, access: str
@@ -90,6 +91,7 @@ def test_token_of_the_environment_opens_dataset_and_tokenizer_and_is_written_now
     assert TOKEN not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "access", "expected"),
     [

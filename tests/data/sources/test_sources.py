@@ -298,6 +298,7 @@ def repository(tag: str) -> dict[str, bytes]:
     return {"README.md": f"{card}---\n".encode(), **files}
 
 
+@pytest.mark.slow
 def test_hub_one_split_at_a_commit_and_clear_messages_for_what_is_not_there(tmp_path: Path):
     dataset = {"id": "org/chat", "config": "SFT", "split": "b_think"}
     narrow = dataset | {"columns": ["messages", "chat_template_kwargs"]}

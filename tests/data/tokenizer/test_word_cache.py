@@ -90,6 +90,7 @@ def split_words(text: str) -> list[str]:
     return [data[start:end].decode() for start, end in itertools.pairwise([0, *ends])]
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(text=TEXTS)
 @example(text="boys' toys don't  do it'sx \t foo\n\n    bar(x), 12345 a\u0301b")
@@ -102,6 +103,7 @@ def test_words_are_cut_where_the_pre_tokenizer_cuts(tokenizer: Tokenizer, text: 
     assert (first_word(text), last_word(text)) == ((words[0], words[-1]) if words else ("", ""))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(texts=st.lists(st.one_of(TEXTS, TEXTS.map(lambda text: f"{text}<|end|>\n{text}<|a b|> {text}")), max_size=4))
 def test_ids_of_any_texts_are_the_tokenizers(tokenizer: Tokenizer, texts: list[str]):
@@ -114,6 +116,7 @@ def test_ids_of_any_texts_are_the_tokenizers(tokenizer: Tokenizer, texts: list[s
     assert cache.encode(texts) == encode(texts), "from what it knows by then"
 
 
+@pytest.mark.slow
 def test_known_words_are_not_encoded_again(tokenizer: Tokenizer):
     asked = []
 
@@ -196,6 +199,7 @@ def test_tokenizers_that_may_see_more_than_a_word_are_asked_for_the_whole(other:
     assert not cuts_at_words(other, added)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(texts=st.lists(st.one_of(TEXTS, TEXTS.map(lambda text: f"{text}\ufdd1 {text}the\ufdd1")), max_size=5))
 def test_pieces_of_any_text_have_the_tokenizers_ids(tokenizer: Tokenizer, texts: list[str]):

@@ -125,6 +125,7 @@ def test_tokenizer_that_loses_a_letter_fails_in_the_mask_proof(arguments: Callab
     assert error is not None and "mask proof" in error
 
 
+@pytest.mark.slow
 def test_renderings_are_tried_without_torch_in_a_process_of_their_own(
     arguments: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,7 @@ def test_numeric_answer_without_a_value_is_refused(numeric: Numeric) -> None:
         numeric.ask(Question("0", "blue", ""))
 
 
+@pytest.mark.slow
 def test_numeric_endless_answer_in_a_thread_is_given_up_and_counted() -> None:
     found: list[float] = []
 

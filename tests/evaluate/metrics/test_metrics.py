@@ -261,6 +261,7 @@ def test_metric_of_a_stage_is_refused_with_the_key_and_the_nearest_name() -> Non
         metric_identity(recipe.evaluation, "copy_no_think")
 
 
+@pytest.mark.slow
 def test_reasoning_gym_items_are_scored_by_their_own_task_after_json() -> None:
     import reasoning_gym
 

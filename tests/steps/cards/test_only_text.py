@@ -183,6 +183,7 @@ CARDS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("card", CARDS)
 def test_card_of_hostile_data_is_text_alone(
     card: Callable[[Store, Text, Path], list[Any]], listening: Listener, browser: Browser, tmp_path: Path
@@ -208,6 +209,7 @@ def assert_text_alone(page: Page, texts: list[str]) -> None:
         assert " ".join(shown(text).split()) in read
 
 
+@pytest.mark.slow
 def test_charts_tooltip_of_a_model_called_image_loads_no_picture(listening: Listener, browser: Browser) -> None:
     row = ScoreRow("task", "acc", 9, {"base": 0.1, "image": 0.2}, 0.1, 0.1, 0.0, 0.2)
     spec = first_to_last([row], "acc")
@@ -255,6 +257,7 @@ def test_components_are_made_in_one_module_and_markdown_in_one_function() -> Non
 UNESCAPED = "<img src={0}/img><iframe src={0}/frame></iframe><style>@import '{0}/style'</style>\n\n![a]({0}/picture)"
 
 
+@pytest.mark.slow
 def test_page_of_a_card_fetches_nothing_even_where_text_is_not_escaped(
     listening: Listener, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

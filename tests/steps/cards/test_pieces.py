@@ -110,6 +110,7 @@ def is_text(page: Page) -> bool:
     return HOSTILE in page.text and not any("no heading" in heading for heading in page.headings) and not page.errors
 
 
+@pytest.mark.slow
 def test_tokenize_card_shows_counts_lengths_and_a_row_as_text(made, browser: Browser) -> None:
     store, ref, counts = made(TOKENS, source="hostile")
     page = browser.card(tokens.card(store, ref))
@@ -143,6 +144,7 @@ def test_tokenize_card_needs_none_of_the_outputs_before(made) -> None:
     assert text.startswith(f"0 {HOSTILE}") and "<b style='color:#1f6feb'>0 &#60;script&#62;" in row.render()["source"]
 
 
+@pytest.mark.slow
 def test_mix_card_shows_shares_lengths_and_what_became_of_each_row(made, browser: Browser) -> None:
     store, ref, counts = made(MIXTURE)
     page = browser.card(mixture.card(store, ref))
@@ -174,6 +176,7 @@ def test_mix_card_shows_shares_lengths_and_what_became_of_each_row(made, browser
     assert {"hostile", "checksum_think"} <= set(lengths.labels)
 
 
+@pytest.mark.slow
 def test_pack_card_shows_the_fill_and_what_a_pack_holds(made, browser: Browser) -> None:
     store, ref, counts = made(PACKED)
     page = browser.card(packs.card(store, ref))
@@ -206,6 +209,7 @@ def write_log(folder: Path, events: list[dict[str, Any]]) -> None:
     (folder / "logs" / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
+@pytest.mark.slow
 def test_training_card_of_25_sources_stays_legible_and_survives_a_loss_that_is_no_number(
     tmp_path: Path, browser: Browser
 ) -> None:
@@ -264,6 +268,7 @@ def test_sample_of_many_turns_leaves_out_those_in_the_middle() -> None:
     assert found[MAX_PIECES // 2] == (f"\n[... {100 - MAX_PIECES} pieces ...]\n", False)
 
 
+@pytest.mark.slow
 def test_tables_of_long_names_are_not_cut_off(browser: Browser) -> None:
     """A card cuts off what is wider than its place; the browser says so in `errors`."""
     rows = [(f"smoltalk_smollm3_everyday_conversations_{n:02}_no_think", *[f"{n}.12345"] * 8) for n in range(25)]

@@ -16,6 +16,8 @@ from steps.cards import task as task_card
 from tests.browser import Browser
 from tests.train.tiny import SOURCES, tiny_recipe
 
+pytestmark = pytest.mark.slow
+
 MODELS = ("base", "tuned")
 
 

@@ -64,6 +64,7 @@ def chat(folder: Path, *arguments: object, said: str = "", code: int = 0) -> sub
     return done
 
 
+@pytest.mark.slow
 def test_chat_prompt_prints_the_answer_alone(model: Path, tmp_path: Path):
     done = chat(tmp_path, model, "--prompt", "hello", *PLAIN)
     assert (done.stdout, done.stderr) == (SMILE + "\n", "")
@@ -83,10 +84,12 @@ def test_chat_with_a_model_of_the_hub_and_again_without_it(model: Path, tmp_path
     assert first.stdout == again.stdout == SMILE + "\n"
 
 
+@pytest.mark.slow
 def test_chat_no_think_is_another_prompt(model: Path, tmp_path: Path):
     assert chat(tmp_path, model, "--prompt", "hello", "--no-think", *PLAIN).stdout == "no\n"
 
 
+@pytest.mark.slow
 def test_chat_piped_lines_are_turns_and_commands(model: Path, tmp_path: Path):
     lines = ["hello", "", "/no_think", "again", "/system Be kind.", "/reset", "/think", "more", "/quit", "not asked"]
     done = chat(tmp_path, model, *PLAIN, said="\n".join(lines))
@@ -99,6 +102,7 @@ def test_chat_piped_lines_are_turns_and_commands(model: Path, tmp_path: Path):
     ]
 
 
+@pytest.mark.slow
 def test_chat_piped_turn_without_room_is_told_and_the_others_are_answered(tmp_path: Path):
     small = chained(tmp_path / "small", {THINK: "ok"}, context=64)
     done = chat(tmp_path, small, *PLAIN, said=f"hi\n{'x' * 100}\n/nonsense\nhi\n", code=1)
@@ -161,6 +165,7 @@ def terminal(endless: Path, tmp_path: Path) -> Iterator[Terminal]:
     opened.close()
 
 
+@pytest.mark.slow
 def test_chat_ctrl_c_stops_the_answer_and_ctrl_d_the_program(terminal: Terminal):
     place = terminal.wait_for("> ")
     terminal.type("hello\n")
@@ -191,6 +196,7 @@ def stored(built_recipe: dict[str, Any], model: Path) -> tuple[Store, Ref]:
     return store, store.ensure(dataclasses.replace(TRAINED, build=build, resumable=False), pinned, round=0)
 
 
+@pytest.mark.slow
 def test_chat_knows_the_template_kwargs_of_a_stored_checkpoint(stored: tuple[Store, Ref], tmp_path: Path, monkeypatch):
     store, ref = stored
     for name in (str(ref), f"{ref.stage}/{ref.key[:6]}", str(store.path(ref)), str(store.path(ref) / "model")):

@@ -60,6 +60,7 @@ def test_start_up_imports_nothing_heavy(tmp_path: Path):
     assert "Commands:" in done.stdout and done.stdout.splitlines()[-1] == "imported: []"
 
 
+@pytest.mark.slow
 def test_plan_start_up_imports_neither_torch_nor_metaflow(small_recipe, save_recipe, tmp_path: Path):
     code = (
         "import sys\nfrom steps.cli.main import main\nmain(['plan', sys.argv[1]], standalone_mode=False)\n"
@@ -268,6 +269,7 @@ def test_init_faulty_recipe_is_not_written(sft, tmp_path: Path):
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_init_then_plan_of_local_data_shows_what_is_to_build(sft, tmp_path: Path):
     output = tmp_path / "recipe.yaml"
     data = ROOT / "configs" / "quickstart" / "copy_no_think.jsonl"
@@ -280,6 +282,7 @@ def test_init_then_plan_of_local_data_shows_what_is_to_build(sft, tmp_path: Path
     assert "conversations  copy_no_think" in told and "1 to build" in told
 
 
+@pytest.mark.slow
 def test_init_holds_out_enough_prompts_of_small_data_for_its_own_plan(sft, tmp_path: Path, small_recipe):
     rows = (ROOT / "configs" / "quickstart" / "copy_no_think.jsonl").read_text().splitlines(keepends=True)
     for number in (40, 500):
@@ -292,6 +295,7 @@ def test_init_holds_out_enough_prompts_of_small_data_for_its_own_plan(sft, tmp_p
         assert "0 are there" in sft("plan", output, "--set", f"model.tokenizer_name_or_path={model}", *overrides).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", ["head -1", "true"])
 def test_reader_that_has_read_enough_is_no_error(reader: str, tmp_path: Path) -> None:
     store = f"--set runtime.store={tmp_path / 'store'}"

@@ -47,6 +47,7 @@ def printed(*renderables: Any) -> str:
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_show_and_check_of_hostile_rows_in_a_terminal(small_recipe: dict[str, Any], save_recipe: Any, tmp_path: Path):
     messages = [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": f"{HOSTILE}\nend"}]
     (tmp_path / "hostile.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for _ in range(40)))
@@ -127,6 +128,7 @@ def test_scores_are_text_and_red_in_a_terminal(monkeypatch: pytest.MonkeyPatch):
     assert is_text(output) and without_colours(output).count(SHOWN) == 5 and "\x1b[1;31m" in output
 
 
+@pytest.mark.slow
 def test_answer_in_a_terminal_is_text_and_in_a_pipe_what_the_model_wrote():
     program = f"from steps.cli.chat import Painted, write; write({HOSTILE!r}); Painted()('<think>' + {HOSTILE!r})"
     assert is_text(in_terminal("-c", program), holds=f"{SHOWN}<think>{SHOWN}")

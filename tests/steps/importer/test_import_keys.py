@@ -233,6 +233,7 @@ datasets = st.lists(
 )
 
 
+@pytest.mark.slow
 def test_import_of_any_keys_loses_none_in_silence():
     num_keys: dict[str, int] = {"carried": 0, "changed": 0, "not_carried": 0}
 

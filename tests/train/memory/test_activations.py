@@ -107,6 +107,7 @@ def peak_of(model: Any, batch: Batch, *, fused: bool = False) -> int:
     return int(np.cumsum(changes).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointing"])
 @pytest.mark.parametrize(
     ("kind", "bf16"), [*((kind, True) for kind in MODELS), *((kind, False) for kind in ("llama", "qwen3_moe", "gpt2"))]
@@ -133,6 +134,7 @@ def test_count_is_what_torch_allocates(kind: str, bf16: bool, checkpointing: boo
     assert found.total == pytest.approx(measured, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointing"])
 def test_count_with_lora_is_what_torch_allocates(checkpointing: bool) -> None:
     config, batch = config_of("llama"), batch_of(*LENGTHS)
@@ -174,6 +176,7 @@ def test_layers_grow_with_the_tokens_and_copies_of_weights_do_not() -> None:
     assert one.weight_copies == pytest.approx(two.weight_copies, rel=0.2) and one.weight_copies > 2 * MIB / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bf16", "width"), [(True, 2), (False, 4)])
 def test_mask_of_sdpa_on_cuda_is_one_of_the_compute_dtype_in_each_layer(bf16: bool, width: int) -> None:
     assert on_cuda(bf16=bf16, attention="sdpa").mask == 4 * width * 512 * 512
@@ -182,6 +185,7 @@ def test_mask_of_sdpa_on_cuda_is_one_of_the_compute_dtype_in_each_layer(bf16: bo
     assert once == (1 + width) * 1024 * 1024, "that of all layers, and the copy of one"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointing"])
 def test_attention_that_knows_documents_keeps_what_a_flash_kernel_keeps(checkpointing: bool) -> None:
     # torch's own for a CPU does, for one document, which needs no mask: queries, keys, values, output, sums. Without
@@ -210,6 +214,7 @@ def test_attention_keeps_its_parts_in_16_bits() -> None:
     assert a_layer == pytest.approx(residuals + norms + copies + attention + mlp, rel=0.02)
 
 
+@pytest.mark.slow
 def test_liger_keeps_no_normalized_states_and_no_activation_of_the_gate() -> None:
     def a_layer(liger: bool) -> float:
         one, two = (on_cuda(config={"num_hidden_layers": n}, tokens=2048, liger=liger).layers for n in (1, 2))

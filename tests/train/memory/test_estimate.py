@@ -108,6 +108,7 @@ def test_states_of_plain_training_are_what_torch_holds(dtype: str) -> None:
     assert estimate(phase_recipe(tiny_recipe(model={"dtype": dtype})), shape_of(LLAMA), None).states == held
 
 
+@pytest.mark.slow
 def test_flops_are_those_that_the_run_counted(plain_run: Run, store: Store) -> None:
     plan = PackPlan.read(store.path(store.ensure(PACKED, plain_run.pinned)))
     found = estimate(plain_run.pinned.recipe.for_phase(ONLY), shape_of(LLAMA), plan, trained_share=0.25)
@@ -118,6 +119,7 @@ def test_flops_are_those_that_the_run_counted(plain_run: Run, store: Store) -> N
     assert "FLOPs in all" in estimate_line(found, plain_run.pinned.recipe.for_phase(ONLY))
 
 
+@pytest.mark.slow
 def test_checkpointing_and_qlora_take_less() -> None:
     def of(**training: Any) -> Any:
         return estimate(phase_recipe(tiny_recipe(training=training)), shape_of(LLAMA), None)
@@ -161,6 +163,7 @@ def test_estimate_line_names_the_parts_that_there_are() -> None:
     assert re.search(rf"\({size} of the layers, {size} of the head\)$", without)
 
 
+@pytest.mark.slow
 def test_activations_of_a_model_that_does_not_run_without_memory_are_told_to_be_unknown() -> None:
     recipe = phase_recipe(tiny_recipe())
     # Without its kernels it goes through the tokens one by one.

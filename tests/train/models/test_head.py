@@ -39,6 +39,7 @@ def assert_same_training(found: Run, expected: Run) -> None:
     torch.testing.assert_close(weights, others, atol=5e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forced")
 def test_training_with_the_fused_head_is_training_with_the_plain_one(
     plain_run: Run, train_here: Callable[..., Run]
@@ -48,6 +49,7 @@ def test_training_with_the_fused_head_is_training_with_the_plain_one(
     assert_same_training(run, plain_run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_lora_with_added_tokens_takes_the_plain_head_and_trains_their_rows(
     tied: bool, train_here: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -61,6 +63,7 @@ def test_lora_with_added_tokens_takes_the_plain_head_and_trains_their_rows(
     check_merged(forced)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forced")
 def test_lora_without_added_tokens_takes_the_fused_head(train_here: Callable[..., Run]) -> None:
     lora = {"training": {"lora": {"r": 4}, "max_steps": 6}}

@@ -49,6 +49,7 @@ def base_of(run: Run) -> PreTrainedModel:
     ].eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["use_dora", "use_rslora"])
 def test_lora_variants_reach_the_adapter_and_the_merged_checkpoint(
     variant: str, train_here: Callable[..., Run], tmp_path: Path
@@ -61,6 +62,7 @@ def test_lora_variants_reach_the_adapter_and_the_merged_checkpoint(
     check_merged(run)
 
 
+@pytest.mark.slow
 def test_lora_merged_checkpoint_is_the_adapter_on_the_base(run: Run) -> None:
     check_merged(run)
 
@@ -105,6 +107,7 @@ def test_lora_added_end_token_rows_are_trained_and_saved(run: Run) -> None:
     assert END in tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
 
 
+@pytest.mark.slow
 def test_lora_target_modules_named_are_the_ones_adapted(train_here: Callable[..., Run], tmp_path: Path) -> None:
     changes = recipe(tmp_path, tied=True, target_modules=["q_proj"])
     changes["training"]["max_steps"] = 1

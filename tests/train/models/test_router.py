@@ -115,6 +115,7 @@ def test_training_adds_the_router_loss_and_more_ranks_change_nothing(
     assert config["router_aux_loss_coef"] == AutoConfig.for_model("olmoe").router_aux_loss_coef
 
 
+@pytest.mark.slow
 def test_router_loss_of_a_step_is_the_mean_over_the_tokens_of_its_packs(
     train_here: Callable[..., Run], make_job: Callable[[PinnedRecipe, Path], TrainJob]
 ) -> None:

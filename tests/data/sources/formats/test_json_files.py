@@ -184,6 +184,7 @@ def write_rows(path: Path, num_rows: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_reading_a_source_larger_than_the_allowed_growth_keeps_memory_flat(tmp_path: Path):
     job: dict[str, Any] = {}
     with HubServer() as server:

@@ -412,6 +412,7 @@ def as_row(conversation: dict[str, Any]) -> dict[str, Any]:
     return row | ({"chat_template_kwargs": row.pop("kwargs")} if "kwargs" in row else {})
 
 
+@pytest.mark.slow
 def test_canonical_of_its_own_form_is_the_same_and_anything_else_is_refused_with_a_reason():
     reasons: dict[str, int] = {}
 
