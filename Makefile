@@ -22,10 +22,10 @@ run: setup  ## the quickstart: data to scores in a few minutes
 # The order of files stays: by default the plugin keeps those with few tests, which take longest, for the end.
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
-test-fast: setup  ## the tests that start no process, in two minutes
+test-fast: setup  ## the tests that start no process, in two and a half minutes
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m 'not slow and not long'
 
-test: setup  ## all tests but the long ones, in ten minutes
+test: setup  ## all tests but the long ones, in twelve minutes
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m 'not long'
 
 test-all: setup  ## every test, as CI runs them
