@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.flows.conftest import RECIPE
+
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart"
 NUM_STEPS, SAVE_STEPS = 40, 4
@@ -26,18 +28,7 @@ def recipe(store: str) -> dict[str, Any]:
         "name": "campaign",
         "model": {
             "tokenizer_name_or_path": str(QUICKSTART / "tokenizer"),
-            "config": {
-                "model_type": "llama",
-                "vocab_size": 291,
-                "hidden_size": 64,
-                "intermediate_size": 128,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 256,
-                "attention_dropout": 0.1,
-                "tie_word_embeddings": True,
-            },
+            "config": {**RECIPE["model"]["config"], "hidden_size": 64, "intermediate_size": 128},
         },
         "chat_template": {"template": "thinking", "kwargs": {"header": False}},
         "dataset_mixture": {
